@@ -1,0 +1,79 @@
+# MegaSora from a fresh clone. Needs python3.11 or newer with its venv module, git and make; no compiler, no GPU.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUNS := runs/demo runs/demo-long
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SECONDEXPANSION:
+.PHONY: help install demo demo-long test checks format clean
+
+help:
+	@echo "make install     make .venv and install MegaSora in it, editable (every other target does this first)"
+	@echo "make demo        clips -> shards -> training on 2 processes -> a video -> runs/demo/report.html, in 10 minutes"
+	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
+	@echo "make test        the test suite; GPU tests skip where there is no GPU"
+	@echo "make checks      ruff: lint and format, nothing is changed"
+	@echo "make format      ruff: fix what can be fixed, and format"
+	@echo "make clean       remove builds and caches; .venv, data/ and runs/ stay"
+
+install: $(INSTALLED)
+
+# Any python3 starts the script, which looks for the right one and says what to do where there is none.
+$(INSTALLED): setup.py constraints.txt
+	@python=$$(command -v python3.11 || command -v python3) || \
+	  { echo "install: python >= 3.11 is needed; run: apt-get install python3.11 python3.11-venv" >&2; exit 1; }; \
+	"$$python" tools/install.py --venv $(VENV)
+	@touch $@
+
+# The demo: the five commands of the README. Each makes one file or folder, so that what is complete is not done again;
+# to redo from some step on, delete what it made: data/clips, data/shards, runs/demo, runs/demo/sample.mp4,
+# runs/demo/report.html. Training that was interrupted goes on from its last checkpoint.
+
+demo: runs/demo/report.html
+	@echo "==> done: open runs/demo/report.html"
+
+demo-long: runs/demo-long/report.html
+	@echo "==> done: open runs/demo-long/report.html"
+
+# Rendered under another name, so that a folder named data/clips is a whole one.
+data/clips: | $(INSTALLED)
+	@echo "==> rendering captioned clips into data/clips"
+	@rm -rf data/.clips
+	$(BIN)/python tools/make_clips.py --out data/.clips
+	@mv data/.clips $@
+
+data/shards/dataset.json: | data/clips
+	@echo "==> ingesting data/clips into data/shards"
+	$(BIN)/megasora ingest data/clips --out data/shards
+
+$(RUNS:=/.trained): runs/%/.trained: data/shards/dataset.json configs/$$(subst -,_,$$*).yaml
+	@echo "==> training runs/$* on 2 processes"
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m megasora.train configs/$(subst -,_,$*).yaml \
+	  run.dir=runs/$* data.shards=data/shards
+	@touch $@
+
+$(RUNS:=/sample.mp4): runs/%/sample.mp4: runs/%/.trained
+	@echo "==> sampling runs/$*/sample.mp4"
+	$(BIN)/megasora sample runs/$* --prompt "a red circle moves right" --out $@
+
+$(RUNS:=/report.html): runs/%/report.html: runs/%/sample.mp4
+	@echo "==> writing runs/$*/report.html"
+	$(BIN)/megasora report runs/$*
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+checks: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

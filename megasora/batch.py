@@ -1,0 +1,60 @@
+"""VideoBatch: one pack of clips, the only thing that travels from the data to the objective and the model.
+
+A pack is `L` tokens long whatever is in it. Its segments (clips) lie one after the other from token 0; what is left
+behind the last one is padding, which attends to nothing and counts for nothing. A segment consists of whole rows: a row
+is a run of tokens with one noise level. Tokens of a clip are ordered time first, so that a latent frame is contiguous.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """A pack of `G` segments in `R` rows on `L` tokens of `P` numbers, with `S` text tokens."""
+
+    patches_LP: Tensor  # float; clean from the loader, noised for the model
+    coords_L3: Tensor  # int32 (t, h, w) of each token in its own clip
+    grids_G3: Tensor  # int64, on the CPU: latent frames, rows, columns of tokens of each clip
+    cu_segments: Tensor  # int32 [G + 1], on the CPU: first token of each segment, then one past the last
+    cu_rows: Tensor  # int32 [R + 1], on the CPU; contains every entry of cu_segments
+    timesteps_R: Tensor  # float32, 0 clean to 1 noise
+    row_segment_R: Tensor  # int64: the segment of each row
+    text_SE: Tensor  # what the text encoder made of the captions, one after the other
+    cu_text: Tensor  # int32 [G + 1], on the CPU
+    drop_text_G: Tensor  # bool: this clip's caption is hidden from the model
+    native_G4: Tensor  # float32: height and width in pixels, frames, frames a second
+    sample_ids_G: Tensor  # int64, on the CPU
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.sample_ids_G)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens: the pack's length without its padding."""
+        return int(self.cu_segments[-1])
+
+    def to(self, device: torch.device | str) -> VideoBatch:
+        """What the model computes with goes to `device`; what plans are made from stays on the CPU."""
+        on_device = ("patches_LP", "coords_L3", "timesteps_R", "row_segment_R", "text_SE", "drop_text_G", "native_G4")
+        return dataclasses.replace(
+            self, **{name: getattr(self, name).to(device, non_blocking=True) for name in on_device}
+        )
+
+
+def owner_of_tokens(cu: Tensor, num_tokens: int) -> Tensor:
+    """int64 [num_tokens]: which run of `cu` a token is in; padding counts to the last run."""
+    owner = torch.searchsorted(cu.to(torch.int64), torch.arange(num_tokens), right=True) - 1
+    return owner.clamp_(0, len(cu) - 2)
+
+
+def grid_coords(grid: tuple[int, int, int]) -> Tensor:
+    """int32 [t*h*w, 3]: the coords of a clip's tokens, time first."""
+    axes = [torch.arange(n, dtype=torch.int32) for n in grid]
+    return torch.cartesian_prod(*axes).view(-1, 3)

@@ -1,0 +1,24 @@
+"""A model from a configuration: the one place where text and transformer meet, for training and for sampling."""
+
+from __future__ import annotations
+
+import torch
+
+from megasora.config import Config
+from megasora.model.dit import VideoDiT
+from megasora.text import build_text_encoder
+
+
+def build_model(config: Config, patch_dim: int) -> VideoDiT:
+    """VideoDiT with its text embedder, fp32 on the CPU; the same weights for the same `run.seed`, whoever builds it."""
+    m = config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        text = build_text_encoder(config.text).build_embedder(m.width, m.text_depth, m.heads)
+        return VideoDiT(m, patch_dim, text)
+
+
+def patch_dim(config: Config) -> int:
+    """Numbers in a token: latent channels times latents in a patch."""
+    t, h, w = config.data.patch
+    return config.codec.channels * t * h * w

@@ -1,0 +1,395 @@
+"""Every setting of a run, as one tree of dataclasses.
+
+A YAML file states only what differs from these defaults; `key.path=value` overrides come on top; `load` returns
+plain dataclasses, checked. Nothing outside this file holds a default, and nothing is read from the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megasora.errors import MegaSoraError
+
+MAX_YAML_BYTES = 1 << 20
+
+
+@dataclass
+class RunConfig:
+    dir: str = "runs/default"  # everything that the run writes goes here
+    seed: int = 0  # weights, order of the data, noise, timesteps, dropout
+    steps: int = 100_000  # optimizer steps
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    threads: int = 0  # CPU threads of torch in a process; 0: cores / processes
+
+
+@dataclass
+class CodecConfig:
+    name: str = "dct"
+    factors: list[int] = field(default_factory=lambda: [4, 8, 8])  # frames, pixels, pixels of one latent
+    channels: int = 96  # coefficients kept of 3 * product(factors), lowest frequencies first
+
+
+@dataclass
+class TextConfig:
+    name: str = "bytes"  # bytes | t5 | clip
+    path: str = ""  # t5, clip: a folder or a hub name
+    max_tokens: int = 64  # longest caption; a longer one is refused, never cut
+
+
+@dataclass
+class DataConfig:
+    shards: str = ""  # folder written by `megasora ingest`
+    patch: list[int] = field(default_factory=lambda: [1, 1, 1])  # latents in a token: frames, rows, columns
+    tokens_per_pack: int = 4096  # static length of one micro-batch
+    packs_per_step: int = 8  # packs of all data-parallel ranks in one optimizer step
+    lookahead: int = 1024  # clips among which the one that fills a pack best is searched
+    prefetch: int = 2  # packs read ahead of the step
+
+
+@dataclass
+class IngestConfig:
+    missing_caption: str = "error"  # error | skip | empty
+    max_height: int = 4320  # pixels
+    max_width: int = 7680  # pixels
+    max_frames: int = 7200
+    max_clip_mib: int = 4096  # decoded size in memory
+    shard_mib: int = 256  # a shard is closed when it reaches this size
+    threads: int = 0  # decoders side by side; 0: one a core
+
+
+@dataclass
+class ModelConfig:
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    modulation: str = "block"  # block: a projection in each block (DiT); shared: one and a table a block (PixArt, Wan)
+    qk_norm: str = "head"  # head: RMSNorm of each head; none
+    rope_base: float = 10_000.0
+    text_depth: int = 1  # self-attention blocks over the text tokens
+    recompute: str = "none"  # none | full: recompute each block's activations in the backward pass
+
+
+@dataclass
+class ConditionConfig:
+    """How often which latent frames of a training clip are given clean; relative weights."""
+
+    none: float = 0.6
+    first: float = 0.15
+    last: float = 0.05
+    head: float = 0.08  # the first k frames, k drawn
+    tail: float = 0.06
+    both: float = 0.06  # k frames at either end
+
+
+@dataclass
+class ObjectiveConfig:
+    timestep_mean: float = 0.0  # logit-normal
+    timestep_std: float = 1.0
+    shift: float = 1.0  # t' = a t / (1 + (a - 1) t), a = shift * sqrt(tokens / shift_tokens), at least 1
+    shift_tokens: int = 256
+    caption_dropout: float = 0.1
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+
+
+@dataclass
+class OptimConfig:
+    rate: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup: int = 1000  # steps from 0 to rate
+    final_rate: float = 0.05  # the cosine ends at this fraction of rate
+    clip: float = 1.0  # global gradient norm
+    ema: float = 0.9999  # decay of the averaged weights, per step
+
+
+@dataclass
+class ParallelConfig:
+    zero_stage: int = 1  # 1: optimizer states sharded over the data axis; 2: gradients too
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass
+class ValidationConfig:
+    every: int = 1000  # steps
+    clips: int = 64  # of the held-out split; 0: all
+    bins: int = 5  # timestep bins
+
+
+@dataclass
+class SampleConfig:
+    solver: str = "heun"  # euler | heun
+    steps: int = 30
+    guidance: float = 4.0
+    size: str = "32x32"  # height x width, pixels
+    frames: int = 9
+    fps: float = 12.0
+
+
+@dataclass
+class EvaluationConfig:
+    prompts: int = 0  # rendered-clip prompts sampled and read back by the detector; 0: none
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "offline"  # offline | online | disabled
+    project: str = "megasora"
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    ingest: IngestConfig = field(default_factory=IngestConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Defaults, then the YAML file at `path`, then `key.path=value` overrides; checked by `validate`.
+
+    Raises MegaSoraError that names the key and the nearest valid one, or the value and what it must be.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    layers: list[tuple[str, dict]] = []
+    if path is not None:
+        layers.append((str(path), read_yaml(Path(path))))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise MegaSoraError(f"override '{text}' is not of the form key.path=value, e.g. run.steps=100")
+        refuse_aliases(value, f"override '{text}'")
+        layers.append((f"override '{text}'", OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
+
+    tree = OmegaConf.structured(Config)
+    for source, values in layers:
+        refuse_unknown_keys(values, Config, source)
+        try:
+            tree = OmegaConf.merge(tree, values)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise MegaSoraError(f"{source}: {getattr(error, 'full_key', None) or ''}: {reason}") from None
+    config: Config = OmegaConf.to_object(tree)
+    validate(config)
+    return config
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; size limited, aliases refused."""
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise MegaSoraError(f"no configuration file {path}{hint}")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise MegaSoraError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {MAX_YAML_BYTES}")
+    text = path.read_text(encoding="utf-8")
+    refuse_aliases(text, str(path))
+    values = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+    if not isinstance(values, dict):
+        raise MegaSoraError(f"{path} holds a {type(values).__name__}; a configuration is a mapping of sections")
+    return values
+
+
+def refuse_aliases(text: str, source: str) -> None:
+    """A few bytes of YAML aliases expand to gigabytes; text that is no YAML at all is refused here too."""
+    import yaml
+
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise MegaSoraError(f"{source}: YAML aliases (*name) are not accepted; write the value out")
+        yaml.compose(text)
+    except yaml.YAMLError as error:
+        raise MegaSoraError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def refuse_unknown_keys(values: Any, schema: type, source: str, prefix: str = "") -> None:
+    known = {f.name: f for f in dataclasses.fields(schema)}
+    if not isinstance(values, dict):
+        raise MegaSoraError(f"{source}: {prefix or 'the file'} is a section; give {prefix}.<key>, one of {', '.join(known)}")
+    for key, value in values.items():
+        if key not in known:
+            full = every_key(Config)
+            near = difflib.get_close_matches(f"{prefix}.{key}".strip("."), full, 1, 0.5)
+            leaf = [k for k in full if k.rsplit(".", 1)[-1] == str(key)]
+            hint = (leaf or near or [None])[0]
+            raise MegaSoraError(
+                f"{source}: unknown key '{f'{prefix}.{key}'.strip('.')}'"
+                + (f"; did you mean '{hint}'?" if hint else f"; known keys: {', '.join(known)}")
+            )
+        section = section_type(schema, key)
+        if section is not None:
+            refuse_unknown_keys(value, section, source, f"{prefix}.{key}".strip("."))
+
+
+def section_type(schema: type, key: str) -> type | None:
+    """The dataclass of a section, or None where the key holds a plain value."""
+    kind = type(getattr(schema(), key))
+    return kind if dataclasses.is_dataclass(kind) else None
+
+
+def every_key(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, sections included."""
+    keys = []
+    for f in dataclasses.fields(schema):
+        full = f"{prefix}.{f.name}".strip(".")
+        section = section_type(schema, f.name)
+        keys += [full, *(every_key(section, full) if section else [])]
+    return keys
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved tree, as saved in the run folder."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> list[str]:
+    """`key: theirs -> ours` for each key in which two configurations differ."""
+    left, right = dataclasses.asdict(theirs), dataclasses.asdict(ours)
+    lines = []
+    for key in every_key(Config):
+        a: Any = left
+        b: Any = right
+        for part in key.split("."):
+            a, b = a[part], b[part]
+        if not isinstance(a, dict) and a != b and not any(key == i or key.startswith(i + ".") for i in ignore):
+            lines.append(f"{key}: {a} -> {b}")
+    return lines
+
+
+def parse_size(text: str, key: str) -> tuple[int, int]:
+    """'48x80' -> (height 48, width 80), pixels."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise MegaSoraError(f"{key}={text} is not HEIGHTxWIDTH in pixels, e.g. 48x80")
+    return int(height), int(width)
+
+
+def token_pixels(config: Config) -> tuple[int, int, int]:
+    """Frames, rows and columns of pixels that one token covers."""
+    t, h, w = (f * p for f, p in zip(config.codec.factors, config.data.patch, strict=True))
+    return t, h, w
+
+
+def validate(config: Config) -> None:
+    """Every check that needs no data and no process group; the message has the key, the numbers and the remedy."""
+    m, d, c, o = config.model, config.data, config.codec, config.objective
+    one_of("run.device", config.run.device, ("auto", "cpu", "cuda"))
+    one_of("run.dtype", config.run.dtype, ("auto", "float32", "bfloat16"))
+    one_of("codec.name", c.name, ("dct",))
+    one_of("text.name", config.text.name, ("bytes", "t5", "clip"))
+    one_of("ingest.missing_caption", config.ingest.missing_caption, ("error", "skip", "empty"))
+    one_of("model.modulation", m.modulation, ("block", "shared"))
+    one_of("model.qk_norm", m.qk_norm, ("head", "none"))
+    one_of("model.recompute", m.recompute, ("none", "full"))
+    one_of("sample.solver", config.sample.solver, ("euler", "heun"))
+    one_of("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
+    one_of("parallel.zero_stage", config.parallel.zero_stage, (1, 2))
+
+    for key, values in (("codec.factors", c.factors), ("data.patch", d.patch)):
+        if len(values) != 3 or any(v < 1 for v in values):
+            raise MegaSoraError(f"{key}={values} must be three positive integers: frames, height, width")
+    most = 3 * c.factors[0] * c.factors[1] * c.factors[2]
+    if c.name == "dct" and not 3 <= c.channels <= most:
+        raise MegaSoraError(f"codec.channels={c.channels} must be from 3 to 3 x {' x '.join(map(str, c.factors))} = {most}")
+    if d.patch[0] != 1:
+        raise MegaSoraError(f"data.patch={d.patch}: the first must be 1; raise codec.factors[0] for longer tokens")
+
+    for section in (config.run, d, config.ingest, m, o, config.optim, config.checkpoint, config.validation, config.sample):
+        for f in dataclasses.fields(section):
+            value = getattr(section, f.name)
+            if isinstance(value, float) and value != value:
+                raise MegaSoraError(f"{type(section).__name__.removesuffix('Config').lower()}.{f.name} is NaN")
+    at_least("run.steps", config.run.steps, 1)
+    at_least("run.threads", config.run.threads, 0)
+    for key in ("width", "depth", "heads", "mlp_ratio", "rope_base"):
+        positive(f"model.{key}", getattr(m, key))
+    at_least("model.text_depth", m.text_depth, 0)
+    for key in ("tokens_per_pack", "packs_per_step", "lookahead", "prefetch"):
+        at_least(f"data.{key}", getattr(d, key), 1)
+    for key in ("max_height", "max_width", "max_frames", "max_clip_mib", "shard_mib"):
+        at_least(f"ingest.{key}", getattr(config.ingest, key), 1)
+    if m.width % m.heads:
+        legal = [n for n in range(1, m.width + 1) if m.width % n == 0 and (m.width // n) % 2 == 0]
+        near = sorted(sorted(legal, key=lambda n: abs(n - m.heads))[:4])
+        raise MegaSoraError(f"model.heads={m.heads} must divide model.width={m.width}; use {', '.join(map(str, near))}")
+    head = m.width // m.heads
+    if head % 2 or head < 6:
+        raise MegaSoraError(
+            f"model.width={m.width} / model.heads={m.heads} = {head}: the head dim must be even and at least 6 (3D RoPE)"
+        )
+    for key in ("timestep_std", "shift"):
+        positive(f"objective.{key}", getattr(o, key))
+    at_least("objective.shift_tokens", o.shift_tokens, 1)
+    if not 0 <= o.caption_dropout < 1:
+        raise MegaSoraError(f"objective.caption_dropout={o.caption_dropout} must be from 0 to below 1")
+    weights = dataclasses.asdict(o.condition)
+    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise MegaSoraError(f"objective.condition={weights}: weights are not negative and not all zero")
+    optim = config.optim
+    positive("optim.rate", optim.rate)
+    positive("optim.clip", optim.clip)
+    positive("optim.eps", optim.eps)
+    at_least("optim.warmup", optim.warmup, 0)
+    at_least("optim.weight_decay", optim.weight_decay, 0)
+    if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
+        raise MegaSoraError(f"optim.betas={optim.betas} must be two numbers from 0 to below 1")
+    if not 0 <= optim.ema < 1:
+        raise MegaSoraError(f"optim.ema={optim.ema} must be from 0 (no averaging) to below 1")
+    at_least("checkpoint.every", config.checkpoint.every, 1)
+    at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    at_least("validation.every", config.validation.every, 1)
+    at_least("validation.clips", config.validation.clips, 0)
+    at_least("validation.bins", config.validation.bins, 1)
+    at_least("sample.steps", config.sample.steps, 1)
+    at_least("sample.frames", config.sample.frames, 1)
+    positive("sample.fps", config.sample.fps)
+    at_least("sample.guidance", config.sample.guidance, 0)
+    at_least("evaluation.prompts", config.evaluation.prompts, 0)
+    parse_size(config.sample.size, "sample.size")
+    if config.text.name != "bytes" and not config.text.path:
+        raise MegaSoraError(f"text.name={config.text.name} needs text.path, a folder or a hub name of its weights")
+    at_least("text.max_tokens", config.text.max_tokens, 1)
+
+
+def one_of(key: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise MegaSoraError(f"{key}={value} must be one of {', '.join(map(str, allowed))}{hint}")
+
+
+def at_least(key: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise MegaSoraError(f"{key}={value} must be at least {low}")
+
+
+def positive(key: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise MegaSoraError(f"{key}={value} must be a positive number")

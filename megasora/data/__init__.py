@@ -1,0 +1,1 @@
+"""Clips to shards to packs."""

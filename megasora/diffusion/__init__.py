@@ -1,0 +1,1 @@
+"""Objectives, timesteps, noise and samplers; pure tensors."""

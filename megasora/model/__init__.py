@@ -1,0 +1,1 @@
+"""The video diffusion transformer; knows kernels and configuration only."""

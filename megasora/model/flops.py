@@ -1,0 +1,72 @@
+"""How much arithmetic a pack is and how many weights a model has, in closed form.
+
+A multiplication with its addition counts 2. Matrix products and attention count, norms and activations do not (a few
+per mille); so do real tokens and text alone: no padding, no recompute. This is the numerator of MFU.
+
+    forward = linear terms per token, row, segment and text token
+            + depth * 4 D sum(l (l + s))        attention of each segment's l tokens to themselves and to s of text
+            + text_depth * 4 D sum(s^2)
+    training = 3 forward                        each product has two in the backward pass
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megasora.config import ModelConfig
+
+TIMESTEP_FREQUENCIES = 256  # inputs of the timestep embedding
+NATIVE_FEATURES = 6  # inputs of the native-size embedding
+
+
+def mlp_hidden(config: ModelConfig) -> int:
+    return int(config.width * config.mlp_ratio)
+
+
+def pack_flops(
+    config: ModelConfig,
+    patch_dim: int,
+    cu_segments: Tensor,
+    cu_text: Tensor,
+    num_rows: int | None = None,
+    text_dim: int | None = None,
+    training: bool = True,
+) -> int:
+    """FLOPs of one pack, forward and backward, or forward alone.
+
+    `cu_segments`, `cu_text`: int [G + 1], as in VideoBatch. `num_rows`: None for one a segment. `text_dim`: numbers of a
+    text token as its encoder gives it; None for the width (`bytes`, whose words are summed embeddings).
+    """
+    d, ff, depth = config.width, mlp_hidden(config), config.depth
+    video, text = cu_segments.diff().tolist(), cu_text.diff().tolist()
+    tokens, words, clips = sum(video), sum(text), len(video)
+    rows = clips if num_rows is None else num_rows
+
+    per_token = depth * (6 * d * d + 2 * d * d) + depth * 4 * d * d + depth * 4 * d * ff  # self, cross (q, out), MLP
+    per_token += 2 * patch_dim * d * 2  # in and out
+    per_text_token = depth * 4 * d * d  # keys and values of the cross-attention
+    per_text_token += 2 * (text_dim or d) * d + 2 * d * d + config.text_depth * 16 * d * d  # the embedder
+    modulations = 1 if config.modulation == "shared" else depth
+    per_row = modulations * 12 * d * d + 4 * d * d + 2 * (TIMESTEP_FREQUENCIES * d + d * d)
+    per_clip = 2 * (NATIVE_FEATURES * d + d * d) + 2 * d * d  # native size, pooled caption
+
+    pairs = depth * sum(n * (n + s) for n, s in zip(video, text, strict=True))
+    pairs += config.text_depth * sum(s * s for s in text)
+    forward = tokens * per_token + words * per_text_token + rows * per_row + clips * per_clip + 4 * d * pairs
+    return 3 * forward if training else forward
+
+
+def num_parameters(config: ModelConfig, patch_dim: int) -> int:
+    """Weights of a VideoDiT without its text embedder."""
+    d, ff = config.width, mlp_hidden(config)
+    head_norms = 4 * (d // config.heads) if config.qk_norm == "head" else 0  # q and k, self and cross
+    attention = 2 * (4 * d * d + 4 * d) + head_norms + 2 * d  # self, cross, the norm before cross
+    mlp = 2 * d * ff + ff + d
+    projection = 6 * d * d + 6 * d
+    shared = config.modulation == "shared"
+    blocks = config.depth * (attention + mlp + (6 * d if shared else projection))
+    timestep = TIMESTEP_FREQUENCIES * d + d * d + 2 * d
+    native = NATIVE_FEATURES * d + d * d + 2 * d
+    caption = d + 2 * d + d * d + d  # null token, norm and projection of the pooled caption
+    ends = 2 * patch_dim * d + d + patch_dim + 2 * d * d + 2 * d  # patches in and out, final modulation
+    return blocks + (projection if shared else 0) + timestep + native + caption + ends

@@ -1,0 +1,1 @@
+"""What a person sees of a run and of the machine: metrics, progress, reports, the doctor."""

@@ -1,0 +1,1 @@
+"""What tests and demonstrations share: procedural clips, comparisons, process spawning."""

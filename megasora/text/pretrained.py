@@ -1,0 +1,212 @@
+"""`t5` and `clip`: a frozen text encoder made by others, run once at ingest through transformers.
+
+    captions --tokenizer--> ids --encoder--> features [S_i, E]        at ingest; kept in the shards
+    features [S, E] --embedder (trained)--> tokens [S, D]             at every step
+
+Training needs only the folder's config and the fingerprint of its weights; the weights themselves are loaded by the
+first `encode`. Features are fp32 on the CPU whatever the encoder runs in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megasora.config import TextConfig
+from megasora.errors import MegaSoraError
+from megasora.kernels.attention import Segments
+from megasora.text.bytes import TextBlock
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# text.name -> model_type in config.json -> the class of transformers
+ENCODERS = {
+    "t5": {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"},
+    "clip": {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"},
+}
+ENCODER_BATCH = 16  # captions in one call of the encoder
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # what transformers prefers comes first
+SMALL_FILES = ["*.json", "*.model", "*.txt"]  # config and tokenizer
+PAGES, PAGE_BYTES = 64, 4096  # of each weights file, hashed for the fingerprint
+
+
+class PretrainedEncoder:
+    """caption -> fp32 [S_i, E]. Raises MegaSoraError where `text.path` cannot be read or transformers is missing."""
+
+    precomputed = True
+
+    def __init__(self, config: TextConfig, device: torch.device | str | None = None):
+        """`device`: where the encoder runs; None takes the GPU where there is one."""
+        self.name, self.path, self.max_tokens = config.name, config.path, config.max_tokens
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.transformers = import_transformers(config.name)
+        self.folder = find_folder(config.path)
+        self.model_type, self.weights_config = read_config(self.folder, config)
+        self.model_class = getattr(self.transformers, ENCODERS[config.name][self.model_type])
+        self.weights = find_weights(self.folder, config.path)
+        architecture = self.load(self.model_class.config_class.from_pretrained)
+        self.text_dim = architecture.hidden_size  # E
+        positions = getattr(architecture, "max_position_embeddings", None)
+        if positions and config.max_tokens > positions:
+            raise MegaSoraError(
+                f"text.max_tokens={config.max_tokens} is more than the {positions} positions of text.path={config.path}; "
+                f"use at most {positions}"
+            )
+        self.loading = threading.Lock()  # ingest encodes from several threads
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Encoders with the same fingerprint give the same features. Sizes and a spread of pages of the weights' files
+        stand for the weights: a few MB are read however large they are."""
+        digest = hashlib.sha256(json.dumps(self.weights_config, sort_keys=True).encode())
+        for path in self.weights:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as file:
+                for page in range(PAGES):
+                    file.seek(max(0, size - PAGE_BYTES) * page // (PAGES - 1))
+                    digest.update(file.read(PAGE_BYTES))
+        return f"{self.name}-{self.model_type}-{digest.hexdigest()[:16]}"
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.load(self.transformers.AutoTokenizer.from_pretrained)
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        model, info = self.load(self.model_class.from_pretrained, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise MegaSoraError(
+                f"text.path={self.path} lacks {len(missing)} weights of a {self.model_class.__name__}, e.g. {missing[0]}; "
+                f"give the folder of a whole {self.name} encoder"
+            )
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def load(self, from_pretrained: Any, **options: Any) -> Any:
+        try:
+            return from_pretrained(self.folder, local_files_only=True, **options)
+        except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds on damaged files
+            raise unreadable(self.path, error) from None
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> list[Tensor]:
+        """Features of the real tokens of each caption, at least one.
+
+        Raises MegaSoraError where a caption has more than `text.max_tokens` tokens; none is cut.
+        """
+        with self.loading:
+            ids = [self.tokenize(caption) for caption in captions]
+            features = []
+            for i in range(0, len(ids), ENCODER_BATCH):
+                features += self.encode_batch(ids[i : i + ENCODER_BATCH])
+        return features
+
+    def tokenize(self, caption: str) -> list[int]:
+        ids = self.tokenizer(caption, truncation=False, verbose=False)["input_ids"] or [self.filler]
+        if len(ids) > self.max_tokens:
+            raise MegaSoraError(
+                f"caption of {len(ids)} tokens ('{caption[:40]}...') is longer than text.max_tokens={self.max_tokens}; "
+                "shorten the caption or raise text.max_tokens"
+            )
+        return ids
+
+    @property
+    def filler(self) -> int:
+        """The token of an empty caption where the tokenizer adds none of its own, and behind the end of a caption."""
+        candidates = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    def encode_batch(self, ids: list[list[int]]) -> list[Tensor]:
+        longest = max(map(len, ids))
+        ids_BS = torch.full((len(ids), longest), self.filler)
+        mask_BS = torch.zeros_like(ids_BS)
+        for row, tokens in enumerate(ids):
+            ids_BS[row, : len(tokens)] = torch.tensor(tokens)
+            mask_BS[row, : len(tokens)] = 1
+        out = self.encoder(input_ids=ids_BS.to(self.device), attention_mask=mask_BS.to(self.device))
+        hidden_BSE = out.last_hidden_state.float().cpu()
+        return [hidden_BSE[row, : len(tokens)].clone() for row, tokens in enumerate(ids)]
+
+    def build_embedder(self, width: int, depth: int, heads: int) -> nn.Module:
+        return FeatureEmbedder(self.text_dim, width, depth, heads)
+
+
+class FeatureEmbedder(nn.Module):
+    """features [S, E] -> [S, D]: an MLP (as in Wan), then `depth` blocks of attention inside each caption, which a causal
+    encoder's features need most (the refiner of HunyuanVideo, arXiv 2412.03603)."""
+
+    def __init__(self, text_dim: int, width: int, depth: int, heads: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(text_dim, width), nn.Linear(width, width)
+        self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width) if depth else nn.Identity()
+
+    def forward(self, text_SE: Tensor, cu_text: Tensor) -> Tensor:
+        x_SD = self.down(F.gelu(self.up(text_SE.to(self.up.weight.dtype)), approximate="tanh"))
+        segments = Segments.from_cu_seqlens(cu_text, cu_text, len(x_SD), x_SD.device)
+        for block in self.blocks:
+            x_SD = block(x_SD, segments)
+        return self.norm(x_SD)
+
+
+def import_transformers(name: str) -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MegaSoraError(f"text.name={name} needs transformers ({error}): pip install megasora[encoders]") from None
+    return transformers
+
+
+def find_folder(path: str) -> Path:
+    """`path` itself, or the local copy of the hub repository of this name, downloaded where there is none."""
+    if Path(path).is_dir():
+        return Path(path)
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=[*SMALL_FILES, WEIGHTS[0]]))
+        if not any(folder.glob(WEIGHTS[0])):
+            huggingface_hub.snapshot_download(path, allow_patterns=[WEIGHTS[1]])
+    except Exception as error:  # no such folder or repository, no network, no permission
+        raise unreadable(path, error) from None
+    return folder
+
+
+def read_config(folder: Path, config: TextConfig) -> tuple[str, dict[str, Any]]:
+    """(model type, what config.json itself says about the text encoder: no default of a library's version)."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(config.path, error) from None
+    model_type, known = values.get("model_type"), ENCODERS[config.name]
+    if model_type not in known:
+        raise MegaSoraError(
+            f"text.path={config.path} holds a model of type '{model_type}'; text.name={config.name} reads {', '.join(known)}"
+        )
+    values = values.get("text_config", values)  # of a whole CLIP
+    volatile = ("_name_or_path", "transformers_version", "architectures")
+    return model_type, {key: value for key, value in values.items() if key not in volatile}
+
+
+def find_weights(folder: Path, path: str) -> list[Path]:
+    for pattern in WEIGHTS:
+        if found := sorted(folder.glob(pattern)):
+            return found
+    raise MegaSoraError(f"text.path={path} holds no weights: looked for {' and '.join(WEIGHTS)} in {folder}")
+
+
+def unreadable(path: str, error: Exception) -> MegaSoraError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return MegaSoraError(
+        f"text.path={path} cannot be loaded ({type(error).__name__}: {reason}); give a folder that save_pretrained wrote, "
+        "or a hub name that this machine can reach or has downloaded"
+    )

@@ -1,0 +1,83 @@
+"""`python -m megasora.train CONFIG [key=value ...]`, alone or under torchrun: trains a run, or goes on with it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from megasora.config import Config, differences, load
+from megasora.errors import MegaSoraError
+
+# what may change between two launches of one run without changing what is trained
+FREE_KEYS = (
+    "run.dir", "run.device", "run.threads", "data.shards", "data.prefetch", "ingest", "checkpoint", "validation", "sample",
+    "evaluation", "wandb",
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(__doc__, "\n\nExample: torchrun --nproc-per-node 2 -m megasora.train configs/demo.yaml run.dir=runs/demo")
+            return 0 if arguments else 2
+        config = load(arguments[0], arguments[1:])
+        check_run_folder(config)
+        check_data(config)
+        train(config)
+        return 0
+    except MegaSoraError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megasora: error: {error}", file=sys.stderr)
+        return 2
+
+
+def check_run_folder(config: Config) -> None:
+    """A run folder belongs to one configuration."""
+    saved = Path(config.run.dir) / "config.yaml"
+    if not saved.is_file():
+        return
+    changed = differences(config, load(saved), FREE_KEYS)
+    if changed:
+        raise MegaSoraError(
+            f"run.dir={config.run.dir} already holds another configuration ({'; '.join(changed[:8])}); "
+            "choose another run.dir or give the saved values"
+        )
+
+
+def check_data(config: Config) -> None:
+    """Everything about the data that can be known before a process group or a weight exists."""
+    from megasora.build import patch_dim
+    from megasora.codec import build_codec
+    from megasora.data.loader import PackLoader
+    from megasora.data.shards import Shards, check_fingerprints
+    from megasora.parallel.world import world_size
+    from megasora.text import build_text_encoder
+
+    if not config.data.shards:
+        raise MegaSoraError("data.shards is not set; give the folder that `megasora ingest` wrote: data.shards=data/shards")
+    folder = Path(config.data.shards)
+    shards = Shards.open(folder, "train")
+    encoder = build_text_encoder(config.text)
+    check_fingerprints(
+        shards.manifest, folder, build_codec(config.codec).fingerprint, encoder.fingerprint, list(config.data.patch)
+    )
+    if shards.manifest.patch_dim != patch_dim(config):
+        raise MegaSoraError(f"{folder} has tokens of {shards.manifest.patch_dim} numbers, this run {patch_dim(config)}")
+    PackLoader(shards, config.data, config.run.seed, None, 0, world_size())
+
+
+def train(config: Config) -> None:
+    import torch
+
+    from megasora.parallel.world import join_world
+    from megasora.trainer import Trainer
+
+    with join_world(config.run.device) as world:
+        torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
+        Trainer(config, world).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The loop. In: a configuration and the processes. Out: the run folder.
+
+    packs = next(loader); for pack in packs: engine.backward(objective(engine, pack, step)); step
+
+All that is drawn is keyed by (seed, step, sample id), and the loss is one sum over the tokens of all ranks divided once by
+their number, so neither the number of ranks nor a stop and a resume changes a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import megasora
+from megasora.batch import VideoBatch
+from megasora.checkpoint.store import CheckpointStore, remove_parts, verify, write_whole
+from megasora.config import Config, to_yaml
+from megasora.data.loader import Cursor, PackLoader
+from megasora.data.pack import make_batch, plan_epoch
+from megasora.data.shards import Shards
+from megasora.diffusion.flow import FlowMatching, velocity_error
+from megasora.errors import MegaSoraError
+from megasora.model.flops import pack_flops
+from megasora.observe.metrics import JsonLines, ProgressLine, WandbLog
+from megasora.observe.stopwatch import Stopwatch
+from megasora.optim.ema import ShardedEMA
+from megasora.optim.schedule import rate_at
+from megasora.parallel.world import World
+from megasora.parallelize import parallelize
+from megasora.text import build_text_encoder
+
+EMA_FILE, MODEL_FILE, STATE_FILE = "ema.safetensors", "model.safetensors", "state.json"
+
+
+class Trainer:
+    def __init__(self, config: Config, world: World):
+        self.config, self.world, self.run_dir = config, world, Path(config.run.dir)
+        encoder = build_text_encoder(config.text)
+        self.encode = None if encoder.precomputed else (lambda caption: encoder.encode([caption])[0])
+        folder = Path(config.data.shards)
+        self.train_split, self.val_split = Shards.open(folder, "train"), Shards.open(folder, "val")
+        self.objective = FlowMatching(config.objective, config.run.seed)
+        self.engine = parallelize(config, world)
+        self.fragments = self.engine.fragments()
+        self.ema = ShardedEMA([f.values for f in self.fragments], config.optim.ema)
+        self.store = CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
+        self.step, cursor = self.resume()
+        self.loader = PackLoader(
+            self.train_split, config.data, config.run.seed, self.encode, world.rank, world.size, cursor
+        )
+        self.cursor = cursor
+        self.peak_flops = measured_peak(world.device) if world.device.type == "cuda" else None
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        config, main = self.config, self.world.is_main
+        if self.step >= config.run.steps:
+            return
+        if main:
+            self.metrics = JsonLines(self.run_dir / "metrics.jsonl")
+            self.validations = JsonLines(self.run_dir / "validation.jsonl")
+            self.wandb = WandbLog(config.wandb, self.run_dir, dataclasses.asdict(config))
+            self.progress = ProgressLine(config.run.steps, self.step)
+            self.describe()
+        if self.step == 0:
+            self.validate()
+        watch, warned = Stopwatch(self.world.device), None
+        for packs in self.loader:
+            watch.lap("data")
+            line = self.train_step(packs.batches, watch)
+            self.cursor, self.step = packs.after, self.step + 1
+            times = watch.read()
+            if main:
+                line = self.finish_line(line, packs.real_tokens, times)
+                self.metrics.write(line)
+                self.wandb.write(self.step, line)
+                text = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
+                self.progress.update(self.step, text)
+                if self.wandb.warning and self.wandb.warning != warned:
+                    warned = self.wandb.warning
+                    self.progress.say(warned)
+            last = self.step == config.run.steps
+            if last or self.step % config.validation.every == 0:
+                self.validate()
+            if last or self.step % config.checkpoint.every == 0:
+                self.save()
+            if last:
+                break
+            watch.read()  # validation and saving are not part of a step
+        if main:
+            self.progress.close()
+            self.wandb.close()
+            self.metrics.close()
+            self.validations.close()
+
+    def train_step(self, batches: list[VideoBatch], watch: Stopwatch) -> dict[str, Any]:
+        """One optimizer step on this rank's packs; the numbers are of all ranks."""
+        config = self.config
+        rate = rate_at(self.step, config.run.steps, config.optim)
+        counts = [self.objective.num_tokens(batch, self.step) for batch in batches]
+        tokens = int(self.world.sum(torch.tensor(sum(counts))))
+        watch.lap("data")
+        error = torch.zeros((), dtype=torch.float64)
+        norm = None
+        for batch in batches:
+            loss = self.objective(self.engine, batch.to(self.world.device), self.step)
+            watch.lap("forward")
+            self.engine.backward(loss.error / tokens)
+            error += loss.error.detach().double().cpu()
+            watch.lap("backward")
+            norm = self.engine.finish_pack(rate)
+            watch.lap("optimizer")
+        self.ema.update()
+        flops = sum(self.flops(batch) for batch in batches) if self.peak_flops else 0.0
+        totals = self.world.sum(torch.stack((error, torch.tensor(float(flops), dtype=torch.float64))))
+        loss = float(totals[0]) / tokens
+        if not math.isfinite(loss) or norm is None or not math.isfinite(norm):
+            raise MegaSoraError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was saved after step "
+                f"{self.step // config.checkpoint.every * config.checkpoint.every}; lower optim.rate={config.optim.rate}"
+            )
+        watch.lap("optimizer")
+        return {"step": self.step + 1, "loss": loss, "grad_norm": norm, "rate": rate, "flops": float(totals[1])}
+
+    def finish_line(self, line: dict[str, Any], real_tokens: int, times: dict[str, float]) -> dict[str, Any]:
+        flops, seconds = line.pop("flops"), times["step"]
+        slots = self.config.data.tokens_per_pack * self.config.data.packs_per_step
+        line |= {
+            "tokens_per_second": real_tokens / seconds,
+            "padding": 1 - real_tokens / slots,
+            **{f"time_{name}": round(t, 5) for name, t in times.items()},
+            "mfu": flops / seconds / (self.peak_flops * self.world.size) if self.peak_flops else None,
+            "memory_gib": round(peak_memory(self.world.device) / 2**30, 3),
+        }
+        return line
+
+    def flops(self, batch: VideoBatch) -> float:
+        patch_dim, text_dim = batch.patches_LP.shape[1], self.train_split.manifest.text_dim or None
+        return pack_flops(self.config.model, patch_dim, batch.cu_segments, batch.cu_text, text_dim=text_dim)
+
+    def describe(self) -> None:
+        """One line on the run, and run.json for the report."""
+        parameters = sum(p.numel() for p in self.engine.module.parameters())
+        facts = {
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": self.world.size, "parameters": parameters,
+            "device": str(self.world.device), "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__, "megasora": megasora.__version__,
+            "clips": len(self.train_split), "validation_clips": len(self.val_split),
+        }  # fmt: skip
+        write_whole(self.run_dir / "run.json", json.dumps(facts, indent=1) + "\n")
+        tokens = self.config.data.tokens_per_pack * self.config.data.packs_per_step
+        self.progress.say(
+            f"{parameters / 1e6:.2f}M parameters, {len(self.train_split):,} clips, {self.world.size} processes on "
+            f"{self.world.device}, {tokens:,} tokens a step, from step {self.step} to {self.config.run.steps}"
+        )
+
+    # ------------------------------------------------------------------ validation
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """The loss by timestep bin on held-out clips, always with the same noise: only the weights change it."""
+        count = len(self.val_split)
+        if self.config.validation.clips:
+            count = min(count, self.config.validation.clips)
+        if count == 0:
+            return
+        config, bins = self.config, self.config.validation.bins
+        packs = plan_epoch(self.val_split.tokens()[:count], config.data.tokens_per_pack, count, 0, 0)
+        sums = torch.zeros(bins, 2, dtype=torch.float64)
+        self.engine.module.eval()
+        for pack in packs[self.world.rank :: self.world.size]:
+            records = [self.val_split.read(i, self.encode) for i in pack]
+            batch = make_batch(records, config.data.tokens_per_pack).to(self.world.device)
+            for i in range(bins):
+                noised, target, weight = self.objective.at_level(batch, (i + 0.5) / bins, stream=i)
+                loss = velocity_error(self.engine.module(noised), target, weight)
+                sums[i] += torch.tensor([float(loss.error), loss.tokens], dtype=torch.float64)
+        self.engine.module.train()
+        sums = self.world.sum(sums).cpu()
+        if self.world.is_main:
+            losses = (sums[:, 0] / sums[:, 1]).tolist()
+            line = {
+                "step": self.step,
+                "loss": sum(losses) / bins,
+                "bins": [{"low": i / bins, "high": (i + 1) / bins, "loss": loss} for i, loss in enumerate(losses)],
+            }
+            self.validations.write(line)
+            self.wandb.write(self.step, {"validation_loss": line["loss"]})
+            self.progress.say(f"step {self.step}: validation loss {line['loss']:.4f}")
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        """Every rank writes its part; the main one makes the save visible once all of them have."""
+        if self.world.is_main:
+            self.store.begin(self.step)
+        self.world.barrier()
+        part = self.store.part(self.step)
+        self.engine.save(part)
+        averages = [dataclasses.replace(f, values=a) for f, a in zip(self.fragments, self.ema.averages, strict=True)]
+        for file, fragments in ((EMA_FILE, averages), (MODEL_FILE, self.fragments)):
+            full = self.engine.full_tensors(fragments)
+            if full is not None:
+                save_file(full, part / file, metadata={"step": str(self.step)})
+        self.world.barrier()
+        if self.world.is_main:
+            state = {
+                "step": self.step, "cursor": dataclasses.asdict(self.cursor), "world_size": self.world.size,
+                "ema_updates": self.ema.updates,
+            }  # fmt: skip
+            write_whole(part / STATE_FILE, json.dumps(state) + "\n")
+            self.store.commit(self.step)
+        self.world.barrier()
+
+    def resume(self) -> tuple[int, Cursor]:
+        """Goes on from the newest checkpoint, or starts the run folder; (step, cursor)."""
+        if self.world.is_main:
+            self.store.folder.mkdir(parents=True, exist_ok=True)
+            remove_parts(self.store.folder)
+            write_whole(self.run_dir / "config.yaml", to_yaml(self.config))
+        self.world.barrier()
+        newest = self.store.newest()
+        if newest is None:
+            return 0, Cursor()
+        verify(newest)
+        state = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))
+        if state["world_size"] != self.world.size:
+            raise MegaSoraError(
+                f"{newest} was saved by {state['world_size']} processes, this launch has {self.world.size}; "
+                f"start {state['world_size']}"
+            )
+        self.engine.load(newest)
+        saved = load_file(newest / EMA_FILE)
+        for fragment, average in zip(self.fragments, self.ema.averages, strict=True):
+            average.copy_(saved[fragment.name].flatten()[fragment.start : fragment.start + len(average)])
+        self.ema.updates = state["ema_updates"]
+        return state["step"], Cursor(**state["cursor"])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measured_peak(device: torch.device, size: int = 8192, repeats: int = 10) -> float:
+    """FLOP/s of a large bf16 matrix product on this GPU: what MFU is a fraction of."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    product: Tensor = a @ a
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        torch.matmul(a, a, out=product)
+    end.record()
+    torch.cuda.synchronize()
+    return 2 * size**3 * repeats / (start.elapsed_time(end) / 1000)

@@ -1,0 +1,215 @@
+"""What is built from this tree, and what `make install` decides: tried from outside the tree, without network."""
+
+from __future__ import annotations
+
+import email
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = {".py", ".html", ".css", ".svg", ".md"}
+
+
+def python(code_or_module: list[str], cwd: Path, **environment: str) -> str:
+    """Standard output of this interpreter in a fresh process, which does not look into `cwd` for imports."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    command = [sys.executable, "-P", *code_or_module]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def shipped_files(folder: Path) -> set[str]:
+    """What a package must hold: every file of megasora/ that is shipped, kernels/ through the link included."""
+    package = folder / "megasora"
+    paths = [*package.rglob("*"), *(package / "kernels").rglob("*")]  # rglob does not enter links
+    return {str(path.relative_to(folder)) for path in paths if path.is_file() and path.suffix in SHIPPED}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what the packages are made from, so that building writes nothing into the tree."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("megasora", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory) -> SimpleNamespace:
+    """The sdist, and the wheel that is built from the sdist, each unpacked or installed in a folder of its own."""
+    out = tmp_path_factory.mktemp("built")
+    python(["-m", "build", "--no-isolation", "--outdir", str(out / "dist"), str(source)], cwd=out)
+    (wheel,), (sdist,) = (out / "dist").glob("*.whl"), (out / "dist").glob("*.tar.gz")
+    python(["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(out / "wheel"), str(wheel)], cwd=out)
+    shutil.unpack_archive(sdist, out / "sdist")
+    (unpacked,) = (out / "sdist").iterdir()
+    return SimpleNamespace(wheel=wheel, folders={"wheel": out / "wheel", "sdist": unpacked}, elsewhere=out)
+
+
+def wheel_file(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = [path for path in archive.namelist() if path.endswith(f".dist-info/{name}")]
+        return archive.read(path).decode()
+
+
+def test_kernels_are_reached_by_a_link_and_shadow_no_package():
+    assert os.readlink(ROOT / "megasora" / "kernels") == "../kernels"
+    assert not list(ROOT.glob("kernels/**/__init__.py"))
+    assert not list(ROOT.glob("tests/**/__init__.py"))
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_package_holds_every_file_of_the_tree_and_no_other(built, source, kind):
+    expected = shipped_files(source)
+    assert any(name.startswith("megasora/kernels/") for name in expected)
+    assert shipped_files(built.folders[kind]) == expected
+
+
+def test_wheel_puts_only_megasora_at_the_top_level(built):
+    with zipfile.ZipFile(built.wheel) as archive:
+        top = {name.split("/")[0] for name in archive.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"megasora"}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_package_and_its_kernels_import_from_another_folder(built, kind):
+    """The origin of each module tells the built package from the editable install, which also answers the import."""
+    folder = built.folders[kind]
+    names = sorted(path.stem for path in (folder / "megasora" / "kernels").glob("*.py"))
+    code = (
+        "import importlib, json, sys\n"
+        "modules = [importlib.import_module(name) for name in sys.argv[1:]]\n"
+        "print(json.dumps([module.__file__ for module in modules]))\n"
+    )
+    modules = ["megasora", "megasora.errors", *(f"megasora.kernels.{name}" for name in names)]
+    files = json.loads(python(["-c", code, *modules], cwd=built.elsewhere, PYTHONPATH=str(folder)).splitlines()[-1])
+    assert len(names) > 0
+    assert [file for file in files if not Path(file).is_relative_to(folder)] == []
+
+
+def test_wheel_declares_the_command_and_the_license(built):
+    assert "megasora = megasora.cli:main" in wheel_file(built.wheel, "entry_points.txt")
+    metadata = email.message_from_string(wheel_file(built.wheel, "METADATA"))
+    assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert "Apache License" in wheel_file(built.wheel, "licenses/LICENSE")
+
+
+def test_constraints_pin_every_requirement(built):
+    """All but flash-attn, which is built for the torch of the machine it is on."""
+    metadata = email.message_from_string(wheel_file(built.wheel, "METADATA"))
+    required = {re.match(r"[\w.-]+", line).group(0) for line in metadata.get_all("Requires-Dist")}
+    pinned = set(re.findall(r"^([\w.-]+)==[\w.]+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert required - pinned == {"flash-attn"}
+    assert "torch==2.13.0\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_version_has_one_source(source, tmp_path):
+    """Another version in megasora/__init__.py is the version of the package, and nothing is imported to find it."""
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, symlinks=True, ignore=shutil.ignore_patterns("*.egg-info", "build"))
+    init = copy / "megasora" / "__init__.py"
+    changed = re.sub(r'^__version__ = ".*"', '__version__ = "9.8.7"', init.read_text(), flags=re.MULTILINE)
+    init.write_text(changed + "\nraise RuntimeError('imported by setup.py')\n")
+    assert python(["setup.py", "--quiet", "--version"], cwd=copy).split() == ["9.8.7"]
+
+
+def test_import_is_light(tmp_path):
+    """`import megasora` loads no package but itself; seconds would depend on the machine, the modules do not."""
+    code = (
+        "import sys; before = set(sys.modules); import megasora, megasora.errors\n"
+        "loaded = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(sorted(loaded), megasora.__version__)\n"
+    )
+    loaded, version = python(["-c", code], cwd=tmp_path, PYTHONPATH=str(ROOT)).rsplit(" ", 1)
+    assert loaded == "['megasora']"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version.strip())
+
+
+# tools/install.py
+
+
+@pytest.fixture
+def install():
+    spec = importlib.util.spec_from_file_location("install", ROOT / "tools" / "install.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_interpreters(folder: Path, monkeypatch, **answers: str) -> None:
+    """Programs that answer the probe with a fixed line, alone on PATH."""
+    for name, answer in answers.items():
+        program = folder / name.replace("_", ".")
+        program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_python_3_11_is_taken_where_no_torch_sees_a_gpu(install, tmp_path, monkeypatch):
+    fake_interpreters(tmp_path, monkeypatch, python3="3.12", python3_11="3.11", python3_13="3.13")
+    assert install.choose_interpreter() == (str(tmp_path / "python3.11"), set())
+
+
+def test_interpreter_whose_torch_sees_a_gpu_is_taken_and_its_requirements_kept(install, tmp_path, monkeypatch):
+    answer = '3.12 torch triton setuptools<82 Typing_Extensions>=4.10 nvidia-nccl-cu13==2.28;sys_platform=="linux"'
+    fake_interpreters(tmp_path, monkeypatch, python3_11="3.11", python3=answer)
+    path, kept = install.choose_interpreter()
+    assert path == str(tmp_path / "python3")
+    assert kept == {"torch", "triton", "setuptools", "typing-extensions", "nvidia-nccl-cu13"}
+
+
+def test_old_python_is_refused_with_its_version_and_the_remedy(install, tmp_path, monkeypatch):
+    fake_interpreters(tmp_path, monkeypatch, python3="3.9")
+    with pytest.raises(SystemExit, match=r"python3 is 3\.9.*apt-get install python3\.11 python3\.11-venv"):
+        install.choose_interpreter()
+
+
+@pytest.mark.parametrize("sees_gpu", [True, False])
+def test_probe_reports_a_torch_exactly_if_it_sees_a_gpu(install, tmp_path, monkeypatch, sees_gpu):
+    (tmp_path / "torch.py").write_text(
+        f"class cuda:\n    @staticmethod\n    def is_available():\n        return {sees_gpu}\n"
+    )
+    metadata = tmp_path / "torch-2.11.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n"
+        'Requires-Dist: setuptools<82\nRequires-Dist: optree>=0.13; extra == "optree"\n'
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    version, kept = install.probe(os.path.realpath(sys.executable))
+    assert version == sys.version_info[:2]
+    assert kept == ({"torch", "triton", "setuptools"} if sees_gpu else set())
+
+
+def test_what_is_kept_is_neither_constrained_nor_installed(install, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        install.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0)
+    )
+    (tmp_path / "kept.txt").write_text("torch\ntriton\nsetuptools\n")
+    install.install(tmp_path, "dev")
+    all_lines = (ROOT / "constraints.txt").read_text().splitlines()
+    left_out = set(all_lines) - set((tmp_path / "constraints.txt").read_text().splitlines())
+    assert {line.split("==")[0] for line in left_out} == {"torch", "triton", "setuptools"}
+    assert all(str(tmp_path / "constraints.txt") in command for command in commands)
+    assert commands[0][-2:] == ["pip", "wheel"] and commands[1][-1] == f"{ROOT}[dev]"
+
+
+def test_failing_pip_stops_the_installation(install, tmp_path, monkeypatch):
+    monkeypatch.setattr(install.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=1))
+    with pytest.raises(SystemExit, match="make install"):
+        install.install(tmp_path, "dev")
