@@ -1,0 +1,129 @@
+"""A trained run, ready to answer prompts: codec, text encoder, model with its averaged weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from megasora.build import build_model, patch_dim
+from megasora.checkpoint.store import CheckpointStore, verify
+from megasora.codec import build_codec
+from megasora.config import Config, SampleConfig, load, token_pixels
+from megasora.data.pack import Record
+from megasora.data.patches import frames_to_float, frames_to_uint8, patchify, unpatchify
+from megasora.errors import MegaSoraError
+from megasora.sampling.generate import Prompt, generate
+from megasora.text import build_text_encoder
+
+WEIGHTS = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to make. `image`: uint8 [H, W, 3], its first frame. `number` keys its noise, together with the seed."""
+
+    prompt: str
+    height: int
+    width: int
+    frames: int
+    fps: float
+    image: np.ndarray | None = None
+    number: int = 0
+
+
+class Pipeline:
+    def __init__(self, config: Config, model: torch.nn.Module, run: str, step: int, device: torch.device):
+        self.config, self.run, self.step, self.device = config, run, step, device
+        self.model = model.to(device).eval()
+        self.codec, self.encoder = build_codec(config.codec), build_text_encoder(config.text)
+
+    @classmethod
+    def from_run(cls, run_dir: Path, weights: str = "ema", device: str = "auto") -> Pipeline:
+        """The newest checkpoint of a run folder. Raises MegaSoraError where there is none."""
+        if not (run_dir / "config.yaml").is_file():
+            raise MegaSoraError(f"{run_dir} is not a run folder: it has no config.yaml; train one with megasora train")
+        checkpoint = CheckpointStore(run_dir / "checkpoints").newest()
+        if checkpoint is None:
+            raise MegaSoraError(
+                f"{run_dir / 'checkpoints'} holds no checkpoint to sample from; train until step checkpoint.every="
+                f"{load(run_dir / 'config.yaml').checkpoint.every}, or to the end"
+            )
+        step = verify(checkpoint)["step"]
+        config = load(run_dir / "config.yaml")
+        model = build_model(config, patch_dim(config))
+        model.load_state_dict(load_file(checkpoint / WEIGHTS[weights]))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(config, model, run_dir.name, step, torch.device(device))
+
+    def check(self, request: Request) -> None:
+        """Raises MegaSoraError for a request that the model cannot answer."""
+        if not request.prompt.strip():
+            raise MegaSoraError("--prompt is empty; describe the clip, e.g. --prompt 'a red circle moves right'")
+        _, ph, pw = token_pixels(self.config)
+        if request.height % ph or request.width % pw:
+            near = f"{max(ph, round(request.height / ph) * ph)}x{max(pw, round(request.width / pw) * pw)}"
+            raise MegaSoraError(
+                f"--size {request.height}x{request.width} must be multiples of the {ph}x{pw} pixels that a token covers; "
+                f"nearest: {near}"
+            )
+        if request.frames < 1:
+            raise MegaSoraError(f"--frames {request.frames} must be at least 1")
+        if request.image is not None and request.image.shape[:2] != (request.height, request.width):
+            height, width = request.image.shape[:2]
+            raise MegaSoraError(
+                f"--image has {height}x{width} pixels, --size is {request.height}x{request.width}; leave --size out, or give "
+                "an image of that size"
+            )
+
+    def __call__(
+        self, requests: list[Request], sample: SampleConfig, seed: int, progress: Callable[[], None] = lambda: None
+    ) -> list[np.ndarray]:
+        """uint8 [F, H, W, 3] of each request; all are sampled side by side."""
+        for request in requests:
+            self.check(request)
+        prompts = [self.prompt(request) for request in requests]
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        with autocast:
+            patches = generate(self.model, prompts, self.config.objective, sample, seed, self.device, progress)
+        patch = tuple(self.config.data.patch)
+        videos = []
+        for request, prompt, tokens in zip(requests, prompts, patches, strict=True):
+            frames = self.codec.decode(unpatchify(tokens.float(), prompt.record.grid, patch))
+            videos.append(frames_to_uint8(frames)[: request.frames].numpy())
+        return videos
+
+    def prompt(self, request: Request) -> Prompt:
+        _, ph, pw = token_pixels(self.config)
+        grid = (self.codec.latent_frames(request.frames), request.height // ph, request.width // pw)
+        patches = torch.zeros(grid[0] * grid[1] * grid[2], patch_dim(self.config))
+        clean = (0, 0)
+        if request.image is not None:
+            frame = frames_to_float(torch.from_numpy(request.image)[None])
+            first, _ = patchify(self.codec.encode(frame), tuple(self.config.data.patch))
+            patches[: len(first)] = first
+            clean = (1, 0)
+        native = (request.height, request.width, request.frames, request.fps if request.frames > 1 else 0.0)
+        text = self.encoder.encode([request.prompt])[0]
+        return Prompt(Record(request.number, patches, grid, text, native, request.prompt), clean)
+
+    def provenance(self, prompt: str, seed: int) -> str:
+        """What a written file says of itself."""
+        return json.dumps(
+            {"ai_generated": True, "by": "MegaSora", "run": self.run, "step": self.step, "prompt": prompt, "seed": seed}
+        )
+
+
+def sample_settings(config: Config, **changes) -> SampleConfig:
+    """The run's `sample` section with what the caller gave; None leaves a setting as it is."""
+    given = {k: v for k, v in changes.items() if v is not None}
+    return dataclasses.replace(config.sample, **given)
+
+

@@ -1,0 +1,29 @@
+"""Contact sheets: a row of frames for each video, its prompt above."""
+
+from __future__ import annotations
+
+import numpy as np
+
+TEXT_HEIGHT, GAP = 14, 4
+
+
+def contact_sheet(videos: list[tuple[str, np.ndarray]], frames: int = 8, zoom: int = 3) -> np.ndarray:
+    """[(prompt, uint8 [F, H, W, 3])] -> uint8 [height, width, 3]: evenly spaced frames, pixels enlarged `zoom` times."""
+    from PIL import Image, ImageDraw
+
+    rows = []
+    for prompt, video in videos:
+        index = np.unique(np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int))
+        tiles = [video[i].repeat(zoom, 0).repeat(zoom, 1) for i in index]
+        height, width = tiles[0].shape[:2]
+        row = Image.new("RGB", (GAP + len(tiles) * (width + GAP), TEXT_HEIGHT + height + GAP), (24, 24, 28))
+        for i, tile in enumerate(tiles):
+            row.paste(Image.fromarray(tile), (GAP + i * (width + GAP), TEXT_HEIGHT))
+        ImageDraw.Draw(row).text((GAP, 1), prompt.encode("latin-1", "replace").decode("latin-1"), fill=(230, 230, 230))
+        rows.append(row)
+    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), (24, 24, 28))
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return np.array(sheet)
