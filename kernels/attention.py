@@ -96,6 +96,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be [L, N, K] with equal N and K")
     if len(q) != len(segments.gather):
         raise ValueError(f"q has {len(q)} tokens, its segments were made for {len(segments.gather)}")
+    if len(k) < int(segments.cu_k[-1]):
+        raise ValueError(f"k has {len(k)} tokens, its segments end at {int(segments.cu_k[-1])}")
     outs = []
     for bucket in segments.buckets:
         q_b, k_b, v_b = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,14 +193,21 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise MegaSoraError(f"{source}: {getattr(error, 'full_key', None) or ''}: {reason}") from None
-    config: Config = OmegaConf.to_object(tree)
+        except TypeError:  # key[0]=value on a list
+            raise MegaSoraError(f"{source}: give a list as a whole, e.g. optim.betas=[0.9,0.99]") from None
+    try:
+        config: Config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # ${name} of nothing
+        raise MegaSoraError(f"{getattr(error, 'full_key', None) or ''}: {str(error).splitlines()[0]}") from None
     validate(config)
     return config
 
 
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; size limited, aliases refused."""
+    import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
@@ -207,9 +215,15 @@ def read_yaml(path: Path) -> dict:
         raise MegaSoraError(f"no configuration file {path}{hint}")
     if path.stat().st_size > MAX_YAML_BYTES:
         raise MegaSoraError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {MAX_YAML_BYTES}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MegaSoraError(f"{path} is not UTF-8 text: {error}") from None
     refuse_aliases(text, str(path))
-    values = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+    except (yaml.YAMLError, OmegaConfBaseException) as error:  # a key given twice, an object's tag
+        raise MegaSoraError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise MegaSoraError(f"{path} holds a {type(values).__name__}; a configuration is a mapping of sections")
     return values
@@ -324,9 +338,12 @@ def validate(config: Config) -> None:
     for section in (config.run, d, config.ingest, m, o, config.optim, config.checkpoint, config.validation, config.sample):
         for f in dataclasses.fields(section):
             value = getattr(section, f.name)
-            if isinstance(value, float) and value != value:
-                raise MegaSoraError(f"{type(section).__name__.removesuffix('Config').lower()}.{f.name} is NaN")
+            if isinstance(value, float) and not math.isfinite(value):
+                name = type(section).__name__.removesuffix("Config").lower()
+                raise MegaSoraError(f"{name}.{f.name}={value} must be a finite number")
     at_least("run.steps", config.run.steps, 1)
+    if not 0 <= config.run.seed < 1 << 63:
+        raise MegaSoraError(f"run.seed={config.run.seed} must be from 0 to below 2^63")
     at_least("run.threads", config.run.threads, 0)
     for key in ("width", "depth", "heads", "mlp_ratio", "rope_base"):
         positive(f"model.{key}", getattr(m, key))
@@ -336,7 +353,7 @@ def validate(config: Config) -> None:
     for key in ("max_height", "max_width", "max_frames", "max_clip_mib", "shard_mib"):
         at_least(f"ingest.{key}", getattr(config.ingest, key), 1)
     if m.width % m.heads:
-        legal = [n for n in range(1, m.width + 1) if m.width % n == 0 and (m.width // n) % 2 == 0]
+        legal = [n for n in range(1, min(m.width, 1024) + 1) if m.width % n == 0 and (m.width // n) % 2 == 0]
         near = sorted(sorted(legal, key=lambda n: abs(n - m.heads))[:4])
         raise MegaSoraError(f"model.heads={m.heads} must divide model.width={m.width}; use {', '.join(map(str, near))}")
     head = m.width // m.heads
@@ -350,7 +367,7 @@ def validate(config: Config) -> None:
     if not 0 <= o.caption_dropout < 1:
         raise MegaSoraError(f"objective.caption_dropout={o.caption_dropout} must be from 0 to below 1")
     weights = dataclasses.asdict(o.condition)
-    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+    if not all(0 <= w < float("inf") for w in weights.values()) or sum(weights.values()) == 0:
         raise MegaSoraError(f"objective.condition={weights}: weights are not negative and not all zero")
     optim = config.optim
     positive("optim.rate", optim.rate)

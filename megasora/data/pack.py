@@ -49,7 +49,7 @@ def make_batch(records: list[Record], tokens_per_pack: int) -> VideoBatch:
         row_segment_R=torch.arange(len(records)),
         text_SE=torch.cat([r.text_SE for r in records]),
         cu_text=torch.tensor([0, *(len(r.text_SE) for r in records)]).cumsum(0).to(torch.int32),
-        drop_text_G=torch.tensor([not r.caption for r in records]),
+        drop_text_G=torch.tensor([not r.caption.strip() for r in records]),
         native_G4=torch.tensor([r.native for r in records], dtype=torch.float32),
         sample_ids_G=torch.tensor([r.sample_id for r in records]),
     )

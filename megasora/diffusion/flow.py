@@ -117,11 +117,11 @@ def rows_of(batch: VideoBatch, t_G: Tensor, clean: list[tuple[int, int]]) -> tup
 
 def draw_condition(frames: int, kind_u: float, length_u: float, config: ConditionConfig) -> tuple[int, int]:
     """Clean latent frames (at the head, at the tail) of a clip of `frames`; at least one stays noised."""
-    weights = dataclasses.asdict(config)
-    if frames == 1:
-        return 0, 0
+    weights = {kind: weight for kind, weight in dataclasses.asdict(config).items() if weight > 0}
     if frames == 2:  # one clean end is all that fits
-        weights["both"] = 0.0
+        weights.pop("both", None)
+    if frames == 1 or not weights:
+        return 0, 0
     draw = kind_u * sum(weights.values())
     kind = "none"
     for kind, weight in weights.items():

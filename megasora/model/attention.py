@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,14 +20,15 @@ NORM_EPS = 1e-6
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of each head's K numbers, fp32 inside (QK-norm, arXiv 2302.05442)."""
+    """RMSNorm of each head's K numbers, at least fp32 inside (QK-norm, arXiv 2302.05442)."""
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(Tensor(head_dim).fill_(1.0))
+        self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x_LNK: Tensor) -> Tensor:
-        return F.rms_norm(x_LNK.float(), self.weight.shape, self.weight.float(), NORM_EPS).type_as(x_LNK)
+        dtype = torch.promote_types(x_LNK.dtype, torch.float32)
+        return F.rms_norm(x_LNK.to(dtype), self.weight.shape, self.weight.to(dtype), NORM_EPS).type_as(x_LNK)
 
 
 class SelfAttention(nn.Module):

@@ -60,7 +60,7 @@ class VideoDiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, batch: VideoBatch) -> Tensor:
-        """Velocity [L, P] of every token, fp32; what stands at padding means nothing."""
+        """Velocity [L, P] of every token, at least fp32; what stands at padding means nothing."""
         device, length = batch.patches_LP.device, len(batch.patches_LP)
         segments = Segments.from_cu_seqlens(batch.cu_segments, batch.cu_segments, length, device)
         text_segments = Segments.from_cu_seqlens(batch.cu_segments, batch.cu_text, length, device)
@@ -81,7 +81,8 @@ class VideoDiT(nn.Module):
             x_LD = checkpoint(block, *state, use_reentrant=False) if recompute else block(*state)
 
         shift_RD, scale_RD = self.final_modulation(cond_RD, None)
-        return self.patch_out(modulate(x_LD, shift_RD, scale_RD, row_L)).float()
+        out_LP = self.patch_out(modulate(x_LD, shift_RD, scale_RD, row_L))
+        return out_LP.to(torch.promote_types(out_LP.dtype, torch.float32))
 
     def read_text(self, batch: VideoBatch) -> tuple[Tensor, Tensor]:
         """Caption tokens [S, D] and their mean by clip [G, D]; a hidden caption is the null token throughout.

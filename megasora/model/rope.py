@@ -25,6 +25,6 @@ def rope_angles(coords_L3: Tensor, head_dim: int, base: float) -> Tensor:
 
 
 def apply_rope(x_LNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[2i], x[2i+1]); `cos`, `sin` fp32 [L, 1, K/2]."""
-    even, odd = x_LNK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Turns the pairs (x[2i], x[2i+1]); `cos`, `sin` fp32 [L, 1, K/2], which make the products fp32."""
+    even, odd = x_LNK.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x_LNK)

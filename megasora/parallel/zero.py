@@ -8,6 +8,7 @@ number, so that what remains is the sum.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -141,5 +142,6 @@ def import_deepspeed():
     if get_accelerator().device_name() == "cpu":
         set_accelerator(AcceleratorWithoutOps())
     backend = get_accelerator().communication_backend_name() if get_accelerator().device_name() != "cpu" else "gloo"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, without a launcher too
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed

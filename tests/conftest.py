@@ -1,0 +1,73 @@
+"""What several folders of tests share: rendered clips, their shards, and one short training run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = [  # a model that trains in milliseconds, with every mechanism on
+    "run.seed=3", "data.tokens_per_pack=256", "data.packs_per_step=2", "data.lookahead=16", "model.width=32", "model.depth=2",
+    "model.heads=2", "codec.channels=24", "optim.rate=1e-3", "optim.warmup=5", "optim.ema=0.9", "validation.clips=8",
+    "validation.bins=3", "wandb.mode=disabled", "run.threads=1", "sample.steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    return list(TINY)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """60 training clips and 8 held-out ones, mp4 and png."""
+    from megasora.testing.clips import write_dataset
+
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    write_dataset(folder, 60, 8, seed=1, processes=1, show_progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(clips) -> Path:
+    from megasora.config import load
+    from megasora.ingest import ingest
+
+    ingest(clips, clips.parent / "shards", load(None, TINY))
+    return clips.parent / "shards"
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """launch(module, *arguments, processes=None): a fresh interpreter, or torchrun; (exit code, stdout + stderr)."""
+
+    def run(module: str, *arguments: object, processes: int | None = None, timeout: float = 240) -> tuple[int, str]:
+        command = [sys.executable, "-m", module]
+        if processes:
+            torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", module]
+            command = [sys.executable, "-m", *torchrun]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, shards, launch, tiny) -> Path:
+    """A run of 20 steps on one process, saved at 10 and 20."""
+    run = tmp_path_factory.mktemp("runs") / "single"
+    code, output = launch("megasora.train", *train_arguments(run, shards, tiny))
+    assert code == 0, output
+    return run
+
+
+def train_arguments(run: Path, shards: Path, tiny: list[str]) -> list[str]:
+    config = Path(__file__).parent / "runs" / "tiny.yaml"
+    every = ["run.steps=20", "checkpoint.every=10", "validation.every=10"]
+    return [str(config), f"run.dir={run}", f"data.shards={shards}", *every, *tiny]

@@ -1,0 +1,115 @@
+"""Whole training runs: what must not change them, and what they must refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import train_arguments
+
+
+def lines(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def test_two_processes_train_what_one_trains(trained, shards, launch, tiny, tmp_path):
+    code, output = launch("megasora.train", *train_arguments(tmp_path / "two", shards, tiny), processes=2)
+    assert code == 0, output
+    one, two = lines(trained), lines(tmp_path / "two")
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-5), a["step"]
+        assert b["rate"] == a["rate"] and b["padding"] == a["padding"]
+    for a, b in zip(lines(trained, "validation.jsonl"), lines(tmp_path / "two", "validation.jsonl"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, shards, launch, tiny, tmp_path):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(trained, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000020")
+    (resumed / "checkpoints" / "latest").write_text("step-00000010\n")
+    (resumed / "checkpoints" / ".step-00000020.part").mkdir()  # as a kill in mid-save leaves it
+    code, output = launch("megasora.train", *train_arguments(resumed, shards, tiny))
+    assert code == 0, output
+    assert "from step 10" in output
+    first, again = lines(trained), lines(resumed)[20:]
+    assert [line["step"] for line in again] == list(range(11, 21))
+    for a, b in zip(first[10:], again, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    for file in ("ema.safetensors", "model.safetensors"):
+        paths = [run / "checkpoints" / "step-00000020" / file for run in (trained, resumed)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert not list((resumed / "checkpoints").glob(".*"))
+
+
+def test_the_loss_falls_and_a_line_has_every_figure(trained):
+    metrics = lines(trained)
+    assert sum(m["loss"] for m in metrics[-5:]) < 0.97 * sum(m["loss"] for m in metrics[:5])
+    times = ("time_data", "time_forward", "time_backward", "time_optimizer")
+    for line in metrics:
+        assert {"step", "loss", "grad_norm", "rate", "tokens_per_second", "padding", "mfu", *times} <= set(line)
+        assert sum(line[name] for name in times) == pytest.approx(line["time_step"], rel=1e-3)
+        assert 0 <= line["padding"] < 1  # the last pack of so small an epoch is half empty
+    assert [v["step"] for v in lines(trained, "validation.jsonl")] == [0, 10, 20]
+
+
+REFUSALS = {  # overrides -> words that the one line must have
+    "model.hedas=3": ["model.hedas", "model.heads"],
+    "model.heads=3": ["model.heads=3", "model.width=32", "2, 4"],
+    "codec.channels=48": ["codec", "dct-4x8x8-24", "dct-4x8x8-48", "ingest again"],
+    "optim.rate=5e-3": ["run.dir", "optim.rate: 0.001 -> 0.005", "choose another run.dir"],
+    "data.tokens_per_pack=16": ["data.tokens_per_pack=16", "tokens of sample"],
+    "data.shards=nowhere": ["nowhere", "megasora ingest"],
+}
+
+
+@pytest.mark.parametrize("override", REFUSALS)
+def test_a_launch_that_cannot_be_right_is_refused_in_one_line(override, trained, shards, tiny, capsys, monkeypatch):
+    from megasora.train import main
+
+    run = trained if override.startswith("optim") else trained.parent / "refused"
+    assert main([*train_arguments(run, shards, tiny), override]) == 2
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1
+    for word in REFUSALS[override]:
+        assert word in message
+    assert not (trained.parent / "refused").exists()
+
+
+def test_packs_that_do_not_divide_over_the_processes_are_refused(shards, tiny, capsys, monkeypatch, tmp_path):
+    from megasora.train import main
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(train_arguments(tmp_path / "run", shards, tiny)) == 2
+    assert "data.packs_per_step=2 must be a multiple of the 3 data-parallel processes" in capsys.readouterr().err
+
+
+def test_other_process_counts_and_damaged_checkpoints_are_not_resumed_silently(trained, shards, launch, tiny, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained, damaged)
+    file = damaged / "checkpoints" / "step-00000020" / "ema.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    code, output = launch("megasora.train", *train_arguments(damaged, shards, tiny))
+    assert code == 2 and "ema.safetensors is damaged" in output
+
+    two = tmp_path / "two"
+    shutil.copytree(trained, two)
+    state = two / "checkpoints" / "step-00000020"
+    text = (state / "state.json").read_text().replace('"world_size": 1', '"world_size": 2')
+    (state / "state.json").write_text(text)
+    manifest = json.loads((state / "manifest.json").read_text())
+    from megasora.checkpoint.store import sha256
+
+    manifest["files"]["state.json"] = [len(text), sha256(state / "state.json")]
+    (state / "manifest.json").write_text(json.dumps(manifest))
+    code, output = launch("megasora.train", *train_arguments(two, shards, tiny))
+    assert code == 2 and "was saved by 2 processes, this launch has 1" in output
