@@ -21,7 +21,7 @@ BUCKET_WASTE = 1.35  # a bucket's longest segment over its shortest
 
 @dataclass(frozen=True)
 class Bucket:
-    """Indices that lay `g` segments side by side: queries [g, mq], keys [g, mk]; mask [g, 1, 1, mk], None if no key is padding."""
+    """`g` segments side by side: queries [g, mq], keys [g, mk], mask [g, 1, 1, mk] or None if no key is padding."""
 
     queries: Tensor
     keys: Tensor
@@ -35,7 +35,9 @@ class Segments:
     cu_q: Tensor  # int32 [G + 1], CPU
     cu_k: Tensor
     buckets: tuple[Bucket, ...]
-    gather: Tensor = field(repr=False)  # [Lq]: where each query's result lies in the buckets' output; the last place is zeros
+    gather: Tensor = field(
+        repr=False
+    )  # [Lq]: where each query's result lies in the buckets' output; the last place is zeros
 
     @classmethod
     def from_cu_seqlens(cls, cu_q: Tensor, cu_k: Tensor, num_queries: int, device: torch.device | str) -> Segments:
@@ -91,9 +93,11 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`q` [Lq, N, K], `k` and `v` [Lk, N, K] -> [Lq, N, K]; zeros where a query has no key. ValueError on other shapes."""
+    """`q` [Lq, N, K], `k`, `v` [Lk, N, K] -> [Lq, N, K]; zeros where a query has no key. ValueError on other shapes."""
     if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be [L, N, K] with equal N and K")
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be [L, N, K] with equal N and K"
+        )
     if len(q) != len(segments.gather):
         raise ValueError(f"q has {len(q)} tokens, its segments were made for {len(segments.gather)}")
     if len(k) < int(segments.cu_k[-1]):

@@ -14,10 +14,14 @@ EXIT_ERROR = 2
 
 def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if "overrides" in options and all("=" in text and not text.startswith("-") for text in rest):
+        options.overrides += rest  # key=value behind an option, which argparse gives to no positional argument
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.work(options)
-    except MegaSoraError as error:
+    except (MegaSoraError, OSError) as error:  # no space, no permission: the system's words name the file
         print(f"megasora: error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
@@ -37,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     p = command("ingest", ingest, "Clips and captions to shards.", INGEST)
-    p.add_argument("clips", type=Path, metavar="CLIPS", help="folder of .mp4 .mov .mkv .webm .avi .png .jpg .webp files")
+    p.add_argument(
+        "clips", type=Path, metavar="CLIPS", help="folder of .mp4 .mov .mkv .webm .avi .png .jpg .webp files"
+    )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist or be empty")
     p.add_argument("--config", type=Path, metavar="YAML", help="configuration of the run that the shards are for")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. ingest.missing_caption=skip")
@@ -54,11 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", required=True, help="what the clip shows")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4, or .png for one frame")
     p.add_argument("--image", type=Path, metavar="FILE", help="the first frame; without --size, it gives the size")
-    p.add_argument("--size", metavar="HxW", help="pixels, multiples of what a token covers; default sample.size of the run")
+    p.add_argument(
+        "--size", metavar="HxW", help="pixels, multiples of what a token covers; default sample.size of the run"
+    )
     p.add_argument("--frames", type=int, help="number of frames; 1 makes an image; default sample.frames")
     p.add_argument("--fps", type=float, help="frames a second; default sample.fps")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--guidance", type=float, help="1: none; higher follows the prompt more closely; default sample.guidance")
+    p.add_argument(
+        "--guidance", type=float, help="1: none; higher follows the prompt more closely; default sample.guidance"
+    )
     p.add_argument("--steps", type=int, help="solver steps; default sample.steps")
     p.add_argument("--solver", choices=("euler", "heun"))
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
@@ -72,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 INGEST = """\
 Reads every clip below CLIPS at its native size and length, never cropped or resized. A caption is NAME.txt, the key
-"caption" of NAME.json, or a line {"file": "NAME.mp4", "caption": "..."} of captions.jsonl. Clips below CLIPS/val are held
-out for validation. Writes WebDataset tars, an index beside each, and dataset.json; then prints a table of what was
+"caption" of NAME.json, or a line {"file": "NAME.mp4", "caption": "..."} of captions.jsonl. Clips below CLIPS/val are
+held out for validation. Writes WebDataset tars, an index beside each, and dataset.json; then prints a table of what was
 taken and what was rejected, and why.
 
 example: megasora ingest data/clips --out data/shards codec.channels=64"""
@@ -102,7 +112,10 @@ evaluation.prompts, they are first sampled from the newest checkpoint into RUN/s
 
 example: megasora report runs/demo"""
 
-DOCTOR = "example: megasora doctor"
+DOCTOR = """\
+Reads versions, devices and free disk; writes nothing.
+
+example: megasora doctor"""
 
 
 def ingest(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from megasora.errors import MegaSoraError
 
 MAX_YAML_BYTES = 1 << 20
+MAX_WIDTH = 1 << 17
 
 
 @dataclass
@@ -32,7 +33,7 @@ class RunConfig:
 class CodecConfig:
     name: str = "dct"
     factors: list[int] = field(default_factory=lambda: [4, 8, 8])  # frames, pixels, pixels of one latent
-    channels: int = 96  # coefficients kept of 3 * product(factors), lowest frequencies first
+    channels: int = 48  # coefficients kept of 3 * product(factors), lowest frequencies first
 
 
 @dataclass
@@ -244,10 +245,12 @@ def refuse_aliases(text: str, source: str) -> None:
 def refuse_unknown_keys(values: Any, schema: type, source: str, prefix: str = "") -> None:
     known = {f.name: f for f in dataclasses.fields(schema)}
     if not isinstance(values, dict):
-        raise MegaSoraError(f"{source}: {prefix or 'the file'} is a section; give {prefix}.<key>, one of {', '.join(known)}")
+        raise MegaSoraError(
+            f"{source}: {prefix or 'the file'} is a section; give {prefix}.<key>, one of {', '.join(known)}"
+        )
     for key, value in values.items():
         if key not in known:
-            full = every_key(Config)
+            full = [name for name in every_key(Config) if name != prefix]
             near = difflib.get_close_matches(f"{prefix}.{key}".strip("."), full, 1, 0.5)
             leaf = [k for k in full if k.rsplit(".", 1)[-1] == str(key)]
             hint = (leaf or near or [None])[0]
@@ -331,11 +334,23 @@ def validate(config: Config) -> None:
             raise MegaSoraError(f"{key}={values} must be three positive integers: frames, height, width")
     most = 3 * c.factors[0] * c.factors[1] * c.factors[2]
     if c.name == "dct" and not 3 <= c.channels <= most:
-        raise MegaSoraError(f"codec.channels={c.channels} must be from 3 to 3 x {' x '.join(map(str, c.factors))} = {most}")
+        raise MegaSoraError(
+            f"codec.channels={c.channels} must be from 3 to 3 x {' x '.join(map(str, c.factors))} = {most}"
+        )
     if d.patch[0] != 1:
         raise MegaSoraError(f"data.patch={d.patch}: the first must be 1; raise codec.factors[0] for longer tokens")
 
-    for section in (config.run, d, config.ingest, m, o, config.optim, config.checkpoint, config.validation, config.sample):
+    for section in (
+        config.run,
+        d,
+        config.ingest,
+        m,
+        o,
+        config.optim,
+        config.checkpoint,
+        config.validation,
+        config.sample,
+    ):
         for f in dataclasses.fields(section):
             value = getattr(section, f.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -345,8 +360,11 @@ def validate(config: Config) -> None:
     if not 0 <= config.run.seed < 1 << 63:
         raise MegaSoraError(f"run.seed={config.run.seed} must be from 0 to below 2^63")
     at_least("run.threads", config.run.threads, 0)
+    at_least("run.seed", config.run.seed, 0)
     for key in ("width", "depth", "heads", "mlp_ratio", "rope_base"):
         positive(f"model.{key}", getattr(m, key))
+    if m.width > MAX_WIDTH:
+        raise MegaSoraError(f"model.width={m.width} must be at most {MAX_WIDTH}")
     at_least("model.text_depth", m.text_depth, 0)
     for key in ("tokens_per_pack", "packs_per_step", "lookahead", "prefetch"):
         at_least(f"data.{key}", getattr(d, key), 1)
@@ -359,7 +377,7 @@ def validate(config: Config) -> None:
     head = m.width // m.heads
     if head % 2 or head < 6:
         raise MegaSoraError(
-            f"model.width={m.width} / model.heads={m.heads} = {head}: the head dim must be even and at least 6 (3D RoPE)"
+            f"model.width={m.width} / model.heads={m.heads} = {head}: the head dim must be even, at least 6 (3D RoPE)"
         )
     for key in ("timestep_std", "shift"):
         positive(f"objective.{key}", getattr(o, key))

@@ -14,6 +14,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -49,11 +50,13 @@ def find_clips(source: Path) -> list[Source]:
         raise MegaSoraError(f"{source} is not a folder; give the folder that holds the clips")
     tables: dict[Path, dict[str, str]] = {}
     for table in source.rglob("captions.jsonl"):
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(table).split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 values = json.loads(line)
-                tables.setdefault(table.parent, {})[values["file"]] = str(values["caption"])
-            except (json.JSONDecodeError, KeyError, TypeError):
+                tables.setdefault(table.parent, {})[values["file"]] = one_line(values["caption"])
+            except (ValueError, KeyError, TypeError):
                 raise MegaSoraError(f'{table}:{number} is not {{"file": "NAME.mp4", "caption": "..."}}') from None
     paths = sorted(p for p in source.rglob("*") if is_clip(p) and p.is_file() and not p.name.startswith("."))
     if not paths:
@@ -68,12 +71,12 @@ def find_clips(source: Path) -> list[Source]:
 def find_caption(path: Path, source: Path, tables: dict[Path, dict[str, str]]) -> str | None:
     text, meta = path.with_suffix(".txt"), path.with_suffix(".json")
     if text.is_file():
-        return " ".join(text.read_text(encoding="utf-8", errors="replace").split())
+        return one_line(read_text(text))
     if meta.is_file():
         try:
-            return " ".join(str(json.loads(meta.read_text(encoding="utf-8"))["caption"]).split())
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-            raise MegaSoraError(f'{meta} is not JSON with a key "caption"') from None
+            return one_line(json.loads(read_text(meta))["caption"])
+        except (ValueError, KeyError, TypeError):
+            raise MegaSoraError(f'{meta} is not JSON with a text under the key "caption"') from None
     for folder in (path.parent, *path.parents):
         table = tables.get(folder, {})
         caption = table.get(path.relative_to(folder).as_posix())
@@ -82,25 +85,56 @@ def find_caption(path: Path, source: Path, tables: dict[Path, dict[str, str]]) -
     return None
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MegaSoraError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
+
+
+def one_line(caption: object) -> str:
+    """White space runs become one space. Raises ValueError for what is not text: null, numbers, half a character."""
+    if not isinstance(caption, str):
+        raise ValueError(f"{caption!r} is not text")
+    caption.encode("utf-8")
+    return " ".join(caption.split())
+
+
 def ingest(source: Path, out: Path, config: Config) -> Manifest:
     """Reads `source`, writes `out`, prints a summary. Raises MegaSoraError; then nothing is left of `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MegaSoraError(f"{out} exists and is not empty; remove it or give another --out")
     clips = find_clips(source)
+    bare = [clip.path for clip in clips if not clip.caption]
+    if bare and config.ingest.missing_caption == "error":
+        raise MegaSoraError(
+            f"{bare[0]} has no caption ({len(bare)} of {len(clips)} clips have none): write "
+            f"{bare[0].with_suffix('.txt').name} beside it, or set ingest.missing_caption=skip or =empty"
+        )
+    out = out.resolve()
     partial = out.with_name(f".{out.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    new = [folder for folder in out.parents if not folder.exists()]
     try:
-        manifest = write_shards(clips, partial, config, source)
+        partial.mkdir(parents=True)
+        manifest, examples = write_shards(clips, partial, config, source)
         if out.exists():
             out.rmdir()
         os.replace(partial, out)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    print_summary(manifest, examples)
     return manifest
 
 
-def write_shards(clips: list[Source], folder: Path, config: Config, source: Path) -> Manifest:
+def write_shards(
+    clips: list[Source], folder: Path, config: Config, source: Path
+) -> tuple[Manifest, dict[str, list[str]]]:
+    """The manifest, and for each reason of rejection its messages."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -113,11 +147,6 @@ def write_shards(clips: list[Source], folder: Path, config: Config, source: Path
     def prepare(number: int, clip: Source) -> tuple[Record, torch.Tensor | None]:
         caption = clip.caption
         if not caption:
-            if config.ingest.missing_caption == "error":
-                raise MegaSoraError(
-                    f"{clip.path} has no caption: write {clip.path.with_suffix('.txt').name} beside it, or set "
-                    "ingest.missing_caption=skip or =empty"
-                )
             if config.ingest.missing_caption == "skip":
                 raise RejectedClip("no caption", f"{clip.path} has no caption")
             caption = ""
@@ -135,9 +164,16 @@ def write_shards(clips: list[Source], folder: Path, config: Config, source: Path
 
     columns = (TextColumn("ingest"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     threads = config.ingest.threads or os.cpu_count() or 1
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        closing(in_order(prepare, clips, threads)) as results,
+        ExitStack() as stack,
+    ):
+        for writer in writers.values():
+            stack.callback(writer.drop)
         bar = progress.add_task("ingest", total=len(clips))
-        for clip, future in in_order(prepare, clips, threads):
+        for clip, future in results:
             try:
                 record, features = future.result()
                 writers[clip.split].add(record, clip.path.relative_to(source).as_posix(), features)
@@ -147,8 +183,8 @@ def write_shards(clips: list[Source], folder: Path, config: Config, source: Path
                 rejected[error.reason] += 1
                 examples.setdefault(error.reason, []).append(str(error))
             progress.advance(bar)
-    for writer in writers.values():
-        writer.close()
+        for writer in writers.values():
+            writer.close()
     if not any(w.counts["clips"] for w in writers.values()):
         first = next(iter(examples.values()))[0]
         raise MegaSoraError(f"none of the {len(clips)} clips in {source} could be used; the first: {first}")
@@ -157,8 +193,7 @@ def write_shards(clips: list[Source], folder: Path, config: Config, source: Path
         codec.fingerprint, encoder.fingerprint, list(config.data.patch), patch_dim, splits, dict(rejected), text_dim
     )
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    print_summary(manifest, examples)
-    return manifest
+    return manifest, examples
 
 
 def in_order(work, clips: list[Source], threads: int) -> Iterator[tuple[Source, Future]]:
@@ -178,6 +213,7 @@ def in_order(work, clips: list[Source], threads: int) -> Iterator[tuple[Source, 
 
 def print_summary(manifest: Manifest, examples: dict[str, list[str]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("split", "clips", "of these images", "frames", "tokens", "longest clip, tokens", "shards")
@@ -189,5 +225,6 @@ def print_summary(manifest: Manifest, examples: dict[str, list[str]]) -> None:
     if manifest.rejected:
         table = Table("rejected because", "clips", "for example")
         for reason, count in sorted(manifest.rejected.items(), key=lambda item: -item[1]):
-            table.add_row(reason, str(count), "\n".join(examples[reason][:SHOWN_REJECTIONS]))
+            shown = "\n".join(examples[reason][:SHOWN_REJECTIONS]).encode("utf-8", "replace").decode()
+            table.add_row(reason, str(count), escape(shown))
         console.print(table)

@@ -11,8 +11,8 @@ from megasora.errors import MegaSoraError
 
 # what may change between two launches of one run without changing what is trained
 FREE_KEYS = (
-    "run.dir", "run.device", "run.threads", "data.shards", "data.prefetch", "ingest", "checkpoint", "validation", "sample",
-    "evaluation", "wandb",
+    "run.dir", "run.device", "run.threads", "data.shards", "data.prefetch", "ingest", "checkpoint", "validation",
+    "sample", "evaluation", "wandb",
 )  # fmt: skip
 
 
@@ -20,7 +20,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(__doc__, "\n\nExample: torchrun --nproc-per-node 2 -m megasora.train configs/demo.yaml run.dir=runs/demo")
+            print(
+                __doc__,
+                "\n\nExample: torchrun --nproc-per-node 2 -m megasora.train configs/demo.yaml run.dir=runs/demo",
+            )
             return 0 if arguments else 2
         config = load(arguments[0], arguments[1:])
         check_run_folder(config)
@@ -56,7 +59,9 @@ def check_data(config: Config) -> None:
     from megasora.text import build_text_encoder
 
     if not config.data.shards:
-        raise MegaSoraError("data.shards is not set; give the folder that `megasora ingest` wrote: data.shards=data/shards")
+        raise MegaSoraError(
+            "data.shards is not set; give the folder that `megasora ingest` wrote: data.shards=data/shards"
+        )
     folder = Path(config.data.shards)
     shards = Shards.open(folder, "train")
     encoder = build_text_encoder(config.text)

@@ -2,8 +2,8 @@
 
     packs = next(loader); for pack in packs: engine.backward(objective(engine, pack, step)); step
 
-All that is drawn is keyed by (seed, step, sample id), and the loss is one sum over the tokens of all ranks divided once by
-their number, so neither the number of ranks nor a stop and a resume changes a run.
+All that is drawn is keyed by (seed, step, sample id), and the loss is one sum over the tokens of all ranks divided once
+by their number, so neither the number of ranks nor a stop and a resume changes a run.
 """
 
 from __future__ import annotations
@@ -126,9 +126,10 @@ class Trainer:
         totals = self.world.sum(torch.stack((error, torch.tensor(float(flops), dtype=torch.float64))))
         loss = float(totals[0]) / tokens
         if not math.isfinite(loss) or norm is None or not math.isfinite(norm):
+            saved = self.step // config.checkpoint.every * config.checkpoint.every
             raise MegaSoraError(
-                f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was saved after step "
-                f"{self.step // config.checkpoint.every * config.checkpoint.every}; lower optim.rate={config.optim.rate}"
+                f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was saved after step {saved}; "
+                f"lower optim.rate={config.optim.rate}"
             )
         watch.lap("optimizer")
         return {"step": self.step + 1, "loss": loss, "grad_norm": norm, "rate": rate, "flops": float(totals[1])}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 TINY = [  # a model that trains in milliseconds, with every mechanism on
-    "run.seed=3", "data.tokens_per_pack=256", "data.packs_per_step=2", "data.lookahead=16", "model.width=32", "model.depth=2",
-    "model.heads=2", "codec.channels=24", "optim.rate=1e-3", "optim.warmup=5", "optim.ema=0.9", "validation.clips=8",
+    "run.seed=3", "data.tokens_per_pack=256", "data.packs_per_step=2", "data.lookahead=16", "model.width=32",
+    "model.depth=2", "model.heads=2", "codec.channels=24", "optim.rate=1e-3", "optim.warmup=5", "optim.ema=0.9", "validation.clips=8",
     "validation.bins=3", "wandb.mode=disabled", "run.threads=1", "sample.steps=2",
 ]  # fmt: skip
 
@@ -51,7 +51,12 @@ def launch():
             command = [sys.executable, "-m", *torchrun]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment, check=False
+            [*command, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
         )
         return done.returncode, done.stdout + done.stderr
 

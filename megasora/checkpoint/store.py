@@ -3,8 +3,8 @@
     RUN/checkpoints/latest             the name of the newest complete one
     RUN/checkpoints/step-00001000/     zero/ (DeepSpeed), ema.safetensors, model.safetensors, state.json, manifest.json
 
-A save goes to `.step-...part`; its files are flushed, hashed into manifest.json, and the folder is renamed; only then is
-`latest` replaced. Before anything is loaded, every file is held against the manifest.
+A save goes to `.step-...part`; its files are flushed, hashed into manifest.json, and the folder is renamed; only then
+is `latest` replaced. Before anything is loaded, every file is held against the manifest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ class CheckpointStore:
         return self.folder / f".step-{step:08d}.part"
 
     def commit(self, step: int) -> Path:
-        """Makes the save visible: main process, after all have written. Older ones beyond `keep` go."""
+        """Makes the save visible: main process, after all have written. Older ones beyond `keep` go.
+
+        Later ones, there after `latest` was set back by hand, stay until their step comes again.
+        """
         part, final = self.part(step), self.path(step)
         sums = {}
         for file in sorted(p for p in part.rglob("*") if p.is_file()):
@@ -50,7 +53,7 @@ class CheckpointStore:
         os.replace(part, final)
         sync(self.folder)
         write_whole(self.folder / LATEST, final.name + "\n")
-        for old in self.complete()[: -self.keep]:
+        for old in [p for p in self.complete() if p.name <= final.name][: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -72,24 +75,26 @@ class CheckpointStore:
                 f"{pointer} is missing, but {complete[-1].name} is complete; "
                 f"to go on from it: echo {complete[-1].name} > {pointer}; to start afresh, choose another run.dir"
             )
-        named = self.folder / pointer.read_text(encoding="utf-8").strip()
-        if named not in complete:
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if self.folder / name not in complete:
             names = ", ".join(p.name for p in complete) or "none"
             raise MegaSoraError(
-                f"{pointer} names {named.name or 'nothing'}, which is not complete; complete ones: {names}; write the one to "
+                f"{pointer} names {name or 'nothing'}, which is not complete; complete ones: {names}; write the one to "
                 "go on from into it"
             )
-        return named
+        return self.folder / name
 
 
 def verify(checkpoint: Path) -> dict:
     """Holds every file against the manifest and returns it. Raises MegaSoraError that names the file."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
+        if checkpoint.name != f"step-{manifest['step']:08d}":
+            raise ValueError(f"it is of step {manifest['step']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MegaSoraError(f"{checkpoint / MANIFEST} cannot be read: {error}; use an earlier checkpoint") from None
-    for name, (size, digest) in files:
+    for name, (size, digest) in files.items():
         file = checkpoint / name
         if not file.is_file():
             raise MegaSoraError(f"{file} is missing; use an earlier checkpoint")

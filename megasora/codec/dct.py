@@ -66,7 +66,7 @@ class DCTCodec:
     def encode(self, frames_TCHW: Tensor) -> Tensor:
         """[F, 3, H, W] in [-1, 1] -> latents [C, T, H/ph, W/pw]; frames are repeated to whole blocks at the end.
 
-        Raises MegaSoraError where height or width is no multiple of the factors: see `megasora.data.patches.pad_frames`.
+        Raises MegaSoraError where height or width is no multiple of the factors: see `data.patches.pad_frames`.
         """
         pt, ph, pw = self.factors
         f, _, height, width = frames_TCHW.shape

@@ -54,8 +54,9 @@ class PackLoader:
         longest = int(self.tokens.argmax())
         if self.tokens[longest] > config.tokens_per_pack:
             raise MegaSoraError(
-                f"data.tokens_per_pack={config.tokens_per_pack} is less than the {self.tokens[longest]} tokens of sample "
-                f"{shards.entries[longest].sample_id} ({shards.meta(longest)['source']}); raise it or leave the clip out"
+                f"data.tokens_per_pack={config.tokens_per_pack} is less than the {self.tokens[longest]} tokens of "
+                f"sample {shards.entries[longest].sample_id} ({shards.meta(longest)['source']}); raise it or leave the "
+                "clip out"
             )
         if config.packs_per_step % ranks:
             raise MegaSoraError(
@@ -109,7 +110,8 @@ class PackLoader:
                 cursor = Cursor(cursor.epoch, cursor.pack + 1)
             mine = packs[self.rank :: self.ranks]
             batches = [
-                make_batch([self.shards.read(i, self.encode) for i in pack], self.config.tokens_per_pack) for pack in mine
+                make_batch([self.shards.read(i, self.encode) for i in pack], self.config.tokens_per_pack)
+                for pack in mine
             ]
             yield Step(batches, int(sum(self.tokens[pack].sum() for pack in packs)), cursor)
 

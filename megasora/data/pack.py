@@ -1,7 +1,7 @@
 """Records (clips ready for the model) to one pack, and which clips go into which pack.
 
-The plan of an epoch is made from token counts alone: shuffled by (seed, epoch), then packs are filled in that order; the
-gap that the next clip in line does not fit is filled by the largest that fits among the `lookahead` clips in line.
+The plan of an epoch is made from token counts alone: shuffled by (seed, epoch), then packs are filled in that order;
+the gap that the next clip in line does not fit is filled by the largest that fits among the `lookahead` clips in line.
 Nothing is cut, every clip is in exactly one pack.
 """
 

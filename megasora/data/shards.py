@@ -15,6 +15,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ class ShardWriter:
         key = f"{record.sample_id:09d}"
         height, width, frames, fps = record.native
         meta = {
-            "sample_id": record.sample_id, "source": source, "height": height, "width": width, "frames": frames, "fps": fps,
-            "grid": record.grid, "shape": list(record.patches_LP.shape),
+            "sample_id": record.sample_id, "source": source, "height": height, "width": width, "frames": frames,
+            "fps": fps, "grid": record.grid, "shape": list(record.patches_LP.shape),
         }  # fmt: skip
         files = {
             "__key__": key,
@@ -118,6 +119,14 @@ class ShardWriter:
         path.with_suffix(".index.jsonl").write_text("".join(lines), encoding="utf-8")
         self.entries = []
 
+    def drop(self) -> None:
+        """Closes what an error left open, without finishing it. Nothing to do after `close`."""
+        if self.sink is not None:
+            with suppress(OSError, ValueError):
+                self.sink.close()
+            self.file.close()
+            self.sink = self.file = None
+
 
 def index_tar(path: Path) -> dict[str, dict[str, tuple[int, int, int]]]:
     """key -> file -> (offset, bytes, CRC-32) of a tar, read back from disk."""
@@ -152,11 +161,16 @@ class Shards:
             for path in (folder / name, index):
                 if not path.is_file():
                     raise MegaSoraError(f"{path} is missing, {folder / MANIFEST} names it; ingest again or restore it")
-            for line in index.read_text(encoding="utf-8").splitlines():
-                values = json.loads(line)
-                members = {k: tuple(v) for k, v in values["members"].items()}
-                entries.append(Entry(values["sample_id"], tuple(values["grid"]), tuple(values["native"]), members))
-                shard_of.append(number)
+            entries += read_index(index)
+            shard_of += [number] * (len(entries) - len(shard_of))
+        found = {"clips": len(entries), "tokens": sum(entry.tokens for entry in entries)}
+        for what, count in found.items():
+            declared = manifest.splits.get(split, {}).get(what, 0)
+            if count != declared:
+                raise MegaSoraError(
+                    f"the indices of {folder / split}-*.tar hold {count} {what}, {folder / MANIFEST} says {declared}: "
+                    "one of them was cut or changed; ingest again or restore it"
+                )
         return cls(folder, split, manifest, entries, shard_of, names)
 
     def __len__(self) -> int:
@@ -195,6 +209,19 @@ class Shards:
         return data
 
 
+def read_index(path: Path) -> list[Entry]:
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            values = json.loads(line)
+            members = {k: tuple(v) for k, v in values["members"].items()}
+            t, h, w = values["grid"]
+            entries.append(Entry(values["sample_id"], (t, h, w), tuple(values["native"]), members))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MegaSoraError(f"{path}:{number} is damaged: {error}; ingest again or restore it") from None
+    return entries
+
+
 def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
@@ -204,7 +231,7 @@ def read_manifest(folder: Path) -> Manifest:
         if values.get("format") != FORMAT:
             raise MegaSoraError(f"{path} has format {values.get('format')}, this version reads {FORMAT}; ingest again")
         return Manifest(**values)
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise MegaSoraError(f"{path} is damaged: {error}; ingest again") from None
 
 

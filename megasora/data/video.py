@@ -62,31 +62,83 @@ def read_video(path: Path, limits: IngestConfig) -> Clip:
     import av
 
     try:
-        with av.open(str(path), format=VIDEO_FORMATS[path.suffix.lower()]) as container:
+        with av.open(local(path), format=VIDEO_FORMATS[path.suffix.lower()]) as container:
             if not container.streams.video:
                 raise RejectedClip("no video stream", f"{path} has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise RejectedClip("unknown codec", f"{path} has a video stream that no decoder here reads")
             check_size(path, stream.height, stream.width, max(1, stream.frames), limits)
             stream.thread_type = "AUTO"
-            frames = []
-            for frame in container.decode(stream):
-                frames.append(frame.to_ndarray(format="rgb24"))
-                if frames[-1].shape != frames[0].shape:
-                    raise RejectedClip("size changes", f"{path}: frame {len(frames)} has another size than the first")
-                if len(frames) > limits.max_frames:
-                    check_size(path, stream.height, stream.width, len(frames), limits)
-            declared, rate = stream.frames, stream.average_rate
+            frames, received = [], Received()
+            for packet in container.demux():
+                received.count(packet, stream)
+                for frame in packet.decode() if packet.stream_index == stream.index else ():
+                    check_size(path, frame.height, frame.width, len(frames) + 1, limits)
+                    frames.append(frame.to_ndarray(format="rgb24"))
+                    if frames[-1].shape != frames[0].shape:
+                        raise RejectedClip(
+                            "size changes", f"{path}: frame {len(frames)} has another size than the first"
+                        )
+            rate = stream.average_rate
+            if not frames:
+                raise RejectedClip("no frames", f"{path} holds no frame")
+            missing = received.missing(len(frames), stream, (container.duration or 0) / av.time_base)
     except RejectedClip:
         raise
     except (av.error.FFmpegError, ValueError, MemoryError) as error:
-        raise RejectedClip("unreadable", f"{path} cannot be decoded: {getattr(error, 'strerror', None) or error}") from None
-    if not frames:
-        raise RejectedClip("no frames", f"{path} holds no frame")
-    if len(frames) < declared:
         raise RejectedClip(
-            "truncated", f"{path} declares {declared} frames, {len(frames)} could be decoded: the file is cut or damaged"
-        )
+            "unreadable", f"{path} cannot be decoded: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if missing:
+        raise RejectedClip("truncated", f"{path} {missing}: the file is cut or damaged")
     return Clip(np.stack(frames), float(rate) if rate and len(frames) > 1 else 0.0)
+
+
+def local(path: Path) -> str:
+    """A path as FFmpeg must be given it: without this, `part 1: red.mp4` is a file of the protocol `part 1`."""
+    return f"file:{path}"
+
+
+@dataclass
+class Received:
+    """What came out of a container, to hold against what it declares: a decoder is silent about what is missing."""
+
+    packets: int = 0  # of the video stream
+    hidden: int = 0  # of these not to be shown: an edit list starts the clip between two key frames
+    cut: bool = False  # the container ended within a packet
+    video_end: Fraction = Fraction(0)  # seconds
+    end: Fraction = Fraction(0)  # of any stream
+
+    def count(self, packet, stream) -> None:
+        if not packet.size:
+            return
+        self.cut = self.cut or packet.is_corrupt
+        start = packet.pts if packet.pts is not None else packet.dts or 0
+        stop = (start + (packet.duration or 0)) * (packet.time_base or 0)
+        self.end = max(self.end, stop)
+        if packet.stream_index == stream.index:
+            self.packets += 1
+            self.hidden += packet.is_discard
+            self.video_end = max(self.video_end, stop)
+
+    def missing(self, frames: int, stream, seconds: float) -> str:
+        """What is missing, in words, or nothing.
+
+        mp4 and avi declare frames; of these an edit list leaves out some, and the rest then reaches the declared end.
+        matroska and fragmented mp4 only declare `seconds`.
+        """
+        declared, rate = stream.frames, stream.average_rate or 1
+        if self.cut:
+            return f"ends within a frame, {frames}{f' of {declared}' if declared else ''} could be decoded"
+        if declared:
+            length = (stream.duration or 0) * stream.time_base
+            left_out = self.packets < declared and length and self.video_end >= length - 1 / (2 * rate)
+            shown = frames if left_out else declared - self.hidden
+            return f"declares {declared} frames, {frames} could be decoded" if frames < shown else ""
+        if self.end < seconds - 2 / rate:
+            return f"declares {seconds:.2f} seconds, {float(self.end):.2f} are there"
+        return ""
 
 
 def check_size(path: Path, height: int, width: int, frames: int, limits: IngestConfig) -> None:
@@ -95,7 +147,8 @@ def check_size(path: Path, height: int, width: int, frames: int, limits: IngestC
     if height > limits.max_height or width > limits.max_width:
         raise RejectedClip(
             "too large",
-            f"{path} has {height}x{width} pixels; ingest.max_height={limits.max_height}, ingest.max_width={limits.max_width}",
+            f"{path} has {height}x{width} pixels; ingest.max_height={limits.max_height}, "
+            f"ingest.max_width={limits.max_width}",
         )
     if frames > limits.max_frames:
         raise RejectedClip("too long", f"{path} has {frames} frames; ingest.max_frames={limits.max_frames}")
@@ -119,7 +172,9 @@ def write_video(
     part = path.with_name(f".{path.name}.part")
     rgb = codec == "libx264rgb"
     try:
-        with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as container:
+        with av.open(
+            local(part), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
+        ) as container:
             if comment:
                 container.metadata["comment"] = comment
             rate = Fraction(fps).limit_denominator(1001)

@@ -1,4 +1,4 @@
-"""Rectified flow (arXiv 2209.03003; SD3, 2403.03206): on the straight line x_t = (1 - t) x + t noise, learn its velocity.
+"""Rectified flow (arXiv 2209.03003; SD3, 2403.03206): learn the velocity of the line x_t = (1 - t) x + t noise.
 
 Some latent frames of a clip may be given clean: they are rows at t = 0, seen by the others and without loss. Drawn at
 random from the start of training, they make one model answer text, image and video prompts.
@@ -9,8 +9,10 @@ Everything random is keyed by (seed, step, sample id): the rank that holds a cli
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,7 +47,9 @@ class FlowMatching:
     def num_tokens(self, batch: VideoBatch, step: int) -> int:
         """How many tokens of a pack will have a loss; known before the model is called, as the normaliser must be."""
         _, clean, _ = self.draw(batch, step)
-        return sum((t - head - tail) * h * w for (t, h, w), (head, tail) in zip(batch.grids_G3.tolist(), clean, strict=True))
+        return sum(
+            (t - head - tail) * h * w for (t, h, w), (head, tail) in zip(batch.grids_G3.tolist(), clean, strict=True)
+        )
 
     def corrupt(self, batch: VideoBatch, step: int) -> tuple[VideoBatch, Tensor, Tensor]:
         """A clean pack to (noised pack with its rows, target [L, P], weight [L])."""
@@ -120,14 +124,12 @@ def draw_condition(frames: int, kind_u: float, length_u: float, config: Conditio
     weights = {kind: weight for kind, weight in dataclasses.asdict(config).items() if weight > 0}
     if frames == 2:  # one clean end is all that fits
         weights.pop("both", None)
-    if frames == 1 or not weights:
+    if frames == 1:
         return 0, 0
-    draw = kind_u * sum(weights.values())
-    kind = "none"
-    for kind, weight in weights.items():
-        if draw < weight:
-            break
-        draw -= weight
+    bounds = list(accumulate(weights.values()))
+    if not bounds:
+        return 0, 0
+    kind = list(weights)[min(bisect_right(bounds, kind_u * bounds[-1]), len(bounds) - 1)]
     k = 1 + int(length_u * (frames - 1))  # 1 .. frames - 1
     if kind == "both":
         k = 2 + int(length_u * (frames - 2))  # 2 .. frames - 1

@@ -29,6 +29,7 @@ class VideoDiT(nn.Module):
         self.config = config
         width, shared = config.width, config.modulation == "shared"
         self.patch_in = nn.Linear(patch_dim, width)
+        self.first_frame = nn.Parameter(torch.zeros(width))  # a causal codec's first latent frame is of its own kind
         self.timestep = TimestepEmbedding(width)
         self.native = NativeEmbedding(width)
         self.text = text
@@ -44,7 +45,7 @@ class VideoDiT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Xavier linears; modulation and output start at zero, so that each block starts as the identity (adaLN-Zero)."""
+        """Xavier linears; modulation and output start at zero: each block starts as the identity (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -52,7 +53,8 @@ class VideoDiT(nn.Module):
         for mlp in (self.timestep.mlp, self.native.mlp):
             nn.init.normal_(mlp[0].weight, std=0.02)
             nn.init.normal_(mlp[2].weight, std=0.02)
-        nn.init.normal_(self.null_text, std=0.02)
+        for vector in (self.null_text, self.first_frame):
+            nn.init.normal_(vector, std=0.02)
         zero = [self.final_modulation.proj, self.patch_out, *(b.cross.out for b in self.blocks)]
         zero += [m for m in (self.shared_modulation, *(b.modulation.proj for b in self.blocks)) if m is not None]
         for linear in zero:
@@ -69,6 +71,8 @@ class VideoDiT(nn.Module):
         rope = angles.cos(), angles.sin()
 
         x_LD = self.patch_in(batch.patches_LP.to(self.patch_in.weight.dtype))
+        is_first_L1 = (batch.coords_L3[:, :1] == 0).to(x_LD.dtype)
+        x_LD = x_LD + is_first_L1 * self.first_frame
         text_SD, pooled_GD = self.read_text(batch)
         cond_RD = self.timestep(batch.timesteps_R) + (self.native(batch.native_G4) + pooled_GD)[batch.row_segment_R]
         shared_RCD = None

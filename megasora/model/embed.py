@@ -42,6 +42,14 @@ class NativeEmbedding(nn.Module):
     def forward(self, native_G4: Tensor) -> Tensor:
         height, width, frames, fps = native_G4.float().clamp_min(1e-3).log2().unbind(-1)
         features = torch.stack(
-            ((height - 8) / 4, (width - 8) / 4, (width - height) / 2, frames / 4 - 1, (fps - 4) / 2, (frames - fps) / 4), -1
+            (
+                (height - 8) / 4,
+                (width - 8) / 4,
+                (width - height) / 2,
+                frames / 4 - 1,
+                (fps - 4) / 2,
+                (frames - fps) / 4,
+            ),
+            -1,
         )
         return self.mlp(features.to(self.mlp[0].weight.dtype))

@@ -34,8 +34,8 @@ def pack_flops(
 ) -> int:
     """FLOPs of one pack, forward and backward, or forward alone.
 
-    `cu_segments`, `cu_text`: int [G + 1], as in VideoBatch. `num_rows`: None for one a segment. `text_dim`: numbers of a
-    text token as its encoder gives it; None for the width (`bytes`, whose words are summed embeddings).
+    `cu_segments`, `cu_text`: int [G + 1], as in VideoBatch. `num_rows`: None for one a segment. `text_dim`: numbers of
+    a text token as its encoder gives it; None for the width (`bytes`, whose words are summed embeddings).
     """
     d, ff, depth = config.width, mlp_hidden(config), config.depth
     video, text = cu_segments.diff().tolist(), cu_text.diff().tolist()
@@ -68,5 +68,6 @@ def num_parameters(config: ModelConfig, patch_dim: int) -> int:
     timestep = TIMESTEP_FREQUENCIES * d + d * d + 2 * d
     native = NATIVE_FEATURES * d + d * d + 2 * d
     caption = d + 2 * d + d * d + d  # null token, norm and projection of the pooled caption
-    ends = 2 * patch_dim * d + d + patch_dim + 2 * d * d + 2 * d  # patches in and out, final modulation
+    ends = 2 * patch_dim * d + 2 * d + patch_dim  # patches in and out, first frame
+    ends += 2 * d * d + 2 * d  # final modulation
     return blocks + (projection if shared else 0) + timestep + native + caption + ends

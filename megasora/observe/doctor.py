@@ -117,25 +117,21 @@ def devices(torch: ModuleType) -> list[Finding]:
 
 
 def attention(torch: ModuleType) -> list[Finding]:
-    """The three backends behind one adapter, fastest first."""
+    """Which attention libraries are there. The model computes with SDPA, which every torch has."""
     gpu = torch.cuda.is_available()
     installed = version_of("flash-attn")
     error = import_or_error("flash_attn")[1] if gpu and installed else ""
-    found, remedy = installed or "not installed", ""
+    found, remedy = (installed or "not installed") + ("" if gpu else ", needs a GPU"), ""
     if error:
         found, remedy = f"{installed}, does not import", f"{error}; build it for this torch: pip install flash-attn"
-    elif gpu and not installed:
-        remedy = "attention runs on torch's own kernels; for the fastest: pip install flash-attn --no-build-isolation"
-    elif not gpu:
-        found += ", needs a GPU"
-    findings = [Finding("attention", "flash-attn", found, remedy)]
-
     varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    found = ("found" if varlen else "not in this torch") + ("" if gpu else ", needs a GPU")
-    remedy = "segments are masked in SDPA, which is slower: torch >= 2.10 has it" if gpu and not varlen else ""
-    findings.append(Finding("attention", "torch varlen", found, remedy))
-    findings.append(Finding("attention", "torch SDPA", "found"))
-    return findings
+    return [
+        Finding("attention", "torch SDPA", "found, in use"),
+        Finding(
+            "attention", "torch varlen", ("found" if varlen else "not in this torch") + ("" if gpu else ", needs a GPU")
+        ),
+        Finding("attention", "flash-attn", found, remedy),
+    ]
 
 
 def triton(torch: ModuleType) -> list[Finding]:

@@ -6,6 +6,7 @@ wandb is talked to by a thread of its own: absent, failing or hanging, it never 
 from __future__ import annotations
 
 import json
+import os
 import queue
 import sys
 import threading
@@ -20,14 +21,16 @@ WANDB_CLOSE_SECONDS = 10.0
 
 
 class JsonLines:
-    """Appends objects to a file, a line each, flushed."""
+    """Appends objects to a file, a line each, unbuffered. A line that a kill has torn is closed first."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
+        end = self.file.seek(0, os.SEEK_END)
+        if end and os.pread(self.file.fileno(), 1, end - 1) != b"\n":
+            self.file.write(b"\n")
 
     def write(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        self.file.write(json.dumps(values).encode() + b"\n")
 
     def close(self) -> None:
         self.file.close()
@@ -44,7 +47,8 @@ class ProgressLine:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (
-                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
             )  # fmt: skip
             self.bar = Progress(*columns, console=Console(stderr=True))
             self.bar.start()
@@ -61,7 +65,7 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         if self.bar is not None:
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(text, highlight=False, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 

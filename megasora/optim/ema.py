@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ShardedEMA:
-    """ema <- decay ema + (1 - decay) weights, with decay min(d, (1 + n) / (10 + n)) at update n, so that the start fades."""
+    """ema <- d ema + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)) at update n, so that the start fades."""
 
     def __init__(self, weights: list[Tensor], decay: float):
         self.weights, self.decay, self.updates = weights, decay, 0

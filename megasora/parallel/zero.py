@@ -1,8 +1,8 @@
 """ZeRO by DeepSpeed: optimizer states (stage 1) and gradients (stage 2) live in slices over the data-parallel ranks.
 
-The only file that imports deepspeed. In: the sum over a rank's packs of loss / (tokens of all ranks). Out: weights moved by
-one AdamW step that no number of ranks changes. DeepSpeed averages gradients over ranks; the loss is multiplied by their
-number, so that what remains is the sum.
+The only file that imports deepspeed. In: the sum over a rank's packs of loss / (tokens of all ranks). Out: weights
+moved by one AdamW step that no number of ranks changes. DeepSpeed averages gradients over ranks; the loss is multiplied
+by their number, so that what remains is the sum.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ZeroEngine:
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def finish_pack(self, rate: float) -> float | None:
-        """Call after each `backward`. At the last pack of a step: clip, AdamW at `rate`; returns the global gradient norm."""
+        """Call after each `backward`. At a step's last pack: clip, AdamW at `rate`; returns the global gradient norm."""
         last = self.engine.is_gradient_accumulation_boundary()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -96,7 +96,8 @@ class ZeroEngine:
 
     def full_tensors(self, fragments: Iterable[Fragment]) -> dict[str, Tensor] | None:
         """Puts the slices of all ranks together, on the main one; None elsewhere."""
-        mine = [(f.name, f.start, f.values.detach().cpu()) for f in fragments]
+        # clone: a slice would be sent with the whole flat buffer it lies in
+        mine = [(f.name, f.start, f.values.detach().cpu().clone()) for f in fragments]
         everyone = self.world.gather(mine)
         if everyone is None:
             return None
@@ -129,7 +130,9 @@ def import_deepspeed():
     uses. An accelerator that answers None to that question is one without the op.
     """
     quiet = logging.getLogger("DeepSpeed")
-    quiet.addFilter(lambda record: record.levelno >= logging.WARNING and "accelerator to CPU" not in record.getMessage())
+    quiet.addFilter(
+        lambda record: record.levelno >= logging.WARNING and "accelerator to CPU" not in record.getMessage()
+    )
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from megasora.config import load, parse_size
 from megasora.data.video import IMAGE_FORMATS, read_image, write_image, write_video
 from megasora.errors import MegaSoraError
 
+MIN_FPS, MAX_FPS = 0.1, 1000.0  # what the time base of an mp4 holds with room to spare
+
 
 def sample_to_file(options: argparse.Namespace) -> None:
     """One prompt to FILE, its contact sheet and its sidecar."""
@@ -21,6 +24,8 @@ def sample_to_file(options: argparse.Namespace) -> None:
         raise MegaSoraError(f"--out {out} must end in .mp4, or .png for one frame")
     if not out.parent.is_dir():
         raise MegaSoraError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if out.is_dir():
+        raise MegaSoraError(f"--out {out} is a folder; give the name of a file")
     image = read_prompt_image(options.image, options.run) if options.image else None
 
     from rich.console import Console
@@ -39,16 +44,22 @@ def sample_to_file(options: argparse.Namespace) -> None:
         sample.frames = 1
     if (sample.frames == 1) != (out.suffix == ".png"):
         raise MegaSoraError(f"--out {out} with --frames {sample.frames}: an image is .png, a video .mp4")
-    if sample.steps < 1 or sample.fps <= 0 or sample.guidance < 0:
+    if sample.steps < 1 or not MIN_FPS <= sample.fps <= MAX_FPS or not 0 <= sample.guidance < math.inf:
         raise MegaSoraError(
-            f"--steps {sample.steps} and --fps {sample.fps} must be positive, --guidance {sample.guidance} not negative"
+            f"--steps {sample.steps} must be at least 1, --fps {sample.fps} from {MIN_FPS} to {MAX_FPS}, "
+            f"--guidance {sample.guidance} not negative"
         )
+    if not 0 <= options.seed < 1 << 63:
+        raise MegaSoraError(f"--seed {options.seed} must be from 0 to below 2^63")
     height, width = parse_size(sample.size, "--size")
     if image is not None and options.size is None:
         height, width = image.shape[:2]
     request = Request(options.prompt, height, width, sample.frames, sample.fps, image)
     pipeline.check(request)
-    with Progress(console=Console(stderr=True)) as progress:
+    if sample.frames > 1 and (height % 2 or width % 2):
+        raise MegaSoraError(f"--size {height}x{width}: an H.264 video has an even height and width")
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("sampling", total=calls_of(sample))
         video = pipeline([request], sample, options.seed, lambda: progress.advance(bar))[0]
 

@@ -18,7 +18,8 @@ from megasora.data.video import write_image, write_video
 from megasora.sampling.generate import calls_of
 from megasora.sampling.pipeline import Pipeline, Request
 from megasora.sampling.sheet import contact_sheet
-from megasora.testing.clips import HELD_OUT, detect, evaluation_prompts
+from megasora.testing.clips import HELD_OUT, evaluation_prompts
+from megasora.testing.detector import detect
 
 PROPERTIES = ("color", "direction", "shape", "background")
 SHEET_ROWS = 16
@@ -55,7 +56,7 @@ def evaluate(pipeline: Pipeline, out: Path, count: int, seed: int = 0) -> dict:
     write_image(sheet, part / "sheet.png", pipeline.provenance("contact sheet", seed))
     result = {
         "step": pipeline.step,
-        **{f"{name}_accuracy": float(np.mean([r["read"][name] == r["expected"][name] for r in rows])) for name in PROPERTIES},
+        **{f"{p}_accuracy": float(np.mean([r["read"][p] == r["expected"][p] for r in rows])) for p in PROPERTIES},
         "seconds": round(time.monotonic() - start, 1),
         "guidance": sample.guidance, "solver": sample.solver, "steps": sample.steps, "size": sample.size,
         "frames": sample.frames, "seed": seed, "prompts": rows,

@@ -1,4 +1,4 @@
-"""Prompts to patches: the objective run backwards, guided, all prompts (with and without caption) in one packed call."""
+"""Prompts to patches: the objective run backwards, guided; all prompts, with and without caption, in one packed call."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def generate(
     device: torch.device | str = "cpu",
     progress: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
-    """Patches [l, P] of each prompt. The noise of a prompt depends on (seed, its sample id) alone, not on its company."""
+    """Patches [l, P] of each prompt. Its noise depends on (seed, its sample id) alone, not on its company."""
     records = [p.record for p in prompts]
     guided = sample.guidance != 1.0
     doubled = [*records, *records] if guided else records

@@ -61,26 +61,30 @@ class Pipeline:
         model.load_state_dict(load_file(checkpoint / WEIGHTS[weights]))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(config, model, run_dir.name, step, torch.device(device))
+        return cls(config, model, run_dir.resolve().name, step, torch.device(device))
 
     def check(self, request: Request) -> None:
         """Raises MegaSoraError for a request that the model cannot answer."""
         if not request.prompt.strip():
             raise MegaSoraError("--prompt is empty; describe the clip, e.g. --prompt 'a red circle moves right'")
+        try:
+            request.prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise MegaSoraError(f"--prompt is not UTF-8 text: {error}") from None
         _, ph, pw = token_pixels(self.config)
         if request.height % ph or request.width % pw:
             near = f"{max(ph, round(request.height / ph) * ph)}x{max(pw, round(request.width / pw) * pw)}"
             raise MegaSoraError(
-                f"--size {request.height}x{request.width} must be multiples of the {ph}x{pw} pixels that a token covers; "
-                f"nearest: {near}"
+                f"--size {request.height}x{request.width} must be multiples of the {ph}x{pw} pixels that a token "
+                f"covers; nearest: {near}"
             )
         if request.frames < 1:
             raise MegaSoraError(f"--frames {request.frames} must be at least 1")
         if request.image is not None and request.image.shape[:2] != (request.height, request.width):
             height, width = request.image.shape[:2]
             raise MegaSoraError(
-                f"--image has {height}x{width} pixels, --size is {request.height}x{request.width}; leave --size out, or give "
-                "an image of that size"
+                f"--image has {height}x{width} pixels, --size is {request.height}x{request.width}; leave --size out, "
+                "or give an image of that size"
             )
 
     def __call__(
@@ -125,5 +129,3 @@ def sample_settings(config: Config, **changes) -> SampleConfig:
     """The run's `sample` section with what the caller gave; None leaves a setting as it is."""
     given = {k: v for k, v in changes.items() if v is not None}
     return dataclasses.replace(config.sample, **given)
-
-

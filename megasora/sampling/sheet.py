@@ -8,7 +8,7 @@ TEXT_HEIGHT, GAP = 14, 4
 
 
 def contact_sheet(videos: list[tuple[str, np.ndarray]], frames: int = 8, zoom: int = 3) -> np.ndarray:
-    """[(prompt, uint8 [F, H, W, 3])] -> uint8 [height, width, 3]: evenly spaced frames, pixels enlarged `zoom` times."""
+    """[(prompt, uint8 [F, H, W, 3])] -> uint8 [height, width, 3]: evenly spaced frames, enlarged `zoom` times."""
     from PIL import Image, ImageDraw
 
     rows = []

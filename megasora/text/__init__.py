@@ -1,5 +1,6 @@
-"""Captions to what the model attends to. An encoder has `encode(captions)` (per caption [S_i, E]), `precomputed` (whether
-that is done once, at ingest), `fingerprint`, and `build_embedder`, the trained module that maps [S, E] to [S, D]."""
+"""Captions to what the model attends to. An encoder has `encode(captions)` (per caption [S_i, E]), `precomputed`
+(whether that is done once, at ingest), `fingerprint`, and `build_embedder`, the trained module that maps [S, E] to
+[S, D]."""
 
 from __future__ import annotations
 

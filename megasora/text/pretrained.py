@@ -58,8 +58,8 @@ class PretrainedEncoder:
         positions = getattr(architecture, "max_position_embeddings", None)
         if positions and config.max_tokens > positions:
             raise MegaSoraError(
-                f"text.max_tokens={config.max_tokens} is more than the {positions} positions of text.path={config.path}; "
-                f"use at most {positions}"
+                f"text.max_tokens={config.max_tokens} is more than the {positions} positions of "
+                f"text.path={config.path}; use at most {positions}"
             )
         self.loading = threading.Lock()  # ingest encodes from several threads
 
@@ -86,15 +86,15 @@ class PretrainedEncoder:
         model, info = self.load(self.model_class.from_pretrained, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             raise MegaSoraError(
-                f"text.path={self.path} lacks {len(missing)} weights of a {self.model_class.__name__}, e.g. {missing[0]}; "
-                f"give the folder of a whole {self.name} encoder"
+                f"text.path={self.path} lacks {len(missing)} weights of a {self.model_class.__name__}, "
+                f"e.g. {missing[0]}; give the folder of a whole {self.name} encoder"
             )
         return model.eval().requires_grad_(False).to(self.device)
 
     def load(self, from_pretrained: Any, **options: Any) -> Any:
         try:
             return from_pretrained(self.folder, local_files_only=True, **options)
-        except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds on damaged files
+        except Exception as error:  # each library underneath raises its own kinds on damaged files
             raise unreadable(self.path, error) from None
 
     @torch.no_grad()
@@ -141,8 +141,8 @@ class PretrainedEncoder:
 
 
 class FeatureEmbedder(nn.Module):
-    """features [S, E] -> [S, D]: an MLP (as in Wan), then `depth` blocks of attention inside each caption, which a causal
-    encoder's features need most (the refiner of HunyuanVideo, arXiv 2412.03603)."""
+    """features [S, E] -> [S, D]: an MLP (as in Wan), then `depth` blocks of attention inside each caption, which a
+    causal encoder's features need most (the refiner of HunyuanVideo, arXiv 2412.03603)."""
 
     def __init__(self, text_dim: int, width: int, depth: int, heads: int):
         super().__init__()
@@ -190,7 +190,8 @@ def read_config(folder: Path, config: TextConfig) -> tuple[str, dict[str, Any]]:
     model_type, known = values.get("model_type"), ENCODERS[config.name]
     if model_type not in known:
         raise MegaSoraError(
-            f"text.path={config.path} holds a model of type '{model_type}'; text.name={config.name} reads {', '.join(known)}"
+            f"text.path={config.path} holds a model of type '{model_type}'; "
+            f"text.name={config.name} reads {', '.join(known)}"
         )
     values = values.get("text_config", values)  # of a whole CLIP
     volatile = ("_name_or_path", "transformers_version", "architectures")
@@ -207,6 +208,6 @@ def find_weights(folder: Path, path: str) -> list[Path]:
 def unreadable(path: str, error: Exception) -> MegaSoraError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return MegaSoraError(
-        f"text.path={path} cannot be loaded ({type(error).__name__}: {reason}); give a folder that save_pretrained wrote, "
-        "or a hub name that this machine can reach or has downloaded"
+        f"text.path={path} cannot be loaded ({type(error).__name__}: {reason}); give a folder that save_pretrained "
+        "wrote, or a hub name that this machine can reach or has downloaded"
     )

@@ -1,6 +1,7 @@
 """The objective: what is noised and what is kept clean, and that nothing depends on where a clip lies."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -34,7 +35,13 @@ def make_objective(seed=0, **options):
 
 
 def by_clip(batch, values_L):
-    return dict(zip(batch.sample_ids_G.tolist(), values_L[: batch.num_tokens].split(batch.cu_segments.diff().tolist()), strict=True))
+    return dict(
+        zip(
+            batch.sample_ids_G.tolist(),
+            values_L[: batch.num_tokens].split(batch.cu_segments.diff().tolist()),
+            strict=True,
+        )
+    )
 
 
 def grid_points(n):
@@ -42,9 +49,7 @@ def grid_points(n):
 
 
 def counts_of(frames, config, n=10_000):
-    counts = {}
-    for u in grid_points(n):
-        counts[drawn] = counts.get(drawn := draw_condition(frames, u, 0.0, config), 0) + 1
+    counts = Counter(draw_condition(frames, u, 0.0, config) for u in grid_points(n))
     return {drawn: count / n for drawn, count in counts.items()}
 
 
@@ -134,10 +139,11 @@ def test_clean_frames_are_kept_bit_for_bit_at_time_zero_without_weight():
     batch, noised, _, weight_L = corrupt_known(padding=4)
     clean_L = torch.tensor([1] * 2 + [0] * 8 + [0] * 6 + [1] * 2 + [0] * 4 + [1] * 3 + [0] * 4).bool()
     assert torch.equal(noised.patches_LP[clean_L], batch.patches_LP[clean_L])
-    assert not torch.isclose(noised.patches_LP[~clean_L], batch.patches_LP[~clean_L]).any()
-    assert weight_L.tolist() == [float(not c and i < 25) for i, c in enumerate(clean_L.tolist())]
+    noised_L = ~clean_L & (torch.arange(29) < 25)
+    assert not torch.isclose(noised.patches_LP[noised_L], batch.patches_LP[noised_L]).any()
+    assert torch.equal(weight_L, noised_L.float())
     t_L = noised.timesteps_R[owner_of_tokens(noised.cu_rows, len(clean_L))]
-    assert (t_L[clean_L] == 0).all() and (t_L[:25][~clean_L[:25]] > 0.4).all()
+    assert (t_L[clean_L] == 0).all() and (t_L[noised_L] > 0.4).all()
 
 
 def test_noised_minus_time_times_target_is_the_clean_pack():
@@ -166,8 +172,12 @@ def test_a_caption_that_is_missing_stays_hidden():
 
 def test_timesteps_are_moved_by_the_size_of_the_clip():
     ids = range(4000)
-    plain, _, _ = make_objective(condition=ConditionConfig(1, 0, 0, 0, 0, 0), shift_tokens=10**9).corrupt(make_pack(ids), 0)
-    moved, _, _ = make_objective(condition=ConditionConfig(1, 0, 0, 0, 0, 0), shift=4.0, shift_tokens=8).corrupt(make_pack(ids), 0)
+    plain, _, _ = make_objective(condition=ConditionConfig(1, 0, 0, 0, 0, 0), shift_tokens=10**9).corrupt(
+        make_pack(ids), 0
+    )
+    moved, _, _ = make_objective(condition=ConditionConfig(1, 0, 0, 0, 0, 0), shift=4.0, shift_tokens=8).corrupt(
+        make_pack(ids), 0
+    )
     factor = shift_factor(plain.cu_segments.diff(), ObjectiveConfig(shift=4.0, shift_tokens=8))
     odds = [t / (1 - t) for t in (plain.timesteps_R.double(), moved.timesteps_R.double())]
     torch.testing.assert_close(odds[1], factor * odds[0], rtol=1e-4, atol=0)
@@ -179,7 +189,7 @@ def test_timesteps_are_moved_by_the_size_of_the_clip():
 
 
 def everything(objective, ids, step, padding=0):
-    """What each clip got: its noised patches, target, weight, level of each token, and whether its caption is hidden."""
+    """What each clip got: noised patches, target, weight, level of each token, and whether its caption is hidden."""
     noised, target, weight = objective.corrupt(make_pack(ids, padding), step)
     t_L = noised.timesteps_R[owner_of_tokens(noised.cu_rows, len(weight))]
     clips = [by_clip(noised, values) for values in (noised.patches_LP, target, weight, t_L)]
@@ -214,7 +224,43 @@ def test_clips_of_one_content_get_noise_of_their_own():
     assert not torch.isclose(target[:6], target[6:12]).any() and not torch.isclose(target[6:12], target[12:]).any()
 
 
+# ---- validation
+
+
+def test_validation_noises_whole_clips_to_one_level_and_shows_every_caption():
+    objective, batch = make_objective(caption_dropout=0.9), make_pack(range(12), padding=5)
+    noised, target, weight = objective.at_level(batch, 0.3, stream=100)
+    assert torch.equal(noised.cu_rows, batch.cu_segments) and not noised.drop_text_G.any()
+    assert noised.timesteps_R.tolist() == pytest.approx([0.3] * 12)
+    assert weight.tolist() == [1.0] * batch.num_tokens + [0.0] * 5
+    torch.testing.assert_close(noised.patches_LP - 0.3 * target, batch.patches_LP, rtol=1e-5, atol=1e-5)
+
+
+def test_validation_noise_is_fixed_by_seed_stream_and_sample_id():
+    batch = make_pack([3, 5, 4])
+    _, target, _ = make_objective().at_level(batch, 0.3, stream=100)
+    alone, other_level = (make_objective().at_level(make_pack([5]), t, 100)[1] for t in (0.3, 0.9))
+    assert torch.equal(by_clip(batch, target)[5], alone) and torch.equal(alone, other_level)
+    for objective, stream in ((make_objective(seed=1), 100), (make_objective(), 101)):
+        assert not torch.isclose(objective.at_level(make_pack([5]), 0.3, stream)[1], alone).any()
+    for step in range(50):  # no training step sees it
+        assert not torch.isclose(make_objective().corrupt(make_pack([5]), step)[1], alone).all(-1).any()
+
+
+def test_no_number_of_noise_is_used_twice():
+    batch = make_pack(range(5))
+    records_of_zeros = dataclasses.replace(batch, patches_LP=torch.zeros_like(batch.patches_LP))
+    _, noise_LP, _ = make_objective().corrupt(records_of_zeros, 0)
+    assert len(noise_LP.unique()) == noise_LP.numel()
+
+
 # ---- the loss
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_tokens_with_a_loss_are_known_before_the_model_is_called(step):
+    objective, batch = make_objective(), make_pack(range(30), padding=7)
+    assert objective.num_tokens(batch, step) == int(objective.corrupt(batch, step)[2].sum())
 
 
 def test_loss_is_the_mean_square_over_the_noised_tokens():

@@ -78,7 +78,9 @@ def test_noise_has_the_moments_and_the_distribution_of_a_normal():
     assert float(distance) < 1.95 / N**0.5  # Kolmogorov-Smirnov at 99.9 %
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"step": -1}, {"sample": 1}, {"sample": 1 << 33}, {"stream": 1}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"step": 1}, {"step": -1}, {"sample": 1}, {"sample": 1 << 33}, {"stream": 1}]
+)
 def test_noise_of_another_clip_step_stream_or_seed_is_independent(other):
     a, b = elements().double(), elements(**other).double()
     for x, y in ((a, b), (a[1:], b[:-1]), (a[:-1], b[1:]), (a**2 - 1, b**2 - 1)):

@@ -47,7 +47,9 @@ def make_pack(clips=CLIPS, padding=0, hide=()):
         native = (8.0 * grid[1], 8.0 * grid[2], 4.0 * grid[0] - 3, 8.0 + number)
         records.append(Record(number, patches, grid, text, native, caption))
     batch = make_batch(records, sum(len(r.patches_LP) for r in records) + padding)
-    cu_rows, timesteps, owner = rows_of(batch, torch.tensor([t for *_, t in clips]), [clean for _, _, clean, _ in clips])
+    cu_rows, timesteps, owner = rows_of(
+        batch, torch.tensor([t for *_, t in clips]), [clean for _, _, clean, _ in clips]
+    )
     drop = batch.drop_text_G | torch.tensor([i in hide for i in range(len(clips))])
     return dataclasses.replace(
         batch, cu_rows=cu_rows, timesteps_R=timesteps.float(), row_segment_R=owner, drop_text_G=drop
@@ -102,7 +104,9 @@ def test_a_clip_in_a_pack_is_the_clip_alone(modulation, qk_norm):
     packed, separate = gradients(model, [together]), gradients(model, alone)
     assert packed.keys() == separate.keys()
     for name in packed:
-        torch.testing.assert_close(packed[name], separate[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            packed[name], separate[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @BOTH
@@ -149,7 +153,9 @@ def test_output_is_independent_of_a_hidden_caption():
     model = make_model()
     other = [(grid, "quite another caption of more words", clean, t) for grid, _, clean, t in CLIPS]
     everyone = range(len(CLIPS))
-    for a, b in zip(outputs(model, make_pack(hide=everyone)), outputs(model, make_pack(other, hide=everyone)), strict=True):
+    for a, b in zip(
+        outputs(model, make_pack(hide=everyone)), outputs(model, make_pack(other, hide=everyone)), strict=True
+    ):
         torch.testing.assert_close(a, b, **EXACT)
 
 
@@ -201,13 +207,20 @@ def test_output_depends_on_native_size_frames_and_rate(column):
         assert torch.allclose(a, b, **EXACT) is (i != 2)
 
 
-def test_output_depends_on_differences_of_coords_alone():
+def moved(batch, t=0, h=0, w=0):
+    return dataclasses.replace(batch, coords_L3=batch.coords_L3 + torch.tensor([t, h, w]))
+
+
+def test_output_depends_on_differences_of_coords_and_on_which_frame_is_the_first():
     model, batch = make_model(), make_pack()
-    moved = dataclasses.replace(batch, coords_L3=batch.coords_L3 + torch.tensor([5, 2, 7]))
-    for a, b in zip(outputs(model, batch), outputs(model, moved), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # angles are fp32
-    mirrored = dataclasses.replace(batch, coords_L3=-batch.coords_L3)
+    near = {"rtol": 1e-4, "atol": 1e-4}  # angles are fp32
+    torch.testing.assert_close(model(batch), model(moved(batch, h=2, w=7)), **near)
+    torch.testing.assert_close(model(moved(batch, t=1)), model(moved(batch, t=6, h=1)), **near)
+    mirrored = dataclasses.replace(batch, coords_L3=batch.coords_L3 * torch.tensor([1, -1, -1]))
     assert not torch.allclose(model(batch), model(mirrored), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(model(batch), model(moved(batch, t=1)), rtol=1e-2, atol=1e-2)
+    torch.nn.init.zeros_(model.first_frame)
+    torch.testing.assert_close(model(batch), model(moved(batch, t=1)), **near)
 
 
 @BOTH

@@ -22,7 +22,9 @@ each_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
 
 def make_model(config):
-    return VideoDiT(config, PATCH_DIM, build_text_encoder(TextConfig()).build_embedder(config.width, config.text_depth, 1))
+    return VideoDiT(
+        config, PATCH_DIM, build_text_encoder(TextConfig()).build_embedder(config.width, config.text_depth, 1)
+    )
 
 
 def make_pack(clips=3, grid=(2, 2, 3), caption="a red dot", text=None):

@@ -102,10 +102,11 @@ def test_driver_without_a_torch_for_it_is_told_from_no_gpu(monkeypatch, driver):
 
 
 @pytest.mark.parametrize("cards", [[], [H100]])
-def test_absent_flash_attention_matters_only_on_a_gpu(monkeypatch, cards):
+def test_absent_flash_attention_is_told_and_is_no_defect(monkeypatch, cards):
     monkeypatch.setattr(doctor, "version_of", lambda name: None)
     finding = by_name(doctor.attention(fake_torch(cards)))["flash-attn"]
-    assert ("pip install flash-attn" in finding.remedy) == bool(cards)
+    assert finding.found.startswith("not installed") and ("needs a GPU" in finding.found) == (not cards)
+    assert not finding.remedy and not finding.missing
 
 
 def test_flash_attention_that_does_not_import_is_not_called_found(monkeypatch):

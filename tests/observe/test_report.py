@@ -13,7 +13,7 @@ import pytest
 
 from megasora import config
 from megasora.errors import MegaSoraError
-from megasora.observe import report
+from megasora.observe import charts, report, run_folder
 from megasora.observe.report import write_report
 
 ATTACK = '<script>alert("red")</script> & a "circle"'
@@ -184,7 +184,7 @@ def test_page_tells_right_from_wrong_and_held_out(page):
 
 
 def test_confusion_table_counts_what_was_read(run_dir):
-    samples = report.read_run(run_dir).evaluated
+    samples = run_folder.read_run(run_dir).evaluated
     table = report.confusion(samples, "color")
     assert re.findall(r'scope="col">(\w+)', table) == ["red", "blue"]
     assert re.findall(r'<td class="(\w+)"[^>]*>(.)', table) == [
@@ -203,13 +203,13 @@ def test_changed_settings_are_listed_with_their_defaults(page):
 
 
 def test_head_names_where_the_run_was_made(page):
-    head = page[page.index("<header>") : page.index("</header>")].replace(report.NBSP, " ")
+    head = page[page.index("<header>") : page.index("</header>")].replace(run_folder.NBSP, " ")
     facts = re.findall("<li>([^<]*)</li>", head)
     assert facts[1:] == ["2026-01-02", "here", "2 processes", "2.0 GiB at most in the first process"]
 
 
 def test_page_says_what_was_left_out_or_repaired(page):
-    notes = page[page.index('id="notes"') :].replace(report.NBSP, " ")
+    notes = page[page.index('id="notes"') :].replace(run_folder.NBSP, " ")
     assert "metrics.jsonl: left out 1 line that cannot be read, first line 6" in notes
     assert "metrics.jsonl: 1 line repeated by a resume" in notes
 
@@ -227,7 +227,7 @@ def test_charts_take_their_colors_from_the_page_and_are_the_same_each_time(run_d
 def test_run_that_was_only_begun_has_a_page(run_dir, tmp_path):
     folder = copy_run(run_dir, tmp_path / "begun", "config.yaml")
     write_lines(folder / "metrics.jsonl", [metrics_line(1, loss=float("nan"), grad_norm=None)])
-    text = write_report(folder).read_text(encoding="utf-8").replace(report.NBSP, " ")
+    text = write_report(folder).read_text(encoding="utf-8").replace(run_folder.NBSP, " ")
     figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert figures["steps"] == 1 and figures["padding_fraction"] == 0.0
     assert figures["color_accuracy"] is None and figures["final_val_loss"] is None
@@ -280,11 +280,11 @@ def test_missing_run_folder_is_refused(tmp_path):
 def test_curves_are_thinned_without_losing_a_spike():
     steps, values = np.arange(100_000), np.zeros(100_000)
     values[54_321] = 9.0
-    x, y = report.thin(steps, values)
+    x, y = charts.thin(steps, values)
     assert len(x) <= 1200 and np.all(np.diff(x) > 0)
     assert x[y.argmax()] == 54_321 and y.max() == 9.0
 
 
 def test_running_mean_skips_what_is_not_a_number():
     values = np.array([1.0, np.nan, 3.0, 5.0])
-    assert report.smooth(values, 3) == pytest.approx([1.0, 2.0, 4.0, 4.0])
+    assert charts.smooth(values, 3) == pytest.approx([1.0, 2.0, 4.0, 4.0])

@@ -113,3 +113,13 @@ def test_other_process_counts_and_damaged_checkpoints_are_not_resumed_silently(t
     (state / "manifest.json").write_text(json.dumps(manifest))
     code, output = launch("megasora.train", *train_arguments(two, shards, tiny))
     assert code == 2 and "was saved by 2 processes, this launch has 1" in output
+
+
+def test_bfloat16_follows_float32(trained, shards, launch, tiny, tmp_path):
+    arguments = [*train_arguments(tmp_path / "half", shards, tiny), "run.dtype=bfloat16", "run.steps=20"]
+    code, output = launch("megasora.train", *arguments)
+    assert code == 0, output
+    half = lines(tmp_path / "half")
+    assert half[9]["loss"] != lines(trained)[9]["loss"]
+    for a, b in zip(lines(trained), half, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02), a["step"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megasora.errors import MegaSoraError
-from megasora.testing import clips
+from megasora.testing import clips, detector
 
 EVERYTHING = {
     "colors": tuple(clips.COLORS),
@@ -56,7 +56,7 @@ def grade(count: int, seed: int, split: str, frames_of) -> tuple[dict[str, float
     worst = 0.0
     for index in range(count):
         spec, _ = clips.clip_at(seed, split, index, **EVERYTHING)
-        reading = clips.detect(frames_of(spec, index))
+        reading = detector.detect(frames_of(spec, index))
         for word in ("color", "shape", "background", "direction"):
             truth = None if word == "direction" and spec.frames == 1 else getattr(spec, word)
             right[word] += getattr(reading, word) == truth
@@ -108,7 +108,7 @@ def test_detector_survives_blocks_of_low_frequencies_grain_and_jitter():
     for index in range(60):
         spec, _ = clips.clip_at(8, "train", index, lengths={9: 1.0}, **EVERYTHING)
         shaken = [np.roll(frame, tuple(rng.integers(-1, 2, 2)), (0, 1)) for frame in clips.render(spec)]
-        right += clips.detect(np.stack(shaken)).direction == spec.direction
+        right += detector.detect(np.stack(shaken)).direction == spec.direction
     assert right >= 58
 
 
@@ -116,11 +116,11 @@ def test_detector_admits_that_it_sees_nothing():
     rng = np.random.default_rng(0)
     grey = np.full((5, 32, 32, 3), 120, dtype=np.uint8)
     for frames in (grey, np.zeros_like(grey), rng.integers(0, 256, grey.shape).astype(np.uint8)):
-        reading = clips.detect(frames)
+        reading = detector.detect(frames)
         assert (reading.color, reading.shape, reading.direction) == (None, None, None)
         assert reading.presence == 0.0 and np.isnan(reading.positions).all()
     with pytest.raises(MegaSoraError, match=r"\(32, 32, 3\)"):
-        clips.detect(grey[0])
+        detector.detect(grey[0])
 
 
 def test_detector_gives_no_direction_without_movement():
@@ -128,7 +128,7 @@ def test_detector_gives_no_direction_without_movement():
     rng = np.random.default_rng(0)
     shaken = np.stack([np.roll(frame, tuple(rng.integers(-1, 2, 2)), (0, 1)) for frame in still])
     for frames in (still[:1], still, shaken):
-        reading = clips.detect(frames)
+        reading = detector.detect(frames)
         assert (reading.color, reading.shape, reading.direction) == ("red", "circle", None)
 
 
@@ -136,7 +136,7 @@ def test_detector_gives_no_color_where_two_shapes_are_mixed():
     first = clips.render(replace(SPEC, width=48))
     second = clips.render(replace(SPEC, width=48, color="green", start_x=29.0))
     half = np.arange(48)[None, None, :, None] < 24
-    assert clips.detect(np.where(half, first, second)[:1]).color is None
+    assert detector.detect(np.where(half, first, second)[:1]).color is None
 
 
 # ---------------------------------------------------------------- pixels

@@ -188,7 +188,9 @@ def test_weights_that_would_be_random_are_refused(folders, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights.pop("encoder.final_layer_norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MegaSoraError, match=r"lacks 1 weights of a T5EncoderModel, e.g. encoder.final_layer_norm.weight"):
+    with pytest.raises(
+        MegaSoraError, match=r"lacks 1 weights of a T5EncoderModel, e.g. encoder.final_layer_norm.weight"
+    ):
         make(folder).encode(["red"])
 
 

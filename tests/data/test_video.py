@@ -1,0 +1,307 @@
+"""Clips of every accepted kind come in whole and at native size; what is not a whole clip is refused, and says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from megasora.config import IngestConfig
+from megasora.data.video import RejectedClip, is_clip, read_clip, write_image, write_video
+
+CODEC_ERROR = 2.5  # grey levels, mean over a frame; two neighbouring frames of `gradient` are 6.7 apart
+LIMITS = IngestConfig()
+
+
+def gradient(frames: int, height: int, width: int) -> np.ndarray:
+    """Smooth frames that all differ: red grows to the right, green downwards, blue by 20 levels a frame."""
+    y, x = np.mgrid[0:height, 0:width]
+    layers = [[x * 200 // width, y * 200 // height, np.full_like(x, 20 + i * 20)] for i in range(frames)]
+    return np.array(layers).transpose(0, 2, 3, 1).astype(np.uint8)
+
+
+def noise(frames: int, height: int, width: int) -> np.ndarray:
+    """Frames that no codec can shrink, so that a cut of the file is a cut of its frames."""
+    return np.random.default_rng(0).integers(0, 255, (frames, height, width, 3), dtype=np.uint8)
+
+
+def encode(
+    path: Path, frames: np.ndarray, rate=12, codec="libx264", container="mp4", pixels="yuv420p", options=None, mux=None
+) -> Path:
+    with av.open(str(path), "w", format=container, options=mux or {}) as file:
+        stream = file.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels
+        stream.options = options or {}
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+def cut(path: Path, share: float) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    return path
+
+
+def error_by_frame(read: np.ndarray, made: np.ndarray) -> np.ndarray:
+    assert read.shape == made.shape and read.dtype == np.uint8
+    return np.abs(read.astype(float) - made).mean((1, 2, 3))
+
+
+NTSC, FILM = Fraction(30_000, 1001), Fraction(24_000, 1001)
+FINE = {"crf": "5"}
+KINDS = {  # file -> (height, width), frame rate, how it is encoded
+    "even.mp4": ((32, 48), NTSC, dict(options=FINE)),
+    "odd.mp4": ((31, 47), FILM, dict(options=FINE, pixels="yuv444p")),
+    "tall.MP4": ((48, 24), Fraction(8), dict(options=FINE)),
+    "lossless.m4v": ((32, 48), Fraction(12), dict(codec="libx264rgb", pixels="rgb24", options={"qp": "0"})),
+    "quick.mov": ((32, 48), NTSC, dict(options=FINE, container="mov")),
+    "h264.mkv": ((30, 48), FILM, dict(options=FINE, container="matroska")),
+    "vp9.webm": ((32, 48), Fraction(24), dict(codec="libvpx-vp9", container="webm", options=FINE)),
+    "mpeg4.avi": ((32, 48), Fraction(25), dict(codec="mpeg4", container="avi", options={"qmax": "2"})),
+    "pieces.mp4": ((32, 48), Fraction(16), dict(options=FINE, mux={"movflags": "frag_keyframe+empty_moov"})),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_frame_comes_in_at_native_size_order_and_rate(name, tmp_path):
+    size, rate, how = KINDS[name]
+    made = gradient(9, *size)
+    clip = read_clip(encode(tmp_path / name, made, rate, **how), LIMITS)
+    assert error_by_frame(clip.frames_FHWC, made).max() < CODEC_ERROR
+    assert clip.fps == float(rate)
+
+
+def test_lossless_h264_gives_back_the_same_pixels(tmp_path):
+    made = noise(5, 31, 47)
+    path = encode(tmp_path / "a.mp4", made, codec="libx264rgb", pixels="rgb24", options={"qp": "0"})
+    assert np.array_equal(read_clip(path, LIMITS).frames_FHWC, made)
+
+
+@pytest.mark.parametrize(("suffix", "error"), [(".png", 0), (".jpg", 3), (".jpeg", 3), (".webp", 3)])
+def test_an_image_is_a_clip_of_one_frame_without_a_rate(suffix, error, tmp_path):
+    made = gradient(1, 31, 47)
+    Image.fromarray(made[0]).save(tmp_path / f"a{suffix}", quality=100)
+    clip = read_clip(tmp_path / f"a{suffix}", LIMITS)
+    assert error_by_frame(clip.frames_FHWC, made).max() <= error
+    assert clip.fps == 0.0
+
+
+def test_grey_and_palette_images_become_three_colours(tmp_path):
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey).convert("P").save(tmp_path / "palette.png")
+    for name in ("grey.png", "palette.png"):
+        assert np.array_equal(read_clip(tmp_path / name, LIMITS).frames_FHWC, grey[None, :, :, None].repeat(3, 3))
+
+
+def test_a_clip_cut_without_reencoding_gives_the_frames_that_a_player_shows(tmp_path):
+    """`-ss 0.83 -c copy`: 30 frames are in the file, an edit list hides the ten before the cut."""
+    made = gradient(12, 32, 48)
+    encode(tmp_path / "whole.mp4", made, options={**FINE, "g": "30"})
+    with av.open(str(tmp_path / "whole.mp4")) as source, av.open(str(tmp_path / "part.mp4"), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size:
+                earlier = int(4 / 12 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, copy
+                target.mux(packet)
+    clip = read_clip(tmp_path / "part.mp4", LIMITS)
+    assert error_by_frame(clip.frames_FHWC, made[4:]).max() < CODEC_ERROR
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def text_as_video(folder: Path) -> Path:
+    (folder / "a.mp4").write_text("Dear diary,\nthis is no video.\n" * 50)
+    return folder / "a.mp4"
+
+
+def list_of_files(folder: Path) -> Path:
+    """What a guessing demuxer follows to another file."""
+    encode(folder / "secret.mp4", gradient(9, 32, 48))
+    (folder / "a.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    with av.open(str(folder / "a.mp4")) as guessed:
+        assert sum(1 for _ in guessed.decode(video=0)) == 9
+    return folder / "a.mp4"
+
+
+def zero_bytes(folder: Path) -> Path:
+    (folder / "a.mp4").touch()
+    return folder / "a.mp4"
+
+
+def audio_only(folder: Path) -> Path:
+    with av.open(str(folder / "a.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=8000, layout="mono")
+        for _ in range(4):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 8000
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return folder / "a.mp4"
+
+
+def codec_of_the_future(folder: Path) -> Path:
+    path = encode(folder / "a.mp4", gradient(3, 32, 48))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"avc9"))
+    return path
+
+
+def cut_with_index_behind(folder: Path) -> Path:
+    return cut(encode(folder / "a.mp4", noise(30, 48, 64)), 0.6)
+
+
+def cut_with_index_in_front(folder: Path) -> Path:
+    return cut(encode(folder / "a.mp4", noise(30, 48, 64), mux={"movflags": "+faststart"}), 0.6)
+
+
+def cut_matroska(folder: Path) -> Path:
+    return cut(encode(folder / "a.mkv", noise(30, 48, 64), container="matroska"), 0.6)
+
+
+def cut_webm(folder: Path) -> Path:
+    return cut(encode(folder / "a.webm", noise(30, 48, 64), codec="libvpx-vp9", container="webm"), 0.6)
+
+
+def cut_pieces(folder: Path) -> Path:
+    pieces = {"movflags": "frag_keyframe+empty_moov"}
+    return cut(encode(folder / "a.mp4", noise(30, 48, 64), options={"g": "10"}, mux=pieces), 0.6)
+
+
+def cut_image(folder: Path) -> Path:
+    Image.fromarray(noise(1, 48, 64)[0]).save(folder / "a.png")
+    return cut(folder / "a.png", 0.6)
+
+
+def image_of_another_kind(folder: Path) -> Path:
+    Image.fromarray(noise(1, 48, 64)[0]).save(folder / "a.jpg", format="PNG")
+    return folder / "a.jpg"
+
+
+def whole(folder: Path) -> Path:
+    return encode(folder / "a.mp4", gradient(9, 32, 48))
+
+
+def whole_image(folder: Path) -> Path:
+    Image.fromarray(gradient(1, 32, 48)[0]).save(folder / "a.png")
+    return folder / "a.png"
+
+
+def without_a_frame_count(folder: Path) -> Path:
+    return encode(folder / "a.mkv", gradient(9, 32, 48), container="matroska")
+
+
+REFUSALS: list[tuple[Callable[[Path], Path], dict, str, list[str]]] = [
+    (text_as_video, {}, "unreadable", ["cannot be decoded"]),
+    (list_of_files, {}, "unreadable", ["cannot be decoded"]),
+    (zero_bytes, {}, "empty file", ["0 bytes"]),
+    (audio_only, {}, "no video stream", ["no video stream"]),
+    (codec_of_the_future, {}, "unknown codec", ["no decoder"]),
+    (cut_with_index_behind, {}, "unreadable", ["cannot be decoded"]),
+    (cut_with_index_in_front, {}, "truncated", ["15 of 30"]),
+    (cut_matroska, {}, "truncated", ["declares 2.50 seconds"]),
+    (cut_webm, {}, "truncated", ["declares 2.50 seconds"]),
+    (cut_pieces, {}, "truncated", ["ends within a frame"]),
+    (cut_image, {}, "unreadable", ["not a readable image"]),
+    (image_of_another_kind, {}, "unreadable", ["not a readable image"]),
+    (whole, {"max_height": 31}, "too large", ["32x48", "ingest.max_height=31"]),
+    (whole, {"max_width": 47}, "too large", ["32x48", "ingest.max_width=47"]),
+    (whole_image, {"max_width": 47}, "too large", ["32x48", "ingest.max_width=47"]),
+    (whole, {"max_frames": 8}, "too long", ["9 frames", "ingest.max_frames=8"]),
+    (without_a_frame_count, {"max_frames": 8}, "too long", ["9 frames", "ingest.max_frames=8"]),
+]
+
+
+@pytest.mark.parametrize(("make", "limits", "reason", "words"), REFUSALS, ids=lambda v: getattr(v, "__name__", None))
+def test_what_is_not_a_whole_clip_within_the_limits_is_refused_with_its_reason(make, limits, reason, words, tmp_path):
+    path = make(tmp_path)
+    with pytest.raises(RejectedClip) as refusal:
+        read_clip(path, IngestConfig(**limits))
+    assert refusal.value.reason == reason
+    for word in [str(path), *words]:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("make", [whole, without_a_frame_count])
+def test_the_limits_are_the_last_values_that_pass(make, tmp_path):
+    limits = IngestConfig(max_height=32, max_width=48, max_frames=9)
+    assert len(read_clip(make(tmp_path), limits).frames_FHWC) == 9
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_a_clip_too_large_for_memory_is_refused_before_that_memory_is_used(container, tmp_path):
+    made = np.zeros((12, 256, 512, 3), np.uint8)  # 4.5 MiB decoded
+    path = encode(tmp_path / ("a.mp4" if container == "mp4" else "a.mkv"), made, container=container)
+    assert len(read_clip(path, IngestConfig(max_clip_mib=5)).frames_FHWC) == 12
+    with pytest.raises(RejectedClip, match="ingest.max_clip_mib=4") as refusal:
+        read_clip(path, IngestConfig(max_clip_mib=4))
+    assert refusal.value.reason == "too large in memory"
+
+
+def test_a_file_name_is_never_read_as_a_protocol(tmp_path, monkeypatch):
+    encode(tmp_path / "secret.mp4", gradient(9, 32, 48))
+    encode(tmp_path / "concat:secret.mp4", gradient(3, 16, 16))
+    monkeypatch.chdir(tmp_path)
+    assert read_clip(Path("concat:secret.mp4"), LIMITS).frames_FHWC.shape == (3, 16, 16, 3)
+    write_video(gradient(3, 16, 16), 8, Path("part 1: red.mp4"))
+    assert read_clip(Path("part 1: red.mp4"), LIMITS).frames_FHWC.shape == (3, 16, 16, 3)
+
+
+def test_clips_are_told_by_their_suffix():
+    assert all(is_clip(Path(f"a.{s}")) for s in "mp4 m4v mov mkv webm avi png jpg jpeg webp MP4 Jpg".split())
+    assert not any(is_clip(Path(name)) for name in ("a.txt", "a.json", "a.m3u8", "mp4", "a.mp4.txt"))
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_written_video_is_what_browsers_play_and_carries_its_comment(tmp_path):
+    made, path = gradient(9, 32, 48), tmp_path / "a.mp4"
+    comment = json.dumps({"ai_generated": True, "prompt": "ein roter Kreis — 红色"})
+    write_video(made, 12.5, path, comment)
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.average_rate, stream.frames) == (Fraction(25, 2), 9)
+        assert file.metadata["comment"] == comment
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # plays before it is loaded
+    assert error_by_frame(read_clip(path, LIMITS).frames_FHWC, made).max() < CODEC_ERROR
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_the_same_frames_make_the_same_bytes(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(noise(9, 32, 48), 12, tmp_path / name, "comment")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    write_video(noise(9, 32, 48)[::-1], 12, tmp_path / "b.mp4", "comment")
+    assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_video_that_cannot_be_encoded_leaves_the_folder_as_it_was(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"the one before")
+    with pytest.raises(av.error.FFmpegError):
+        write_video(gradient(3, 31, 47), 12, tmp_path / "a.mp4")  # H.264 4:2:0 has even sides
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == b"the one before"
+
+
+def test_a_written_image_has_the_same_pixels_and_carries_its_comment(tmp_path):
+    pixels = noise(1, 31, 47)[0]
+    write_image(pixels, tmp_path / "a.png", "generated")
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.array_equal(np.array(image), pixels)
+        assert image.text["Comment"] == "generated"
+    with pytest.raises(TypeError):
+        write_image(pixels[..., 0].astype(np.complex64), tmp_path / "b.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -1,0 +1,344 @@
+"""The commands, as a person types them: what they say of themselves, what they write, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from megasora.cli import main
+from megasora.data.shards import read_manifest
+
+RUN_TEST_YAML = Path(__file__).parent / "runs" / "tiny.yaml"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """The trained run, copied, so that what a command writes into it is written here."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+# ---------------------------------------------------------------- what a command says of itself
+
+HELP = {  # command -> what its help must say of what is read and written, and its units
+    "ingest": ["Reads every clip below CLIPS", "NAME.txt", "captions.jsonl", "Writes WebDataset tars", "--out DIR"],
+    "shards": ["Reads dataset.json", "prints clips, tokens and sizes"],
+    "train": ["Reads a configuration", "writes the run folder", "metrics.jsonl", "in seconds", "torchrun"],
+    "sample": ["Reads the newest checkpoint", "writes FILE", "--prompt", "--image", "pixels", "frames a second"],
+    "report": ["Reads the metrics", "writes RUN/report.html", "report.json"],
+    "doctor": ["Reads versions, devices and free disk", "writes nothing"],
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_says_what_is_read_and_written_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert leave.value.code == 0
+    for word in [*HELP[command], f"example: megasora {command}"]:
+        assert word in shown
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"    {command} " in shown for command in HELP)
+
+
+def test_the_version_is_the_packages(capsys):
+    import megasora
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"megasora {megasora.__version__}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["tarin"], ["sample", "run"], ["shards", "a", "b=c"], ["train", "a", "--fast"]]
+)
+def test_a_line_that_is_no_command_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(arguments)
+    assert leave.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: megasora")
+
+
+# ---------------------------------------------------------------- what a command does
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_ingest_takes_settings_before_and_behind_its_options(behind, clips, tmp_path, capsys):
+    source = tmp_path / "clips"
+    source.mkdir()
+    for path in sorted((clips / "train").iterdir())[:6]:
+        shutil.copy(path, source)
+    out, values = ["--out", str(tmp_path / "shards")], ["codec.channels=24", "data.patch=[1,2,2]"]
+    assert main(["ingest", str(source), *(out + values if behind else values + out)]) == 0
+    manifest = read_manifest(tmp_path / "shards")
+    assert manifest.codec.startswith("dct-4x8x8-24") and manifest.patch == [1, 2, 2]
+    shown = capsys.readouterr()
+    assert shown.out.endswith(f"shards in {tmp_path / 'shards'}\n") and "train" in shown.out
+    assert shown.err == ""  # the progress bar is for terminals
+
+
+def test_ingest_reads_the_configuration_of_a_run(clips, tmp_path):
+    (tmp_path / "run.yaml").write_text("codec:\n  channels: 24\n")
+    assert main(["ingest", str(clips), "--out", str(tmp_path / "shards"), "--config", str(tmp_path / "run.yaml")]) == 0
+    assert read_manifest(tmp_path / "shards").codec.startswith("dct-4x8x8-24")
+
+
+def test_shards_prints_the_counts_of_each_split(shards, capsys):
+    assert main(["shards", str(shards)]) == 0
+    shown = capsys.readouterr().out
+    manifest = read_manifest(shards)
+    rows = {}
+    for line in shown.splitlines():
+        cells = line.replace("│", " ").split()
+        if cells and cells[0] in manifest.splits:
+            rows[cells[0]] = [int(cell.replace(",", "")) for cell in cells[1:-1]]
+    for split, counts in manifest.splits.items():
+        numbers = [counts[key] for key in ("clips", "images", "frames", "tokens", "longest")]
+        assert rows[split] == [*numbers, len(counts["shards"])]
+    assert rows["train"][0] == 60 and rows["val"][0] == 8
+    assert manifest.codec in shown and manifest.text in shown
+    bars = [line.split() for line in shown.split("tokens a clip, train split\n")[1].splitlines()]
+    assert sum(int(bar[2] if bar[1] != ".." else bar[3]) for bar in bars) == 60
+
+
+def test_sample_writes_a_video_a_sheet_and_facts_that_say_it_is_generated(trained, tmp_path, capsys):
+    out, prompt = tmp_path / "out.mp4", 'a "red" circle — 赤'
+    options = ["--size", "16x24", "--frames", "6", "--seed", "3", "--guidance", "2", "--fps", "8"]
+    assert main(["sample", str(trained), "--prompt", prompt, "--out", str(out), *options]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.mp4", "out.sheet.png"]
+    who = {"ai_generated": True, "by": "MegaSora", "run": "single", "step": 20, "prompt": prompt, "seed": 3}
+    with av.open(str(out)) as file:
+        assert json.loads(file.metadata["comment"]) == who
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert np.stack(frames).shape == (6, 16, 24, 3) and file.streams.video[0].average_rate == 8
+    with Image.open(tmp_path / "out.sheet.png") as sheet:
+        assert json.loads(sheet.text["Comment"]) == who
+        assert sheet.width > 6 * 24
+    facts = json.loads((tmp_path / "out.json").read_text())
+    how = {"size": "16x24", "frames": 6, "fps": 8.0, "guidance": 2.0, "solver": "heun", "steps": 2, "weights": "ema"}
+    assert facts == {**who, **how, "image": ""}
+    assert str(out) in capsys.readouterr().out
+
+
+def test_sample_repeats_itself_byte_for_byte(trained, tmp_path):
+    for name in ("a", "b"):
+        assert main(["sample", str(trained), "--prompt", "a red circle", "--out", str(tmp_path / f"{name}.mp4")]) == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_sample_makes_an_image_where_the_name_is_one(trained, tmp_path):
+    assert main(["sample", str(trained), "--prompt", "a red circle", "--out", str(tmp_path / "out.png")]) == 0
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (32, 32) and json.loads(image.text["Comment"])["ai_generated"] is True
+    assert json.loads((tmp_path / "out.json").read_text())["frames"] == 1
+
+
+def test_sample_starts_from_an_image_of_its_size(trained, tmp_path):
+    first = np.full((24, 40, 3), (180, 90, 60), np.uint8)
+    Image.fromarray(first).save(tmp_path / "first.png")
+    options = ["--image", str(tmp_path / "first.png"), "--frames", "5"]
+    assert main(["sample", str(trained), "--prompt", "x", "--out", str(tmp_path / "out.mp4"), *options]) == 0
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in file.decode(video=0)]
+    assert len(frames) == 5 and np.abs(frames[0] - first).mean() < 4
+    assert json.loads((tmp_path / "out.json").read_text())["image"] == str(tmp_path / "first.png")
+
+
+def test_report_writes_a_page_and_its_figures(run, capsys):
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == f"report in {run / 'report.html'}"
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html>") and 'http-equiv="refresh' not in page
+    figures = json.loads((run / "report.json").read_text())
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert figures["first_val_loss"] == pytest.approx(lines[0]["loss"])
+    assert figures["final_val_loss"] == pytest.approx(lines[-1]["loss"])
+    assert {"padding_fraction", "tokens_per_second", "color_accuracy"} <= set(figures)
+
+
+def test_doctor_looks_at_this_machine(capsys):
+    assert main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- one line for what is wrong
+
+
+def refuse(arguments: list[object], capsys, folder: Path, *words: str) -> None:
+    """Exit code 2, one line on stderr with these words, nothing on stdout, and no file more or less in `folder`."""
+    before = tree(folder)
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("megasora: error: ") and shown.err.count("\n") == 1, shown.err
+    for word in words:
+        assert word in shown.err
+    assert shown.out == ""
+    assert tree(folder) == before
+
+
+def folder_with(folder: Path, **files: bytes | str) -> Path:
+    """A folder of files, named `a_mp4` for a.mp4."""
+    folder.mkdir()
+    for name, content in files.items():
+        data = content.encode() if isinstance(content, str) else content
+        (folder / name.replace("_", ".")).write_bytes(data)
+    return folder
+
+
+def a_video(clips: Path) -> bytes:
+    return max((clips / "train").glob("*.mp4"), key=lambda p: p.stat().st_size).read_bytes()
+
+
+def test_ingest_refuses_an_unknown_key(clips, tmp_path, capsys):
+    arguments = ["ingest", clips, "--out", tmp_path / "shards", "codec.chanels=3"]
+    refuse(arguments, capsys, tmp_path, "codec.chanels", "codec.channels")
+
+
+def test_ingest_refuses_a_configuration_that_is_not_there(clips, tmp_path, capsys):
+    arguments = ["ingest", clips, "--out", tmp_path / "shards", "--config", tmp_path / "no.yaml"]
+    refuse(arguments, capsys, tmp_path, "no configuration file", "no.yaml")
+
+
+def test_ingest_refuses_an_empty_folder(tmp_path, capsys):
+    source = folder_with(tmp_path / "clips", readme_md="nothing")
+    refuse(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, "no clip in", str(source), ".mp4")
+
+
+def test_ingest_refuses_a_folder_of_text_files_named_mp4(tmp_path, capsys):
+    source = folder_with(tmp_path / "clips", a_mp4="dear diary\n" * 50, a_txt="a caption")
+    words = ["none of the 1 clips", "a.mp4 cannot be decoded"]
+    refuse(["ingest", source, "--out", tmp_path / "new" / "shards"], capsys, tmp_path, *words)
+
+
+def test_ingest_refuses_a_folder_of_truncated_videos(clips, tmp_path, capsys):
+    data = a_video(clips)
+    source = folder_with(tmp_path / "clips", a_mp4=data[: len(data) * 6 // 10], a_txt="a caption")
+    words = ["none of the 1 clips", "a.mp4", "the file is cut or damaged"]
+    refuse(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, *words)
+
+
+def test_ingest_refuses_a_clip_without_caption(clips, tmp_path, capsys):
+    source = folder_with(tmp_path / "clips", a_mp4=a_video(clips))
+    words = ["a.mp4 has no caption", "a.txt", "ingest.missing_caption=skip"]
+    refuse(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, *words)
+
+
+def test_ingest_refuses_to_write_over_something_and_where_it_may_not(clips, tmp_path, capsys):
+    taken = folder_with(tmp_path / "shards", precious_txt="mine")
+    refuse(["ingest", clips, "--out", taken], capsys, tmp_path, str(taken), "is not empty", "another --out")
+    refuse(["ingest", clips, "--out", taken / "precious.txt" / "x"], capsys, tmp_path, "precious.txt")
+
+
+def test_a_full_disk_is_one_line(clips, tmp_path, capsys, monkeypatch):
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megasora.data.shards.os.fsync", full)
+    refuse(["ingest", clips, "--out", tmp_path / "shards"], capsys, tmp_path, "No space left on device")
+
+
+def test_shards_refuses_a_folder_without_them(tmp_path, capsys):
+    refuse(["shards", tmp_path], capsys, tmp_path, "no dataset.json", str(tmp_path), "megasora ingest")
+
+
+TRAINING = {  # override -> words
+    "model.hedas=3": ["unknown key 'model.hedas'", "model.heads"],
+    "model.heads=3": ["model.heads=3", "model.width=32"],
+    "codec.channels=48": ["dct-4x8x8-24", "dct-4x8x8-48", "ingest again"],
+    "optim.rate=5e-3": ["already holds another configuration", "optim.rate: 0.001 -> 0.005", "choose another run.dir"],
+    "data.shards=''": ["data.shards is not set", "megasora ingest"],
+    "run.steps=": ["run.steps"],
+}
+
+
+@pytest.mark.parametrize("override", TRAINING)
+def test_train_refuses_what_cannot_be_right_before_it_starts(override, run, shards, tiny, tmp_path, capsys):
+    folder = run if override.startswith("optim") else tmp_path / "new"
+    values = [
+        f"run.dir={folder}",
+        f"data.shards={shards}",
+        "run.steps=20",
+        "checkpoint.every=10",
+        "validation.every=10",
+    ]
+    refuse(["train", RUN_TEST_YAML, *values, *tiny, override], capsys, tmp_path, *TRAINING[override])
+
+
+SAMPLING = {  # options -> words; {folder} is where the command may write
+    "empty prompt": (["--prompt", " "], ["--prompt is empty"]),
+    "long prompt": (["--prompt", "very " * 65], ["65 words", "text.max_tokens=64"]),
+    "prompt not UTF-8": (["--prompt", "caf\udce9"], ["--prompt is not UTF-8"]),
+    "indivisible size": (["--size", "33x40"], ["--size 33x40", "multiples of the 8x8", "nearest: 32x40"]),
+    "size in words": (["--size", "large"], ["--size=large", "HEIGHTxWIDTH"]),
+    "no frames": (["--frames", "0"], ["--frames 0", "at least 1"]),
+    "no steps": (["--steps", "0"], ["--steps 0"]),
+    "no rate": (["--fps", "0"], ["--fps 0"]),
+    "rate without end": (["--fps", "inf"], ["--fps inf"]),
+    "rate that is none": (["--fps", "nan"], ["--fps nan"]),
+    "negative guidance": (["--guidance", "-1"], ["--guidance -1"]),
+    "endless guidance": (["--guidance", "inf"], ["--guidance inf"]),
+    "large seed": (["--seed", str(1 << 63)], ["--seed 9223372036854775808", "2^63"]),
+    "negative seed": (["--seed", "-1"], ["--seed -1"]),
+    "another kind": (["--out", "{folder}/out.gif"], ["out.gif", ".mp4", ".png"]),
+    "video of one frame": (["--frames", "1"], ["--frames 1", "an image is .png"]),
+    "image of frames": (["--frames", "5", "--out", "{folder}/out.png"], ["--frames 5", "an image is .png"]),
+    "no folder": (["--out", "{folder}/no/out.mp4"], ["there is no folder", "make it first"]),
+    "a folder": (["--out", "{folder}/folder.mp4"], ["folder.mp4 is a folder"]),
+    "no image": (["--image", "{folder}/no.png"], ["no.png is not an image file"]),
+    "broken image": (["--image", "{folder}/broken.png"], ["broken.png is not a readable image"]),
+    "image of another size": (["--image", "{folder}/first.png", "--size", "16x16"], ["--image has 16x24", "16x16"]),
+    "image that does not divide": (["--image", "{folder}/odd.png"], ["--size 15x24", "8x8"]),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_sample_refuses_what_it_cannot_make(name, trained, tmp_path, capsys):
+    options, words = SAMPLING[name]
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for file, height in (("first.png", 16), ("odd.png", 15)):
+        Image.fromarray(np.zeros((height, 24, 3), np.uint8)).save(tmp_path / file)
+    usual = {"--prompt": "a red circle", "--out": str(tmp_path / "out.mp4")}
+    given = [option.replace("{folder}", str(tmp_path)) for option in options]
+    arguments = usual | dict(zip(given[::2], given[1::2], strict=True))
+    line = [f"{key}={value}" for key, value in arguments.items()]  # with =, since a value may start with a dash
+    refuse(["sample", trained, *line], capsys, tmp_path, *words)
+
+
+def test_sample_and_report_refuse_what_is_no_run(tmp_path, capsys):
+    options = ["--prompt", "a red circle", "--out", tmp_path / "out.mp4"]
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        refuse(["sample", folder, *options], capsys, tmp_path, str(folder), "not a run folder")
+        refuse(["report", folder], capsys, tmp_path, str(folder))
+
+
+def test_sample_refuses_a_run_without_checkpoint_and_one_whose_latest_is_lost(run, tmp_path, capsys):
+    options = ["--prompt", "a red circle", "--out", tmp_path / "out.mp4"]
+    (run / "checkpoints" / "latest").unlink()
+    refuse(["sample", run, *options], capsys, tmp_path, "latest is missing", "echo step-00000020 >")
+    shutil.rmtree(run / "checkpoints")
+    refuse(["sample", run, *options], capsys, tmp_path, "holds no checkpoint to sample from", "checkpoint.every=10")
+
+
+def test_sample_refuses_odd_sizes_for_h264_before_the_model_is_called(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megasora.sampling.pipeline.Pipeline.check", lambda *_: None)  # as with a codec of 5x5 pixels
+    monkeypatch.setattr("megasora.sampling.pipeline.Pipeline.__call__", lambda *_: pytest.fail("sampled"))
+    arguments = ["sample", trained, "--prompt", "x", "--out", tmp_path / "out.mp4", "--size", "15x24"]
+    refuse(arguments, capsys, tmp_path, "--size 15x24", "even height and width")

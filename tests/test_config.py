@@ -1,0 +1,304 @@
+"""One tree of settings: what is accepted, and the line that a person reads where something is not."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megasora.config import Config, ModelConfig, differences, every_key, load, parse_size, to_yaml, token_pixels
+from megasora.errors import MegaSoraError
+
+PRESETS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+MILLION, BILLION = 10**6, 10**9
+PARAMETERS = {  # what a preset's name says; the rest of the DiT paper's sizes is the cross-attention to the caption
+    "dit_s": (30 * MILLION, 50 * MILLION),
+    "dit_b": (120 * MILLION, 180 * MILLION),
+    "dit_l": (450 * MILLION, 600 * MILLION),
+    "dit_xl": (650 * MILLION, 900 * MILLION),
+    "dit_1b": (1.0 * BILLION, 1.5 * BILLION),
+    "dit_7b": (6.5 * BILLION, 7.5 * BILLION),
+    "dit_30b": (27 * BILLION, 33 * BILLION),
+}
+each_preset = pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+
+
+def message(overrides=(), path=None):
+    with pytest.raises(MegaSoraError) as caught:
+        load(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# ---- layers
+
+
+def test_without_a_file_the_defaults_hold_and_are_valid():
+    assert load() == Config()
+
+
+def test_overrides_come_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = write(tmp_path, "run: {steps: 5, seed: 7}\noptim:\n  betas: [0.8, 0.95]\n")
+    config = load(path, ["run.steps=9", "objective.condition.first=0.5", "data.patch=[1,2,2]", "run.dir=runs/a=b"])
+    assert (config.run.steps, config.run.seed, config.run.device) == (9, 7, "auto")
+    assert config.optim.betas == [0.8, 0.95] and config.data.patch == [1, 2, 2]
+    assert config.objective.condition.first == 0.5 and config.run.dir == "runs/a=b"
+    assert dataclasses.is_dataclass(config.objective.condition)
+
+
+def test_the_later_of_two_overrides_counts():
+    assert load(None, ["run.steps=3", "run.steps=4"]).run.steps == 4
+
+
+def test_a_whole_number_is_taken_where_a_fraction_may_stand():
+    rate = load(None, ["optim.rate=1", "sample.fps=24"]).optim.rate
+    assert rate == 1.0 and isinstance(rate, float)
+
+
+def test_the_resolved_tree_loads_to_itself(tmp_path):
+    config = load(
+        None, ["run.steps=9", "optim.rate=2.5e-5", "optim.betas=[0.8,0.9]", "text.name=t5", "text.path=a/b c"]
+    )
+    assert load(write(tmp_path, to_yaml(config))) == config
+    assert set(yaml.safe_load(to_yaml(config))) == {f.name for f in dataclasses.fields(Config)}
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    assert load(write(tmp_path, "# nothing\n\n")) == Config()
+
+
+# ---- unknown keys
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("model.depht=3", "model.depth"),
+        ("model.with=3", "model.width"),
+        ("depth=3", "model.depth"),
+        ("optm.rate=3", "optim"),
+        ("objective.condition.frist=1", "objective.condition.first"),
+        ("run.rate=1", "optim.rate"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(override, nearest):
+    assert message([override]).endswith(f"'; did you mean '{nearest}'?")
+
+
+def test_an_unknown_key_near_to_none_lists_the_known_ones():
+    assert "unknown key 'zzqqzz'; known keys: run, data, ingest, codec" in message(["zzqqzz=1"])
+    assert message(["wandb.zzqqzzqqzz=1"]).endswith("known keys: mode, project")
+
+
+def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
+    path = write(tmp_path, "model:\n  widht: 3\n")
+    assert message(path=path) == f"{path}: unknown key 'model.widht'; did you mean 'model.width'?"
+
+
+def test_every_key_of_the_tree_is_known():
+    keys = every_key(Config)
+    assert len(keys) == len(set(keys)) and "objective.condition.first" in keys and "run" in keys
+    leaves = [k for k in keys if not any(other.startswith(k + ".") for other in keys)]
+    values = yaml.safe_load(to_yaml(Config()))
+    for key in leaves:
+        value = values
+        for part in key.split("."):
+            value = value[part]
+        assert not isinstance(value, dict)
+
+
+# ---- values of the wrong kind
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.steps=many", r"run.steps: Value 'many' .* could not be converted to Integer"),
+        ("run.steps=1.5", r"run.steps: Value '1.5' .* could not be converted to Integer"),
+        ("optim.rate=fast", r"optim.rate: Value 'fast' .* could not be converted to Float"),
+        ("run.dir=null", r"run.dir: Incompatible value 'None'"),
+        ("codec.factors=[4,8,x]", r"codec.factors\[2\]: Value 'x' .* could not be converted to Integer"),
+        ("codec.factors=4", r"codec.factors: Invalid value assigned"),
+        ("optim.betas[0]=0.5", r"give a list as a whole, e.g. optim.betas=\[0.9,0.99\]"),
+        ("model=3", r"model is a section; give model.<key>, one of width, depth"),
+        ("run.steps", r"override 'run.steps' is not of the form key.path=value"),
+        ("=3", r"override '=3' is not of the form key.path=value"),
+        ("run.dir=${nothing}", r"run.dir: Interpolation key 'nothing' not found"),
+        ("run.seed=-1", r"run.seed=-1 must be from 0 to below 2\^63"),
+        ("optim.eps=nan", r"optim.eps=nan must be a finite number"),
+        ("objective.timestep_mean=inf", r"objective.timestep_mean=inf must be a finite number"),
+        ("objective.condition.first=nan", r"objective.condition=.* weights are not negative and not all zero"),
+    ],
+)
+def test_a_wrong_value_names_its_key(override, expected):
+    assert re.search(expected, message([override]))
+
+
+# ---- files that are no configuration
+
+
+def test_aliases_are_refused_before_anything_is_expanded(tmp_path):
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijk", "bcdefghijkl", strict=True)
+    )
+    assert "YAML aliases (*name) are not accepted" in message(path=write(tmp_path, bomb))
+    assert "YAML aliases (*name) are not accepted" in message(["run.dir=*a"])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("- 1\n- 2\n", "holds a list; a configuration is a mapping of sections"),
+        ("run: {steps: 3", "is not valid YAML"),
+        ("run:\n  steps: 3\n  steps: 4\n", "found duplicate key steps"),
+        ("run:\n", "run is a section; give run.<key>"),
+        ("!!python/object:os.system {}\n", "could not determine a constructor"),
+        ("run: {steps: 1}\n---\nrun: {steps: 2}\n", "is not valid YAML: expected a single document"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        ("#" * ((1 << 20) + 1), "has 1048577 bytes; a configuration has at most 1048576"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content, expected):
+    path = write(tmp_path, content)
+    text = message(path=path)
+    assert text.startswith(str(path)) and expected in text
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    path = write(tmp_path, "run: {steps: 1}")
+    assert message(path=tmp_path / "rnu.yaml") == f"no configuration file {tmp_path / 'rnu.yaml'}; did you mean {path}?"
+
+
+# ---- checks across keys
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.width=100", "model.heads=3"], "model.heads=3 must divide model.width=100; use 1, 2, 5"),
+        (["model.width=64", "model.heads=16"], "model.width=64 / model.heads=16 = 4: the head dim must be even"),
+        (["model.width=63", "model.heads=9"], "model.width=63 / model.heads=9 = 7: the head dim must be even"),
+        (["codec.channels=769"], "codec.channels=769 must be from 3 to 3 x 4 x 8 x 8 = 768"),
+        (["codec.factors=[2,4]"], "codec.factors=[2, 4] must be three positive integers: frames, height, width"),
+        (["data.patch=[1,0,1]"], "data.patch=[1, 0, 1] must be three positive integers"),
+        (["data.patch=[2,1,1]"], "data.patch=[2, 1, 1]: the first must be 1; raise codec.factors[0] for longer tokens"),
+        (["text.name=t5"], "text.name=t5 needs text.path, a folder or a hub name of its weights"),
+        (["text.name=byte"], "text.name=byte must be one of bytes, t5, clip; did you mean bytes?"),
+        (["wandb.mode=onlin"], "wandb.mode=onlin must be one of offline, online, disabled; did you mean online?"),
+        (["parallel.zero_stage=3"], "parallel.zero_stage=3 must be one of 1, 2"),
+        (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers from 0 to below 1"),
+        (["optim.betas=[0.9,1.0]"], "optim.betas=[0.9, 1.0] must be two numbers from 0 to below 1"),
+        (["optim.ema=1"], "optim.ema=1.0 must be from 0 (no averaging) to below 1"),
+        (["optim.rate=0"], "optim.rate=0.0 must be a positive number"),
+        (["objective.caption_dropout=1"], "objective.caption_dropout=1.0 must be from 0 to below 1"),
+        (["objective.condition.first=-1"], "weights are not negative and not all zero"),
+        ([f"objective.condition.{k}=0" for k in ("none", "first", "last", "head", "tail", "both")], "not all zero"),
+        (["data.tokens_per_pack=0"], "data.tokens_per_pack=0 must be at least 1"),
+        (["sample.size=48"], "sample.size=48 is not HEIGHTxWIDTH in pixels, e.g. 48x80"),
+        (["sample.size=48x0"], "sample.size=48x0 is not HEIGHTxWIDTH in pixels"),
+        (["model.width=99999999999", "model.heads=7"], "model.heads=7 must divide model.width=99999999999"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together_are_refused_with_their_numbers(overrides, expected):
+    assert expected in message(overrides)
+
+
+@pytest.mark.parametrize("heads", [5, 7, 9, 40, 400])
+def test_the_heads_that_are_proposed_would_be_accepted(heads):
+    text = message(["model.width=96", f"model.heads={heads}"])
+    proposed = [int(n) for n in text.split("use ")[1].split(", ")]
+    near = [n for n in proposed if 96 // n >= 6]
+    assert near
+    for n in near:
+        load(None, ["model.width=96", f"model.heads={n}"])
+
+
+def test_sizes_are_height_by_width():
+    assert parse_size("48x80", "key") == (48, 80) and parse_size("48X80", "key") == (48, 80)
+
+
+def test_a_token_covers_the_codecs_block_times_the_patch():
+    assert token_pixels(load(None, ["codec.factors=[2,4,8]", "data.patch=[1,2,3]"])) == (2, 8, 24)
+
+
+# ---- differences
+
+
+def test_differences_name_each_changed_key_with_both_values():
+    theirs = load()
+    ours = load(None, ["run.steps=7", "data.patch=[1,2,2]", "objective.condition.first=0.5"])
+    assert differences(ours, theirs) == [
+        "run.steps: 100000 -> 7",
+        "data.patch: [1, 1, 1] -> [1, 2, 2]",
+        "objective.condition.first: 0.15 -> 0.5",
+    ]
+    assert differences(ours, ours) == []
+
+
+def test_a_key_or_a_section_can_be_left_out_of_the_differences():
+    ours = load(None, ["run.steps=7", "sample.steps=3", "sample.guidance=1", "model.depth=3"])
+    assert differences(ours, load(), ignore=("run.steps", "sample")) == ["model.depth: 12 -> 3"]
+
+
+# ---- presets
+
+
+@each_preset
+def test_a_preset_loads_and_says_what_it_is_for(path):
+    load(path)
+    comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for part in ("Purpose:", "Hardware:", "Launch:", f"megasora.train configs/{path.name}", "run.dir=", "data.shards="):
+        assert part in comment
+
+
+@each_preset
+def test_a_preset_states_only_differences(path):
+    def leaves(values, prefix=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}"
+
+    changed = {line.split(":")[0] for line in differences(load(path), Config())}
+    assert set(leaves(yaml.safe_load(path.read_text()))) == changed
+
+
+def test_a_preset_has_the_parameters_that_its_name_says():
+    from megasora.build import patch_dim
+    from megasora.model.flops import num_parameters
+
+    sizes = {}
+    for path in PRESETS:
+        if path.stem.startswith("dit_"):
+            config = load(path)
+            sizes[path.stem] = num_parameters(config.model, patch_dim(config))
+            low, high = PARAMETERS[path.stem]
+            assert low <= sizes[path.stem] <= high
+            written = re.search(r"Parameters: ([\d.]+) ([MB])", path.read_text())
+            unit = MILLION if written[2] == "M" else BILLION
+            assert float(written[1]) * unit == pytest.approx(sizes[path.stem], rel=0.01)
+    assert sizes.keys() == PARAMETERS.keys()
+
+
+@each_preset
+def test_the_widths_of_a_preset_suit_matrix_units(path):
+    model: ModelConfig = load(path).model
+    assert model.width % 64 == 0 and int(model.width * model.mlp_ratio) % 64 == 0
+    assert (model.width // model.heads) % 8 == 0
+
+
+def test_larger_presets_have_longer_packs_and_recompute():
+    order = [load(p) for p in sorted((p for p in PRESETS if p.stem in PARAMETERS), key=lambda p: PARAMETERS[p.stem])]
+    packs = [c.data.tokens_per_pack for c in order]
+    assert packs == sorted(packs) and packs[0] < packs[-1]
+    large = [c for c in order if c.model.width * c.model.depth > 40_000]
+    assert len(large) == 3 and all(c.model.recompute == "full" and c.model.modulation == "shared" for c in large)
