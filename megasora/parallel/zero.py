@@ -78,7 +78,7 @@ class ZeroEngine:
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def finish_pack(self, rate: float) -> float | None:
-        """Call after each `backward`. At a step's last pack: clip, AdamW at `rate`; returns the global gradient norm."""
+        """Call after each `backward`. At a step's last pack: clip, AdamW at `rate`; returns the gradient's norm."""
         last = self.engine.is_gradient_accumulation_boundary()
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Prompts to patches: the objective run backwards, guided; all prompts, with and without caption, in one packed call."""
+"""Prompts to patches: the objective run backwards, guided; all prompts, with and without caption, in one call."""
 
 from __future__ import annotations
 
