@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from megasora.config import Config, differences, load
@@ -14,6 +15,7 @@ FREE_KEYS = (
     "run.dir", "run.device", "run.threads", "data.shards", "data.prefetch", "ingest", "checkpoint", "validation",
     "sample", "evaluation", "wandb",
 )  # fmt: skip
+OTHERS_WAIT_SECONDS = 5.0  # in which the main process has told what is wrong
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,9 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
         check_data(config)
         train(config)
         return 0
-    except MegaSoraError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megasora: error: {error}", file=sys.stderr)
+    except (MegaSoraError, OSError) as error:  # no space, no permission: the system's words name the file
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:  # let the main process say it: the launcher ends the others as soon as one is gone
+            time.sleep(OTHERS_WAIT_SECONDS)
+        print(f"megasora: error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
         return 2
 
 

@@ -83,6 +83,14 @@ def test_a_launch_that_cannot_be_right_is_refused_in_one_line(override, trained,
     assert not (trained.parent / "refused").exists()
 
 
+def test_under_a_launcher_the_reason_is_said_once(shards, launch, tiny, tmp_path):
+    arguments = [*train_arguments(tmp_path / "run", shards, tiny), "model.hedas=3"]
+    code, output = launch("megasora.train", *arguments, processes=2)
+    assert code != 0
+    assert output.count("did you mean 'model.heads'?") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_packs_that_do_not_divide_over_the_processes_are_refused(shards, tiny, capsys, monkeypatch, tmp_path):
     from megasora.train import main
 
