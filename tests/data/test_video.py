@@ -102,20 +102,26 @@ def test_grey_and_palette_images_become_three_colours(tmp_path):
         assert np.array_equal(read_clip(tmp_path / name, LIMITS).frames_FHWC, grey[None, :, :, None].repeat(3, 3))
 
 
-def test_a_clip_cut_without_reencoding_gives_the_frames_that_a_player_shows(tmp_path):
-    """`-ss 0.83 -c copy`: 30 frames are in the file, an edit list hides the ten before the cut."""
+def test_a_video_of_one_frame_is_an_image_and_has_no_rate(tmp_path):
+    clip = read_clip(encode(tmp_path / "a.mp4", gradient(1, 32, 48), options=FINE), LIMITS)
+    assert len(clip.frames_FHWC) == 1 and clip.fps == 0.0
+
+
+@pytest.mark.parametrize("key_frames_every", [30, 4])  # 4: the first four frames are not even read
+def test_a_clip_cut_without_reencoding_gives_the_frames_that_a_player_shows(key_frames_every, tmp_path):
+    """As `-ss ... -c copy` does it: 12 frames are in the file, an edit list hides those before the cut."""
     made = gradient(12, 32, 48)
-    encode(tmp_path / "whole.mp4", made, options={**FINE, "g": "30"})
+    encode(tmp_path / "whole.mp4", made, options={**FINE, "g": str(key_frames_every), "bf": "0", "sc_threshold": "0"})
     with av.open(str(tmp_path / "whole.mp4")) as source, av.open(str(tmp_path / "part.mp4"), "w") as target:
         stream = source.streams.video[0]
         copy = target.add_stream_from_template(stream)
         for packet in source.demux(stream):
             if packet.size:
-                earlier = int(4 / 12 / packet.time_base)
+                earlier = int(6 / 12 / packet.time_base)
                 packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, copy
                 target.mux(packet)
     clip = read_clip(tmp_path / "part.mp4", LIMITS)
-    assert error_by_frame(clip.frames_FHWC, made[4:]).max() < CODEC_ERROR
+    assert error_by_frame(clip.frames_FHWC, made[6:]).max() < CODEC_ERROR
 
 
 # ---------------------------------------------------------------- refusals
@@ -280,6 +286,11 @@ def test_a_written_video_is_what_browsers_play_and_carries_its_comment(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_a_video_can_be_written_without_any_loss(tmp_path):
+    write_video(noise(5, 30, 46), 12, tmp_path / "a.mp4", codec="libx264rgb")
+    assert np.array_equal(read_clip(tmp_path / "a.mp4", LIMITS).frames_FHWC, noise(5, 30, 46))
+
+
 def test_the_same_frames_make_the_same_bytes(tmp_path):
     for name in ("a.mp4", "b.mp4"):
         write_video(noise(9, 32, 48), 12, tmp_path / name, "comment")
@@ -288,10 +299,20 @@ def test_the_same_frames_make_the_same_bytes(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "b.mp4").read_bytes()
 
 
+class Torn(np.ndarray):
+    """Frames that end in an error, long after the first were written."""
+
+    def __iter__(self):
+        yield from np.asarray(self)
+        raise OSError("no more frames")
+
+
 def test_a_video_that_cannot_be_encoded_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"the one before")
     with pytest.raises(av.error.FFmpegError):
         write_video(gradient(3, 31, 47), 12, tmp_path / "a.mp4")  # H.264 4:2:0 has even sides
+    with pytest.raises(OSError, match="no more frames"):
+        write_video(noise(200, 32, 48).view(Torn), 12, tmp_path / "a.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == b"the one before"
 
