@@ -371,7 +371,7 @@ def validate(config: Config) -> None:
     for key in ("max_height", "max_width", "max_frames", "max_clip_mib", "shard_mib"):
         at_least(f"ingest.{key}", getattr(config.ingest, key), 1)
     if m.width % m.heads:
-        legal = [n for n in range(1, min(m.width, 1024) + 1) if m.width % n == 0 and (m.width // n) % 2 == 0]
+        legal = [n for n in range(1, m.width + 1) if m.width % n == 0 and (m.width // n) % 2 == 0]
         near = sorted(sorted(legal, key=lambda n: abs(n - m.heads))[:4])
         raise MegaSoraError(f"model.heads={m.heads} must divide model.width={m.width}; use {', '.join(map(str, near))}")
     head = m.width // m.heads
