@@ -78,13 +78,27 @@ def choose_interpreter():
     return chosen
 
 
+def ensure_venv_module(interpreter):
+    """Debian and Ubuntu keep Python's venv in a package of its own; root gets it installed, others are told how."""
+    check = [interpreter, "-c", "import ensurepip, venv"]
+    if subprocess.run(check, stderr=subprocess.DEVNULL).returncode == 0:
+        return
+    version = subprocess.check_output([interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])
+    package = f"python{version.decode().strip()}-venv"
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        print(f"==> apt-get install {package}", flush=True)
+        subprocess.run(["apt-get", "update", "-qq"], check=False)
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", package], env=quiet, check=False)
+    if subprocess.run(check, stderr=subprocess.DEVNULL).returncode != 0:
+        stop(f"{interpreter} has no venv module; run: sudo apt-get install {package}")
+
+
 def make_environment(folder):
     """Make the virtual environment, and note in kept.txt what stays as the machine has it."""
     interpreter, kept = choose_interpreter()
     print(f"==> {folder} on {interpreter}", flush=True)
-    if subprocess.run([interpreter, "-c", "import ensurepip, venv"], stderr=subprocess.DEVNULL).returncode != 0:
-        version = subprocess.check_output([interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"])
-        stop(f"{interpreter} has no venv module; run: apt-get install python{version.decode().strip()}-venv")
+    ensure_venv_module(interpreter)
     if kept:
         print("==> it has a PyTorch that sees a GPU, which is kept", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
