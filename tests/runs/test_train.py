@@ -17,8 +17,10 @@ def lines(run: Path, file: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
-def test_two_processes_train_what_one_trains(trained, shards, launch, tiny, tmp_path):
-    code, output = launch("megasora.train", *train_arguments(tmp_path / "two", shards, tiny), processes=2)
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_two_processes_train_what_one_trains(zero_stage, trained, shards, launch, tiny, tmp_path):
+    arguments = [*train_arguments(tmp_path / "two", shards, tiny), f"parallel.zero_stage={zero_stage}"]
+    code, output = launch("megasora.train", *arguments, processes=2)
     assert code == 0, output
     one, two = lines(trained), lines(tmp_path / "two")
     assert len(one) == len(two) == 20
