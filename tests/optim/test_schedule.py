@@ -46,7 +46,7 @@ def test_a_final_fraction_of_one_is_a_constant_rate_and_of_zero_ends_at_zero():
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (5, 5), (5, 9), (1, 1000)])
 def test_runs_as_short_as_their_warm_up_have_positive_rates(steps, warmup):
     config = OptimConfig(rate=1e-3, warmup=warmup, final_rate=0.05)
-    assert all(0 < rate <= 1e-3 for rate in rates(config, steps))
+    assert all(0 < rate <= 1e-3 for rate in [*rates(config, steps), rate_at(steps, steps, config)])
 
 
 def test_the_rate_scales_with_the_configured_one():

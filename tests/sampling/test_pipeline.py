@@ -46,6 +46,15 @@ def test_any_size_and_length_comes_out_as_asked(frames, height, width, pipeline)
     assert video.std() > 1  # not a constant
 
 
+@pytest.mark.parametrize("frames", [1, 2, 5, 6, 10])
+def test_a_prompt_is_shaped_like_the_clips_of_training(frames, pipeline):
+    """The grid that the codec makes of such a clip, and its native size, length and rate; images have no rate."""
+    record = pipeline.prompt(ask(16, 24, frames)).record
+    latents = pipeline.codec.encode(torch.zeros(frames, 3, 16, 24))
+    assert record.grid == tuple(latents.shape[1:]) and record.patches_LP.shape == (latents[0].numel(), len(latents))
+    assert record.native == (16, 24, frames, 12.0 if frames > 1 else 0.0)
+
+
 def test_a_sample_is_a_function_of_its_seed(pipeline):
     first, again, other = (make(pipeline, ask(), seed=seed)[0] for seed in (5, 5, 6))
     assert np.array_equal(first, again)
