@@ -171,6 +171,22 @@ def cut_with_index_in_front(folder: Path) -> Path:
     return cut(encode(folder / "a.mp4", noise(30, 48, 64), mux={"movflags": "+faststart"}), 0.6)
 
 
+def cut_before_frame(folder: Path, number: int) -> Path:
+    path = encode(folder / "a.mp4", noise(30, 48, 64), options={"bf": "0"}, mux={"movflags": "+faststart"})
+    with av.open(str(path)) as file:
+        starts = sorted(packet.pos for packet in file.demux(video=0) if packet.size)
+    path.write_bytes(path.read_bytes()[: starts[number]])
+    return path
+
+
+def cut_between_two_frames(folder: Path) -> Path:
+    return cut_before_frame(folder, 20)
+
+
+def cut_before_the_last_frame(folder: Path) -> Path:
+    return cut_before_frame(folder, 29)
+
+
 def cut_matroska(folder: Path) -> Path:
     return cut(encode(folder / "a.mkv", noise(30, 48, 64), container="matroska"), 0.6)
 
@@ -215,6 +231,8 @@ REFUSALS: list[tuple[Callable[[Path], Path], dict, str, list[str]]] = [
     (codec_of_the_future, {}, "unknown codec", ["no decoder"]),
     (cut_with_index_behind, {}, "unreadable", ["cannot be decoded"]),
     (cut_with_index_in_front, {}, "truncated", ["15 of 30"]),
+    (cut_between_two_frames, {}, "truncated", ["declares 30 frames, 20 could"]),
+    (cut_before_the_last_frame, {}, "truncated", ["declares 30 frames, 29 could"]),
     (cut_matroska, {}, "truncated", ["declares 2.50 seconds"]),
     (cut_webm, {}, "truncated", ["declares 2.50 seconds"]),
     (cut_pieces, {}, "truncated", ["ends within a frame"]),
