@@ -303,7 +303,7 @@ def differences(ours: Config, theirs: Config, ignore: tuple[str, ...] = ()) -> l
 def parse_size(text: str, key: str) -> tuple[int, int]:
     """'48x80' -> (height 48, width 80), pixels."""
     height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise MegaSoraError(f"{key}={text} is not HEIGHTxWIDTH in pixels, e.g. 48x80")
     return int(height), int(width)
 

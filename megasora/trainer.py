@@ -101,6 +101,8 @@ class Trainer:
         if main:
             self.progress.close()
             self.wandb.close()
+            if self.wandb.warning and self.wandb.warning != warned:
+                self.progress.say(self.wandb.warning)
             self.metrics.close()
             self.validations.close()
 

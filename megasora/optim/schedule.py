@@ -1,4 +1,4 @@
-"""The learning rate at a step: linear warm-up, then half a cosine down to `final_rate * rate` at the last step."""
+"""The learning rate at a step: linear warm-up, then half a cosine that reaches `final_rate * rate` as the run ends."""
 
 from __future__ import annotations
 
