@@ -120,11 +120,14 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file in one step."""
+    """Replaces a text file in one step; a failure leaves nothing behind."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def remove_parts(folder: Path) -> None:

@@ -16,7 +16,6 @@ import base64
 import dataclasses
 import json
 import math
-import os
 import shlex
 from pathlib import Path
 from string import Template
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megasora.checkpoint.store import write_whole
 from megasora.config import Config
 from megasora.observe.charts import (
     chart,
@@ -85,18 +85,10 @@ def write_report(run_dir: Path) -> Path:
         reproduce=show_reproduce(run),
         notes=show_notes(run),  # last: the samples may have added some
     )
-    replace_text(run.folder / "report.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
-    return replace_text(run.folder / "report.html", page)
-
-
-def replace_text(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    write_whole(run.folder / "report.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    page_file = run.folder / "report.html"
+    write_whole(page_file, page)
+    return page_file
 
 
 # ---------------------------------------------------------------- sections of the page
