@@ -1,8 +1,11 @@
-"""VideoBatch: one pack of clips, the only thing that travels from the data to the objective and the model.
+"""VideoBatch: one pack of clips, or one rank's share of it: the only thing that travels from the data to the model.
 
 A pack is `L` tokens long whatever is in it. Its segments (clips) lie one after the other from token 0; what is left
 behind the last one is padding, which attends to nothing and counts for nothing. A segment consists of whole rows: a row
 is a run of tokens with one noise level. Tokens of a clip are ordered time first, so that a latent frame is contiguous.
+
+Where several ranks share a pack (context parallel), a PackPlan says which tokens are whose. A rank's share is a
+VideoBatch again: its segments are runs of consecutive tokens of clips, `starts_G` says where in the clip each begins.
 """
 
 from __future__ import annotations
@@ -12,6 +15,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Which tokens of a pack lie on which of `ranks` ranks: runs of consecutive tokens of a clip, called pieces.
+
+    A rank has at most one piece of a segment. Its pieces lie one after the other from slot 0 of its `tokens_per_rank`
+    slots, in the order given here; what is left is padding.
+    """
+
+    ranks: int
+    tokens_per_rank: int
+    pieces_Q4: Tensor  # int64 [Q, 4], on the CPU, sorted by rank: rank, segment, first token in the clip, one past last
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,8 @@ class VideoBatch:
     drop_text_G: Tensor  # bool: this clip's caption is hidden from the model
     native_G4: Tensor  # float32: height and width in pixels, frames, frames a second
     sample_ids_G: Tensor  # int64, on the CPU
+    starts_G: Tensor  # int64, on the CPU: which token of its clip a segment begins with; 0 in a whole pack
+    plan: PackPlan | None = None  # of the pack that this is a share of
 
     @property
     def num_segments(self) -> int:

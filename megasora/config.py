@@ -71,10 +71,11 @@ class ModelConfig:
     heads: int = 6
     mlp_ratio: float = 4.0
     modulation: str = "block"  # block: a projection in each block (DiT); shared: one and a table a block (PixArt, Wan)
-    qk_norm: str = "head"  # head: RMSNorm of each head; none
+    qk_norm: str = "head"  # head: RMSNorm of each head; width: of all heads together (Wan); none
     rope_base: float = 10_000.0
     text_depth: int = 1  # self-attention blocks over the text tokens
-    recompute: str = "none"  # none | full: recompute each block's activations in the backward pass
+    recompute: str = "none"  # in the backward pass: none | full: a block's activations | attention: all but attention's
+    recompute_blocks: int = 0  # how many blocks do so, evenly spread; 0: all
 
 
 @dataclass
@@ -113,7 +114,15 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
-    zero_stage: int = 1  # 1: optimizer states sharded over the data axis; 2: gradients too
+    """Sizes of the mesh axes; the data axis is what they leave of the processes."""
+
+    tensor: int = 1  # ranks that share every matrix and, between matrices, the tokens
+    context: int = 1  # ranks that share the tokens of a pack
+    ulysses: int = 1  # of the context ranks, how many exchange heads for tokens; the others pass keys in a ring
+    pipeline: int = 1  # ranks that share the blocks
+    schedule: str = "1f1b"  # 1f1b | interleaved | zbv (zero bubble, V-shaped)
+    stages_per_rank: int = 1  # interleaved: stages that a pipeline rank holds; zbv has 2
+    zero_stage: int = 1  # sharded over data x context: 1 optimizer states, 2 gradients too, 3 weights too
 
 
 @dataclass
@@ -323,11 +332,12 @@ def validate(config: Config) -> None:
     one_of("text.name", config.text.name, ("bytes", "t5", "clip"))
     one_of("ingest.missing_caption", config.ingest.missing_caption, ("error", "skip", "empty"))
     one_of("model.modulation", m.modulation, ("block", "shared"))
-    one_of("model.qk_norm", m.qk_norm, ("head", "none"))
-    one_of("model.recompute", m.recompute, ("none", "full"))
+    one_of("model.qk_norm", m.qk_norm, ("head", "width", "none"))
+    one_of("model.recompute", m.recompute, ("none", "full", "attention"))
     one_of("sample.solver", config.sample.solver, ("euler", "heun"))
     one_of("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
-    one_of("parallel.zero_stage", config.parallel.zero_stage, (1, 2))
+    one_of("parallel.zero_stage", config.parallel.zero_stage, (1, 2, 3))
+    one_of("parallel.schedule", config.parallel.schedule, ("1f1b", "interleaved", "zbv"))
 
     for key, values in (("codec.factors", c.factors), ("data.patch", d.patch)):
         if len(values) != 3 or any(v < 1 for v in values):

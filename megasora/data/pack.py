@@ -52,6 +52,7 @@ def make_batch(records: list[Record], tokens_per_pack: int) -> VideoBatch:
         drop_text_G=torch.tensor([not r.caption.strip() for r in records]),
         native_G4=torch.tensor([r.native for r in records], dtype=torch.float32),
         sample_ids_G=torch.tensor([r.sample_id for r in records]),
+        starts_G=torch.zeros(len(records), dtype=torch.int64),
     )
 
 
