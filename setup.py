@@ -46,7 +46,17 @@ setup(
     extras_require={
         "gpu": ["flash-attn"],
         "encoders": ENCODERS,
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "build", "setuptools", "wheel", "transformers"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "build",
+            "setuptools",
+            "wheel",
+            "transformers",
+            "diffusers",
+        ],
     },
     entry_points={"console_scripts": ["megasora = megasora.cli:main"]},
     classifiers=[

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from megasora.config import Config
 from megasora.model.dit import VideoDiT
 from megasora.text import build_text_encoder
 
 
 def build_model(config: Config, patch_dim: int) -> VideoDiT:
-    """VideoDiT with its text embedder, fp32 on the CPU; the same weights for the same `run.seed`, whoever builds it."""
+    """VideoDiT with its text embedder, on torch's default device; its weights are still to be initialised or loaded."""
     m = config.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        text = build_text_encoder(config.text).build_embedder(m.width, m.text_depth, m.heads)
-        return VideoDiT(m, patch_dim, text)
+    return VideoDiT(m, patch_dim, build_text_encoder(config.text).build_embedder(m.width, m.text_depth, m.heads))
 
 
 def patch_dim(config: Config) -> int:

@@ -1,8 +1,9 @@
-"""`megasora ingest|shards|train|sample|report|doctor`: what each reads and writes is in its --help."""
+"""`megasora ingest|shards|train|sample|report|checkpoint|doctor`: what each reads and writes is in its --help."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megasora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, work, summary: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, work, summary: str, text: str, group=commands) -> argparse.ArgumentParser:
         formatter = argparse.RawDescriptionHelpFormatter
-        sub = commands.add_parser(name, help=summary, description=f"{summary}\n\n{text}", formatter_class=formatter)
+        sub = group.add_parser(name, help=summary, description=f"{summary}\n\n{text}", formatter_class=formatter)
         sub.set_defaults(work=work)
         return sub
 
@@ -76,6 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("report", report, "One HTML page on a run.", REPORT)
     p.add_argument("run", type=Path, metavar="RUN")
 
+    p = command("checkpoint", None, "Weights from elsewhere.", CHECKPOINT)
+    kinds = p.add_subparsers(required=True, metavar="WHAT")
+    p = command("import-wan", import_wan, "Weights of Wan 2.x, to train them further.", IMPORT_WAN, kinds)
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="saved by diffusers: config.json and .safetensors files")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
+
     command("doctor", doctor, "What this machine has, what is slow or missing, and the remedy.", DOCTOR)
     return parser
 
@@ -111,6 +118,17 @@ Reads the metrics of RUN; writes RUN/report.html, one page without external link
 evaluation.prompts, they are first sampled from the newest checkpoint into RUN/samples and read back by a detector.
 
 example: megasora report runs/demo"""
+
+CHECKPOINT = """\
+import-wan reads a model of Wan as diffusers saves it, and writes its weights as MegaSora reads them.
+
+example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
+
+IMPORT_WAN = """\
+Reads FOLDER/transformer, or FOLDER itself: config.json and the files of weights of a text-to-video model. Writes FILE,
+fp32, 4 bytes a weight; then prints the settings of a run that starts from it, for the line of `megasora train`.
+
+example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
 
 DOCTOR = """\
 Reads versions, devices and free disk; writes nothing.
@@ -156,6 +174,38 @@ def report(options: argparse.Namespace) -> int:
     from megasora.observe.report import write_report
 
     print(f"report in {write_report(options.run)}")
+    return 0
+
+
+def import_wan(options: argparse.Namespace) -> int:
+    from functools import partial
+
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from megasora.build import patch_dim
+    from megasora.checkpoint.wan import import_wan, read_wan
+    from megasora.config import load
+    from megasora.model.dit import VideoDiT
+    from megasora.model.init import initial_value
+    from megasora.text.pretrained import FeatureEmbedder
+
+    wan = read_wan(options.folder)
+    config = load(None, wan.settings())
+    m = config.model
+    with torch.device("meta"):  # for its shapes; the text encoder need not be on this machine
+        model = VideoDiT(m, patch_dim(config), FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    columns = (TextColumn("import"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("import", total=4 * sum(shape.numel() for shape in shapes.values()))
+        first_value = partial(initial_value, seed=config.run.seed)
+        import_wan(wan, shapes, first_value, options.out, partial(progress.advance, bar))
+    print(f"weights in {options.out}; to train them further, put behind `megasora train YAML`:")
+    print(" \\\n".join(shlex.quote(setting) for setting in (*wan.settings(), f"model.weights={options.out}")))
     return 0
 
 

@@ -27,6 +27,8 @@ class RunConfig:
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     threads: int = 0  # CPU threads of torch in a process; 0: cores / processes
+    debug_parallel: bool = False  # compare, by hashes, what ranks must have in common
+    debug_every: int = 100  # steps between two such comparisons; the first is at step 0
 
 
 @dataclass
@@ -41,6 +43,7 @@ class TextConfig:
     name: str = "bytes"  # bytes | t5 | clip
     path: str = ""  # t5, clip: a folder or a hub name
     max_tokens: int = 64  # longest caption; a longer one is refused, never cut
+    pad: bool = False  # t5, clip: features are filled up with zeros to max_tokens, all of which are attended to (Wan)
 
 
 @dataclass
@@ -71,6 +74,7 @@ class ModelConfig:
     heads: int = 6
     mlp_ratio: float = 4.0
     modulation: str = "block"  # block: a projection in each block (DiT); shared: one and a table a block (PixArt, Wan)
+    weights: str = ""  # safetensors of a whole model to start from; empty: megasora.model.init
     qk_norm: str = "head"  # head: RMSNorm of each head; width: of all heads together (Wan); none
     rope_base: float = 10_000.0
     text_depth: int = 1  # self-attention blocks over the text tokens
@@ -370,7 +374,10 @@ def validate(config: Config) -> None:
     if not 0 <= config.run.seed < 1 << 63:
         raise MegaSoraError(f"run.seed={config.run.seed} must be from 0 to below 2^63")
     at_least("run.threads", config.run.threads, 0)
-    at_least("run.seed", config.run.seed, 0)
+    at_least("run.debug_every", config.run.debug_every, 1)
+    at_least("model.recompute_blocks", m.recompute_blocks, 0)
+    if m.recompute_blocks > m.depth:
+        raise MegaSoraError(f"model.recompute_blocks={m.recompute_blocks} must be at most model.depth={m.depth}")
     for key in ("width", "depth", "heads", "mlp_ratio", "rope_base"):
         positive(f"model.{key}", getattr(m, key))
     if m.width > MAX_WIDTH:
@@ -421,6 +428,8 @@ def validate(config: Config) -> None:
     if config.text.name != "bytes" and not config.text.path:
         raise MegaSoraError(f"text.name={config.text.name} needs text.path, a folder or a hub name of its weights")
     at_least("text.max_tokens", config.text.max_tokens, 1)
+    if config.text.pad and config.text.name == "bytes":
+        raise MegaSoraError("text.pad=true needs text.name=t5 or clip: bytes has no features to fill up; leave it false")
 
 
 def one_of(key: str, value: Any, allowed: tuple) -> None:

@@ -6,14 +6,18 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megasora.config import Config, differences, load
 from megasora.errors import MegaSoraError
 
+if TYPE_CHECKING:
+    from megasora.parallel.world import World
+
 # what may change between two launches of one run without changing what is trained
 FREE_KEYS = (
     "run.dir", "run.device", "run.threads", "data.shards", "data.prefetch", "ingest", "checkpoint", "validation",
-    "sample", "evaluation", "wandb",
+    "sample", "evaluation", "wandb", "run.debug_parallel", "run.debug_every",
 )  # fmt: skip
 OTHERS_WAIT_SECONDS = 5.0  # in which the main process has told what is wrong
 
@@ -29,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0 if arguments else 2
         config = load(arguments[0], arguments[1:])
         check_run_folder(config)
+        check_parallel(config)
         check_data(config)
         train(config)
         return 0
@@ -53,13 +58,24 @@ def check_run_folder(config: Config) -> None:
         )
 
 
+def check_parallel(config: Config) -> None:
+    """Everything about the layout that can be known before a process group or a weight exists."""
+    from megasora.parallel.layout import check_layout
+    from megasora.parallel.world import world_size
+
+    check_layout(config, world_size())
+    if config.model.weights and not Path(config.model.weights).is_file():
+        raise MegaSoraError(
+            f"model.weights={config.model.weights} is no file; give a safetensors file, or leave it empty"
+        )
+
+
 def check_data(config: Config) -> None:
     """Everything about the data that can be known before a process group or a weight exists."""
     from megasora.build import patch_dim
     from megasora.codec import build_codec
     from megasora.data.loader import PackLoader
     from megasora.data.shards import Shards, check_fingerprints
-    from megasora.parallel.world import world_size
     from megasora.text import build_text_encoder
 
     if not config.data.shards:
@@ -74,18 +90,36 @@ def check_data(config: Config) -> None:
     )
     if shards.manifest.patch_dim != patch_dim(config):
         raise MegaSoraError(f"{folder} has tokens of {shards.manifest.patch_dim} numbers, this run {patch_dim(config)}")
-    PackLoader(shards, config.data, config.run.seed, None, 0, world_size())
+    PackLoader(shards, config.data, config.run.seed, None)
 
 
 def train(config: Config) -> None:
     import torch
 
+    from megasora.parallel.mesh import build_mesh
     from megasora.parallel.world import join_world
     from megasora.trainer import Trainer
 
     with join_world(config.run.device) as world:
         torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
-        Trainer(config, world).run()
+        check_same_configuration(config, world)
+        Trainer(config, world, build_mesh(config.parallel, world.device.type)).run()
+
+
+def check_same_configuration(config: Config, world: World) -> None:
+    """Ranks that were started with different settings would train nothing, or hang."""
+    everyone = world.gather(config)
+    problem = None
+    for rank, other in enumerate(everyone or ()):
+        changed = differences(other, config)
+        if changed and problem is None:
+            problem = (
+                f"process {rank} was started with another configuration than process 0 ({'; '.join(changed[:8])}); "
+                "give all processes the same file and the same settings"
+            )
+    problem = world.from_main(problem)
+    if problem:
+        raise MegaSoraError(problem)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The loop. In: a configuration and the processes. Out: the run folder.
 
-    packs = next(loader); for pack in packs: engine.backward(objective(engine, pack, step)); step
+    packs = next(loader); shares; noised, target, weight = corrupt(shares); engine.train_step(noised, loss)
 
 All that is drawn is keyed by (seed, step, sample id), and the loss is one sum over the tokens of all ranks divided once
-by their number, so neither the number of ranks nor a stop and a resume changes a run.
+by their number, so neither the layout of the ranks nor a stop and a resume changes a run.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ from megasora.observe.metrics import JsonLines, ProgressLine, WandbLog
 from megasora.observe.stopwatch import Stopwatch
 from megasora.optim.ema import ShardedEMA
 from megasora.optim.schedule import rate_at
+from megasora.parallel.collectives import total
+from megasora.parallel.guard import check_packs, check_replicas
+from megasora.parallel.mesh import Mesh
+from megasora.parallel.share import share_pack
 from megasora.parallel.world import World
 from megasora.parallelize import parallelize
 from megasora.text import build_text_encoder
@@ -43,20 +47,20 @@ EMA_FILE, MODEL_FILE, STATE_FILE = "ema.safetensors", "model.safetensors", "stat
 
 
 class Trainer:
-    def __init__(self, config: Config, world: World):
-        self.config, self.world, self.run_dir = config, world, Path(config.run.dir)
+    def __init__(self, config: Config, world: World, mesh: Mesh):
+        self.config, self.world, self.mesh, self.run_dir = config, world, mesh, Path(config.run.dir)
         encoder = build_text_encoder(config.text)
         self.encode = None if encoder.precomputed else (lambda caption: encoder.encode([caption])[0])
         folder = Path(config.data.shards)
         self.train_split, self.val_split = Shards.open(folder, "train"), Shards.open(folder, "val")
         self.objective = FlowMatching(config.objective, config.run.seed)
-        self.engine = parallelize(config, world)
+        self.engine = parallelize(config, world, mesh)
         self.fragments = self.engine.fragments()
         self.ema = ShardedEMA([f.values for f in self.fragments], config.optim.ema)
         self.store = CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.step, cursor = self.resume()
         self.loader = PackLoader(
-            self.train_split, config.data, config.run.seed, self.encode, world.rank, world.size, cursor
+            self.train_split, config.data, config.run.seed, self.encode, mesh.data.rank, mesh.data.size, cursor
         )
         self.cursor = cursor
         self.peak_flops = measured_peak(world.device) if world.device.type == "cuda" else None
@@ -67,12 +71,13 @@ class Trainer:
         config, main = self.config, self.world.is_main
         if self.step >= config.run.steps:
             return
+        parameters = self.engine.num_parameters
         if main:
             self.metrics = JsonLines(self.run_dir / "metrics.jsonl")
             self.validations = JsonLines(self.run_dir / "validation.jsonl")
             self.wandb = WandbLog(config.wandb, self.run_dir, dataclasses.asdict(config))
             self.progress = ProgressLine(config.run.steps, self.step)
-            self.describe()
+            self.describe(parameters)
         if self.step == 0:
             self.validate()
         watch, warned = Stopwatch(self.world.device), None
@@ -108,33 +113,50 @@ class Trainer:
 
     def train_step(self, batches: list[VideoBatch], watch: Stopwatch) -> dict[str, Any]:
         """One optimizer step on this rank's packs; the numbers are of all ranks."""
-        config = self.config
+        config, device = self.config, self.world.device
         rate = rate_at(self.step, config.run.steps, config.optim)
-        counts = [self.objective.num_tokens(batch, self.step) for batch in batches]
-        tokens = int(self.world.sum(torch.tensor(sum(counts))))
+        shares = [share_pack(batch, config, self.mesh).to(device) for batch in batches]
+        noised, targets, weights = zip(*(self.objective.corrupt(share, self.step) for share in shares), strict=True)
+        if config.run.debug_parallel and self.step % config.run.debug_every == 0:
+            self.compare_ranks(batches, list(noised))
+        counts = torch.tensor(sum(int(weight.sum()) for weight in weights), device=device)
+        tokens = int(total(counts, self.mesh.zero))
         watch.lap("data")
         error = torch.zeros((), dtype=torch.float64)
-        norm = None
-        for batch in batches:
-            loss = self.objective(self.engine, batch.to(self.world.device), self.step)
-            watch.lap("forward")
-            self.engine.backward(loss.error / tokens)
-            error += loss.error.detach().double().cpu()
-            watch.lap("backward")
-            norm = self.engine.finish_pack(rate)
-            watch.lap("optimizer")
+
+        def loss(prediction: Tensor, number: int) -> Tensor:
+            nonlocal error
+            found = velocity_error(prediction, targets[number], weights[number]).error
+            error += found.detach().double().cpu()
+            return found / tokens
+
+        norm = self.engine.train_step(list(noised), loss, rate, watch.lap)
         self.ema.update()
-        flops = sum(self.flops(batch) for batch in batches) if self.peak_flops else 0.0
-        totals = self.world.sum(torch.stack((error, torch.tensor(float(flops), dtype=torch.float64))))
-        loss = float(totals[0]) / tokens
-        if not math.isfinite(loss) or norm is None or not math.isfinite(norm):
+        speaks = self.mesh.model.rank == 0 and self.mesh.context.rank == 0  # for one pack, among those that share it
+        flops = sum(self.flops(batch) for batch in batches) if self.peak_flops and speaks else 0.0
+        sent = self.engine.attention.take_bytes_sent() if self.engine.attention is not None else 0
+        totals = torch.stack((error, *(torch.tensor(float(x), dtype=torch.float64) for x in (flops, sent))))
+        totals = self.world.sum(totals).cpu()
+        loss_value = float(totals[0]) / self.mesh.tensor.size / tokens  # tensor peers have each computed all of it
+        if not math.isfinite(loss_value) or not math.isfinite(norm):
             saved = self.step // config.checkpoint.every * config.checkpoint.every
             raise MegaSoraError(
-                f"step {self.step}: loss {loss}, gradient norm {norm}; nothing was saved after step {saved}; "
+                f"step {self.step}: loss {loss_value}, gradient norm {norm}; nothing was saved after step {saved}; "
                 f"lower optim.rate={config.optim.rate}"
             )
         watch.lap("optimizer")
-        return {"step": self.step + 1, "loss": loss, "grad_norm": norm, "rate": rate, "flops": float(totals[1])}
+        line = {"step": self.step + 1, "loss": loss_value, "grad_norm": norm, "rate": rate, "flops": float(totals[1])}
+        if self.mesh.context.is_split:  # mean of the ranks, forward and backward
+            line["context_mib_sent"] = round(float(totals[2]) / self.world.size / 2**20, 4)
+        return line
+
+    def compare_ranks(self, batches: list[VideoBatch], noised: list[VideoBatch]) -> None:
+        """The debug guard; raises on all ranks where two that must agree do not."""
+        mesh, engine = self.mesh, self.engine
+        check_packs(batches, (mesh.tensor, mesh.context, mesh.pipeline), self.world, self.step)
+        check_packs(noised, (mesh.tensor, mesh.pipeline), self.world, self.step)
+        sliced = self.config.parallel.zero_stage == 3
+        check_replicas(engine.copies(), engine.placements, mesh, self.world, self.step, sliced)
 
     def finish_line(self, line: dict[str, Any], real_tokens: int, times: dict[str, float]) -> dict[str, Any]:
         flops, seconds = line.pop("flops"), times["step"]
@@ -152,9 +174,8 @@ class Trainer:
         patch_dim, text_dim = batch.patches_LP.shape[1], self.train_split.manifest.text_dim or None
         return pack_flops(self.config.model, patch_dim, batch.cu_segments, batch.cu_text, text_dim=text_dim)
 
-    def describe(self) -> None:
+    def describe(self, parameters: int) -> None:
         """One line on the run, and run.json for the report."""
-        parameters = sum(p.numel() for p in self.engine.module.parameters())
         facts = {
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": self.world.size, "parameters": parameters,
             "device": str(self.world.device), "machine": platform.processor() or platform.machine(),
@@ -170,7 +191,6 @@ class Trainer:
 
     # ------------------------------------------------------------------ validation
 
-    @torch.no_grad()
     def validate(self) -> None:
         """The loss by timestep bin on held-out clips, always with the same noise: only the weights change it."""
         count = len(self.val_split)
@@ -178,18 +198,19 @@ class Trainer:
             count = min(count, self.config.validation.clips)
         if count == 0:
             return
-        config, bins = self.config, self.config.validation.bins
+        config, bins, data = self.config, self.config.validation.bins, self.mesh.data
         packs = plan_epoch(self.val_split.tokens()[:count], config.data.tokens_per_pack, count, 0, 0)
         sums = torch.zeros(bins, 2, dtype=torch.float64)
-        self.engine.module.eval()
-        for pack in packs[self.world.rank :: self.world.size]:
-            records = [self.val_split.read(i, self.encode) for i in pack]
-            batch = make_batch(records, config.data.tokens_per_pack).to(self.world.device)
-            for i in range(bins):
-                noised, target, weight = self.objective.at_level(batch, (i + 0.5) / bins, stream=i)
-                loss = velocity_error(self.engine.module(noised), target, weight)
+        for first in range(0, len(packs), data.size):  # every rank asks the model equally often: it may be one of many
+            number = first + data.rank
+            records = [self.val_split.read(i, self.encode) for i in packs[min(number, len(packs) - 1)]]
+            batch = share_pack(make_batch(records, config.data.tokens_per_pack), config, self.mesh)
+            batch = batch.to(self.world.device)
+            levels = [self.objective.at_level(batch, (i + 0.5) / bins, stream=i) for i in range(bins)]
+            predictions = self.engine.predict([noised for noised, _, _ in levels])
+            for i, prediction in enumerate(predictions if predictions is not None and number < len(packs) else ()):
+                loss = velocity_error(prediction, *levels[i][1:])
                 sums[i] += torch.tensor([float(loss.error), loss.tokens], dtype=torch.float64)
-        self.engine.module.train()
         sums = self.world.sum(sums).cpu()
         if self.world.is_main:
             losses = (sums[:, 0] / sums[:, 1]).tolist()
@@ -219,7 +240,7 @@ class Trainer:
         self.world.barrier()
         if self.world.is_main:
             state = {
-                "step": self.step, "cursor": dataclasses.asdict(self.cursor), "world_size": self.world.size,
+                "step": self.step, "cursor": dataclasses.asdict(self.cursor), "layout": self.layout(),
                 "ema_updates": self.ema.updates,
             }  # fmt: skip
             write_whole(part / STATE_FILE, json.dumps(state) + "\n")
@@ -238,17 +259,19 @@ class Trainer:
             return 0, Cursor()
         verify(newest)
         state = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))
-        if state["world_size"] != self.world.size:
-            raise MegaSoraError(
-                f"{newest} was saved by {state['world_size']} processes, this launch has {self.world.size}; "
-                f"start {state['world_size']}"
-            )
+        if state["layout"] != self.layout():
+            saved, ours = (" ".join(f"{k}={v}" for k, v in x.items()) for x in (state["layout"], self.layout()))
+            raise MegaSoraError(f"{newest} was saved by {saved}; this launch has {ours}; start it as it was saved")
         self.engine.load(newest)
-        saved = load_file(newest / EMA_FILE)
-        for fragment, average in zip(self.fragments, self.ema.averages, strict=True):
-            average.copy_(saved[fragment.name].flatten()[fragment.start : fragment.start + len(average)])
+        saved = self.engine.slices_of(load_file(newest / EMA_FILE), self.fragments)
+        for average, values in zip(self.ema.averages, saved, strict=True):
+            average.copy_(values)
         self.ema.updates = state["ema_updates"]
         return state["step"], Cursor(**state["cursor"])
+
+    def layout(self) -> dict[str, Any]:
+        """What a checkpoint can be resumed by."""
+        return {"processes": self.world.size, **dataclasses.asdict(self.config.parallel)}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
+from megasora.build import build_model, patch_dim
 from megasora.cli import main
+from megasora.config import load
 from megasora.data.shards import read_manifest
 
 RUN_TEST_YAML = Path(__file__).parent / "runs" / "tiny.yaml"
@@ -22,6 +26,13 @@ def run(trained, tmp_path) -> Path:
     """The trained run, copied, so that what a command writes into it is written here."""
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    from megasora.testing.wan import make_tiny_wan
+
+    return make_tiny_wan(tmp_path_factory.mktemp("wan"))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -36,6 +47,8 @@ HELP = {  # command -> what its help must say of what is read and written, and i
     "train": ["Reads a configuration", "writes the run folder", "metrics.jsonl", "in seconds", "torchrun"],
     "sample": ["Reads the newest checkpoint", "writes FILE", "--prompt", "--image", "pixels", "frames a second"],
     "report": ["Reads the metrics", "writes RUN/report.html", "report.json"],
+    "checkpoint": ["import-wan", "reads a model of Wan as diffusers saves it"],
+    "checkpoint import-wan": ["Reads FOLDER/transformer", "Writes FILE", "4 bytes a weight", "prints the settings"],
     "doctor": ["Reads versions, devices and free disk", "writes nothing"],
 }
 
@@ -43,7 +56,7 @@ HELP = {  # command -> what its help must say of what is read and written, and i
 @pytest.mark.parametrize("command", HELP)
 def test_help_says_what_is_read_and_written_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as leave:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert leave.value.code == 0
     for word in [*HELP[command], f"example: megasora {command}"]:
@@ -54,7 +67,8 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"    {command} " in shown for command in HELP)
+    named = {line.split()[0] for line in shown.splitlines() if line.startswith("    ")}
+    assert {command.split()[0] for command in HELP} <= named
 
 
 def test_the_version_is_the_packages(capsys):
@@ -66,7 +80,7 @@ def test_the_version_is_the_packages(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["tarin"], ["sample", "run"], ["shards", "a", "b=c"], ["train", "a", "--fast"]]
+    "arguments", [[], ["tarin"], ["sample", "run"], ["shards", "a", "b=c"], ["train", "a", "--fast"], ["checkpoint"]]
 )
 def test_a_line_that_is_no_command_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as leave:
@@ -172,6 +186,23 @@ def test_report_writes_a_page_and_its_figures(run, capsys):
     assert {"padding_fraction", "tokens_per_second", "color_accuracy"} <= set(figures)
 
 
+def test_import_wan_writes_weights_and_prints_the_settings_of_their_model(wan, tmp_path, capsys):
+    out = tmp_path / "wan weights.safetensors"
+    assert main(["checkpoint", "import-wan", str(wan.folder), "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""  # the progress bar is for terminals
+    first, *lines = shown.out.splitlines()
+    assert str(out) in first and "megasora train" in first
+    settings = shlex.split("\n".join(lines).replace("\\\n", ""))  # as a shell reads what is pasted
+    assert f"model.weights={out}" in settings and "data.patch=[1,2,2]" in settings
+    text_path = [setting for setting in wan.settings if setting.startswith("text.path=")][-1]  # of a tiny encoder
+    config = load(None, [*settings, text_path])
+    model = build_model(config, patch_dim(config))
+    assert config.text.pad and config.text.max_tokens == 512
+    model.load_state_dict(load_file(config.model.weights))
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_doctor_looks_at_this_machine(capsys):
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
@@ -256,6 +287,15 @@ def test_a_full_disk_is_one_line(clips, tmp_path, capsys, monkeypatch):
 
 def test_shards_refuses_a_folder_without_them(tmp_path, capsys):
     refuse(["shards", tmp_path], capsys, tmp_path, "no dataset.json", str(tmp_path), "megasora ingest")
+
+
+def test_import_wan_refuses_what_is_no_wan_and_a_file_that_is_there(wan, tmp_path, capsys):
+    arguments = ["checkpoint", "import-wan", tmp_path, "--out", tmp_path / "out.safetensors"]
+    refuse(arguments, capsys, tmp_path, "config.json cannot be read", "diffusers saved")
+    (tmp_path / "out.safetensors").touch()
+    arguments[2] = wan.folder
+    refuse(arguments, capsys, tmp_path, "out.safetensors exists", "another name")
+    refuse([*arguments[:-1], tmp_path / "no" / "out.safetensors"], capsys, tmp_path, "there is no folder", "make it")
 
 
 TRAINING = {  # override -> words

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -35,21 +34,13 @@ class LossSum:
 
 
 class FlowMatching:
-    """`objective(model, batch, step) -> LossSum`."""
+    """`noised, target, weight = corrupt(batch, step)`, then `velocity_error(model(noised), target, weight)`.
+
+    `batch` is a clean pack or a rank's share of one: what a token gets follows from its clip and its place in it.
+    """
 
     def __init__(self, config: ObjectiveConfig, seed: int):
         self.config, self.seed = config, seed
-
-    def __call__(self, model: Callable[[VideoBatch], Tensor], batch: VideoBatch, step: int) -> LossSum:
-        noised, target_LP, weight_L = self.corrupt(batch, step)
-        return velocity_error(model(noised), target_LP, weight_L)
-
-    def num_tokens(self, batch: VideoBatch, step: int) -> int:
-        """How many tokens of a pack will have a loss; known before the model is called, as the normaliser must be."""
-        _, clean, _ = self.draw(batch, step)
-        return sum(
-            (t - head - tail) * h * w for (t, h, w), (head, tail) in zip(batch.grids_G3.tolist(), clean, strict=True)
-        )
 
     def corrupt(self, batch: VideoBatch, step: int) -> tuple[VideoBatch, Tensor, Tensor]:
         """A clean pack to (noised pack with its rows, target [L, P], weight [L])."""
@@ -62,7 +53,7 @@ class FlowMatching:
         c, ids = self.config, batch.sample_ids_G
         u = {stream: noise.uniform(noise.clip_keys(self.seed, step, ids, stream)) for stream in range(1, 5)}
         t_G = timesteps.logit_normal(u[TIMESTEP], c.timestep_mean, c.timestep_std)
-        t_G = timesteps.shift(t_G, timesteps.shift_factor(batch.cu_segments.diff(), c))
+        t_G = timesteps.shift(t_G, timesteps.shift_factor(batch.grids_G3.prod(1), c))
         clean = [
             draw_condition(int(grid[0]), float(kind), float(length), c.condition)
             for grid, kind, length in zip(batch.grids_G3, u[CONDITION], u[CONDITION_LENGTH], strict=True)
@@ -86,7 +77,8 @@ def noise_batch(
     device, length = batch.patches_LP.device, len(batch.patches_LP)
     cu_rows, t_rows, owner = rows_of(batch, t_G, clean)
     segment_L = owner_of_tokens(batch.cu_segments, length)
-    first_L = (torch.arange(length) - batch.cu_segments[segment_L]) * even(batch.patches_LP.shape[1])
+    place_L = torch.arange(length) - batch.cu_segments[segment_L] + batch.starts_G[segment_L]  # in its clip
+    first_L = place_L * even(batch.patches_LP.shape[1])
     noise_LP = noise.normal(keys_G[segment_L].to(device), first_L.to(device), batch.patches_LP.shape[1])
     t_L = t_rows[owner_of_tokens(cu_rows, length)]
     weight_L = (t_L > 0) & (torch.arange(length) < batch.num_tokens)
@@ -108,14 +100,22 @@ def even(dim: int) -> int:
 
 
 def rows_of(batch: VideoBatch, t_G: Tensor, clean: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a pack whose clips have `clean[i] = (head, tail)` clean latent frames: (cu_rows, timesteps, segment)."""
+    """Rows of a pack whose clips have `clean[i] = (head, tail)` clean latent frames: (cu_rows, timesteps, segment).
+
+    Of a clip that lies here in part, its rows are cut to that part.
+    """
     cu, levels, owner = [0], [], []
+    starts, lengths = batch.starts_G.tolist(), batch.cu_segments.diff().tolist()
     for i, ((t, h, w), (head, tail)) in enumerate(zip(batch.grids_G3.tolist(), clean, strict=True)):
-        for frames, level in ((head, 0.0), (t - head - tail, float(t_G[i])), (tail, 0.0)):
-            if frames:
-                cu.append(cu[-1] + frames * h * w)
+        bounds = [0, head * h * w, (t - tail) * h * w, t * h * w]
+        here = [min(max(b - starts[i], 0), lengths[i]) for b in bounds]
+        for first, end, level in zip(here, here[1:], (0.0, float(t_G[i]), 0.0), strict=False):
+            if end > first:
+                cu.append(cu[-1] + end - first)
                 levels.append(level)
                 owner.append(i)
+    if not owner:  # a share without a real token still has a row, which keeps every shape alive
+        cu, levels, owner = [0, 0], [0.0], [0]
     return torch.tensor(cu, dtype=torch.int32), torch.tensor(levels, dtype=torch.float64), torch.tensor(owner)
 
 

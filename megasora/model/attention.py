@@ -1,7 +1,8 @@
 """Self-attention inside each segment, and cross-attention from a segment's tokens to its caption.
 
-Both own an inner callable `(q [Lq,N,K], k [Lk,N,K], v, segments) -> [Lq,N,K]`. It is the place where another backend,
-or a context-parallel ring, is put in; the projections around it do not change.
+Both own an inner callable `(q [Lq,N,K], k [Lk,N,K], v, segments, kept) -> [Lq,N,K]`. It is the place where another
+backend, or a context-parallel ring, is put in; the projections around it do not change. N is what the projections give:
+all heads, or those of one tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from megasora.kernels.attention import Segments, attention
 from megasora.model.rope import apply_rope
 
-Inner = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+Inner = Callable[..., Tensor]
 NORM_EPS = 1e-6
 
 
@@ -31,34 +32,63 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x_LNK.to(dtype), self.weight.shape, self.weight.to(dtype), NORM_EPS).type_as(x_LNK)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int, qk_norm: bool, inner: Inner = attention):
+class WidthNorm(nn.Module):
+    """RMSNorm of all heads' numbers together (Wan, arXiv 2503.20314), at least fp32 inside.
+
+    Where ranks hold a part of the heads each, `sum_over_heads` adds up their squares [L, 1].
+    """
+
+    def __init__(self, width: int):
         super().__init__()
-        self.heads, self.inner = heads, inner
+        self.width = width
+        self.weight = nn.Parameter(torch.ones(width))
+        self.sum_over_heads: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x_LNK: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_LNK.dtype, torch.float32)
+        x_LD = x_LNK.flatten(-2).to(dtype)
+        square_L1 = x_LD.square().sum(-1, keepdim=True)
+        if self.sum_over_heads is not None:
+            square_L1 = self.sum_over_heads(square_L1)
+        normed_LD = x_LD * torch.rsqrt(square_L1 / self.width + NORM_EPS) * self.weight.to(dtype)
+        return normed_LD.view(x_LNK.shape).type_as(x_LNK)
+
+
+def build_qk_norm(kind: str, width: int, heads: int) -> nn.Module:
+    """`kind`: head, width or none, as in model.qk_norm."""
+    return {"head": lambda: HeadNorm(width // heads), "width": lambda: WidthNorm(width), "none": nn.Identity}[kind]()
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, qk_norm: str, inner: Inner = attention):
+        super().__init__()
+        self.head_dim, self.inner = width // heads, inner
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = build_qk_norm(qk_norm, width, heads)
+        self.k_norm = build_qk_norm(qk_norm, width, heads)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_LD: Tensor, segments: Segments, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        q, k, v = self.qkv(x_LD).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+    def forward(
+        self, x_LD: Tensor, segments: Segments, rope: tuple[Tensor, Tensor] | None, kept: list | None = None
+    ) -> Tensor:
+        q, k, v = self.qkv(x_LD).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        return self.out(self.inner(q, k, v, segments).flatten(-2))
+        return self.out(self.inner(q, k, v, segments, kept).flatten(-2))
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, width: int, heads: int, qk_norm: bool, inner: Inner = attention):
+    def __init__(self, width: int, heads: int, qk_norm: str, inner: Inner = attention):
         super().__init__()
-        self.heads, self.inner = heads, inner
+        self.head_dim, self.inner = width // heads, inner
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
-        self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = build_qk_norm(qk_norm, width, heads)
+        self.k_norm = build_qk_norm(qk_norm, width, heads)
         self.out = nn.Linear(width, width)
 
     def forward(self, x_LD: Tensor, text_SD: Tensor, segments: Segments) -> Tensor:
-        q = self.q_norm(self.q(x_LD).unflatten(-1, (self.heads, -1)))
-        k, v = self.kv(text_SD).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        return self.out(self.inner(q, self.k_norm(k), v, segments).flatten(-2))
+        q = self.q_norm(self.q(x_LD).unflatten(-1, (-1, self.head_dim)))
+        k, v = self.kv(text_SD).unflatten(-1, (2, -1, self.head_dim)).unbind(-3)
+        return self.out(self.inner(q, self.k_norm(k), v, segments, None).flatten(-2))

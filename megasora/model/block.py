@@ -50,7 +50,7 @@ def modulate(x_LD: Tensor, shift_RD: Tensor, scale_RD: Tensor, row_L: Tensor) ->
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_hidden: int, qk_norm: bool, shared_modulation: bool):
+    def __init__(self, width: int, heads: int, mlp_hidden: int, qk_norm: str, shared_modulation: bool):
         super().__init__()
         self.modulation = RowModulation(width, 6, shared_modulation)
         self.attention = SelfAttention(width, heads, qk_norm)
@@ -68,9 +68,11 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         segments: Segments,
         text_segments: Segments,
+        kept: list | None = None,
     ) -> Tensor:
+        """`kept`: where self-attention leaves its output for a second run of this forward, see kernels.attention."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond_RD, shared_RCD)
-        branch = self.attention(modulate(x_LD, shift_a, scale_a, row_L), segments, rope)
+        branch = self.attention(modulate(x_LD, shift_a, scale_a, row_L), segments, rope, kept)
         x_LD = x_LD + gate_a.index_select(0, row_L) * branch
         x_LD = x_LD + self.cross(self.cross_norm(x_LD), text_SD, text_segments)
         branch = self.mlp(modulate(x_LD, shift_m, scale_m, row_L))

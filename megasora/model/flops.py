@@ -47,7 +47,8 @@ def pack_flops(
     per_text_token = depth * 4 * d * d  # keys and values of the cross-attention
     per_text_token += 2 * (text_dim or d) * d + 2 * d * d + config.text_depth * 16 * d * d  # the embedder
     modulations = 1 if config.modulation == "shared" else depth
-    per_row = modulations * 12 * d * d + 4 * d * d + 2 * (TIMESTEP_FREQUENCIES * d + d * d)
+    final = 0 if config.modulation == "shared" else 4 * d * d
+    per_row = modulations * 12 * d * d + final + 2 * (TIMESTEP_FREQUENCIES * d + d * d)
     per_clip = 2 * (NATIVE_FEATURES * d + d * d) + 2 * d * d  # native size, pooled caption
 
     pairs = depth * sum(n * (n + s) for n, s in zip(video, text, strict=True))
@@ -59,8 +60,8 @@ def pack_flops(
 def num_parameters(config: ModelConfig, patch_dim: int) -> int:
     """Weights of a VideoDiT without its text embedder."""
     d, ff = config.width, mlp_hidden(config)
-    head_norms = 4 * (d // config.heads) if config.qk_norm == "head" else 0  # q and k, self and cross
-    attention = 2 * (4 * d * d + 4 * d) + head_norms + 2 * d  # self, cross, the norm before cross
+    qk_norms = 4 * {"head": d // config.heads, "width": d, "none": 0}[config.qk_norm]  # q and k, self and cross
+    attention = 2 * (4 * d * d + 4 * d) + qk_norms + 2 * d  # self, cross, the norm before cross
     mlp = 2 * d * ff + ff + d
     projection = 6 * d * d + 6 * d
     shared = config.modulation == "shared"
@@ -69,5 +70,5 @@ def num_parameters(config: ModelConfig, patch_dim: int) -> int:
     native = NATIVE_FEATURES * d + d * d + 2 * d
     caption = d + 2 * d + d * d + d  # null token, norm and projection of the pooled caption
     ends = 2 * patch_dim * d + 2 * d + patch_dim  # patches in and out, first frame
-    ends += 2 * d * d + 2 * d  # final modulation
+    ends += 2 * d + (0 if shared else 2 * d * d)  # final modulation
     return blocks + (projection if shared else 0) + timestep + native + caption + ends

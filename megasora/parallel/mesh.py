@@ -1,8 +1,8 @@
 """The mesh: ranks arranged along (pipeline, data, context, tensor), with a process group along each axis.
 
 Ranks are numbered with tensor innermost, so that its peers, which exchange the most, are neighbours on one node, and
-pipeline outermost, whose peers exchange the least. The context axis is itself ring x ulysses, ulysses inside. It is made
-once and passed as an argument; nothing else creates a process group.
+pipeline outermost, whose peers exchange the least. The context axis is itself ring x ulysses, ulysses inside. The mesh
+is made once and passed as an argument; nothing else creates a process group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megasora.config import ParallelConfig
 
-AXES = ("pipeline", "data", "ring", "ulysses", "tensor")  # outermost first; ring x ulysses is the context axis
+AXES = ("pipeline", "data", "ring", "ulysses", "tensor")  # outermost first
+JOINED = {"context": ("ring", "ulysses"), "zero": ("data", "ring", "ulysses"), "model": ("pipeline", "tensor")}
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Axis:
     name: str
     size: int
     rank: int
-    group: dist.ProcessGroup | None  # None where the size is 1
+    group: dist.ProcessGroup
 
     @property
     def is_split(self) -> bool:
@@ -32,12 +33,12 @@ class Axis:
 
     def global_rank(self, peer: int) -> int:
         """The number of peer `peer` of this axis among all processes."""
-        return dist.get_global_rank(self.group, peer) if self.group is not None else dist.get_rank()
+        return dist.get_global_rank(self.group, peer)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of a run. `zero` joins data and context: the ranks over which the sum of a gradient goes and ZeRO shards.
+    """The axes of a run. `zero` joins data and context: the ranks over which a gradient is summed and ZeRO shards.
     `model` joins pipeline and tensor: the ranks that together hold one copy of the weights."""
 
     pipeline: Axis
@@ -54,26 +55,15 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
     """All ranks must call it. The sizes were checked by `check_layout`; data is what the others leave of the world."""
     ring = config.context // config.ulysses
     data = dist.get_world_size() // (config.pipeline * config.context * config.tensor)
-    device_mesh = init_device_mesh(
-        device_type, (config.pipeline, data, ring, config.ulysses, config.tensor), mesh_dim_names=AXES
-    )
-    joined = {"context": ("ring", "ulysses"), "zero": ("data", "ring", "ulysses"), "model": ("pipeline", "tensor")}
-    axes = {name: axis_of(device_mesh, name) for name in AXES}
-    for name, parts in joined.items():
+    sizes = (config.pipeline, data, ring, config.ulysses, config.tensor)
+    grid = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+    axes = {name: axis_of(name, grid[name]) for name in AXES}
+    for name, parts in JOINED.items():
         split = [part for part in parts if axes[part].is_split]
-        if len(split) == 1:
-            only = axes[split[0]]
-            axes[name] = Axis(name, only.size, only.rank, only.group)
-        elif not split:
-            axes[name] = Axis(name, 1, 0, None)
-        else:
-            axes[name] = axis_of(device_mesh[parts]._flatten(name), name, flat=True)
+        axes[name] = axis_of(name, grid[tuple(split)]._flatten(name) if len(split) > 1 else grid[(split or parts)[0]])
     return Mesh(**axes)
 
 
-def axis_of(mesh: DeviceMesh, name: str, flat: bool = False) -> Axis:
-    size = mesh.size() if flat else mesh[name].size()
-    if size == 1:
-        return Axis(name, 1, 0, None)
-    group = mesh.get_group() if flat else mesh.get_group(name)
-    return Axis(name, size, dist.get_rank(group), group)
+def axis_of(name: str, line: DeviceMesh) -> Axis:
+    group = line.get_group()
+    return Axis(name, dist.get_world_size(group), dist.get_rank(group), group)

@@ -1,8 +1,9 @@
-"""ZeRO by DeepSpeed: optimizer states (stage 1) and gradients (stage 2) live in slices over the data-parallel ranks.
+"""ZeRO by DeepSpeed: optimizer states (stage 1), gradients (2) and weights (3) live in slices over data x context.
 
-The only file that imports deepspeed. In: the sum over a rank's packs of loss / (tokens of all ranks). Out: weights
-moved by one AdamW step that no number of ranks changes. DeepSpeed averages gradients over ranks; the loss is multiplied
-by their number, so that what remains is the sum.
+The only file that imports deepspeed. In: this rank's stages of the model and the packs of a step. Out: weights moved by
+one AdamW step that no layout changes. DeepSpeed averages gradients over data x context; the loss is multiplied by their
+number, so that what remains is the sum. Parameters whose gradient is a part on a tensor or pipeline rank have parameter
+groups of their own: there ZeRO's slices are the same on all peers, and are summed once a step, slice by slice.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megasora.batch import VideoBatch
 from megasora.config import Config
+from megasora.parallel.collectives import total
+from megasora.parallel.context import ContextAttention
+from megasora.parallel.mesh import Mesh
+from megasora.parallel.pipeline import Pipeline
+from megasora.parallel.placement import Placement
 from megasora.parallel.world import World
 
 TAG = "zero"
@@ -27,85 +34,206 @@ NO_DECAY_BELOW_DIMS = 2  # biases, norm weights and tables of one dim are not de
 
 @dataclass(frozen=True)
 class Fragment:
-    """The slice of a parameter whose fp32 master copy this rank holds; `values` is live."""
+    """The slice of this rank's part of a parameter whose fp32 master copy it holds; `values` is live."""
 
     name: str
-    start: int  # in the flattened parameter
+    start: int  # in the flattened part
     values: Tensor  # fp32 [n]
 
 
 class ZeroEngine:
-    """A model under training. Call it with a pack; then `backward`, once a pack; `step` after the last pack."""
+    """A model under training: `train_step` moves it, `predict` asks it."""
 
-    def __init__(self, model: nn.Module, config: Config, world: World, dtype: torch.dtype):
+    def __init__(
+        self,
+        stages: Mapping[int, nn.Module],
+        placements: dict[str, Placement],
+        config: Config,
+        world: World,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        pipeline: Callable[[Callable[[nn.Module], None]], Pipeline] | None = None,
+        attention: ContextAttention | None = None,
+    ):
         deepspeed = import_deepspeed()
-        self.world = world
-        self.packs = config.data.packs_per_step // world.size
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.world, self.mesh, self.placements, self.attention = world, mesh, placements, attention
+        self.module = next(iter(stages.values())) if len(stages) == 1 else nn.ModuleList(stages.values())
+        self.parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
+        for name, parameter in self.parameters.items():
+            parameter.model_parallel = placements[name].counts_here(mesh)  # DeepSpeed's word for: counts in the norm
+        groups = parameter_groups(self.parameters, placements, config.optim.weight_decay)
         optimizer = torch.optim.AdamW(
-            weight_decay_groups(parameters, config.optim.weight_decay),
+            groups,
             lr=config.optim.rate,
             betas=tuple(config.optim.betas),
             eps=config.optim.eps,
             fused=world.device.type == "cuda",
         )
+        piped, on_gpu = pipeline is not None, world.device.type == "cuda"
         settings = {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self.packs,
+            "gradient_accumulation_steps": 1 if piped else config.data.packs_per_step // mesh.data.size,
             "gradient_clipping": config.optim.clip,
             "zero_optimization": {
                 "stage": config.parallel.zero_stage,
-                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in parameters)),
-                "overlap_comm": world.device.type == "cuda",
+                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in self.parameters.values())),
+                "overlap_comm": on_gpu and not piped,
+                "contiguous_gradients": not piped,  # its hooks would take part in a pipeline's backward
             },
-            "bf16": {"enabled": dtype == torch.bfloat16},
+            "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": not piped},
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 1 << 60,
         }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model.to(world.device), optimizer=optimizer, config=settings, dist_init_required=False
+            model=self.module.to(world.device),
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
+            mpu=ModelParallelGroups(mesh) if mesh.model.is_split else None,
         )
+        self.pipeline = pipeline(self.fold) if pipeline is not None else None
 
-    @property
-    def module(self) -> nn.Module:
-        return self.engine.module
+    # ------------------------------------------------------------------ a step
 
-    def __call__(self, batch: VideoBatch) -> Tensor:
-        return self.engine(batch)
+    def train_step(
+        self,
+        packs: list[VideoBatch],
+        loss: Callable[[Tensor, int], Tensor],
+        rate: float,
+        lap: Callable[[str], None] = lambda name: None,
+    ) -> float:
+        """One AdamW step at `rate` on this rank's packs; returns the global norm of the gradient before clipping.
 
-    def backward(self, loss: Tensor) -> None:
-        """`loss`: this pack's share of the global mean, its sum divided by the tokens of all packs of all ranks."""
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
-
-    def finish_pack(self, rate: float) -> float | None:
-        """Call after each `backward`. At a step's last pack: clip, AdamW at `rate`; returns the gradient's norm."""
-        last = self.engine.is_gradient_accumulation_boundary()
+        `loss(prediction, number of the pack)`: this rank's share of the global mean; called where the last stage is.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        scale = self.mesh.zero.size  # DeepSpeed divides by it
+        if self.pipeline is not None:
+            self.pipeline.train(packs, lambda prediction, number: loss(prediction, number) * scale)
+            self.reduce_after_pipeline()
+            lap("backward")
+        for number, pack in enumerate(packs if self.pipeline is None else ()):
+            value = loss(self.engine(pack), number)
+            lap("forward")
+            self.engine.backward(value * scale, scale_wrt_gas=False)
+            lap("backward")
+            if number + 1 < len(packs):
+                self.engine.step()
+        self.sum_partial_gradients()
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()) if last else None
+        lap("optimizer")
+        return float(self.engine.get_global_grad_norm())
+
+    def predict(self, packs: list[VideoBatch]) -> list[Tensor] | None:
+        """Predictions of the last stage, without gradients, in evaluation mode; None on ranks of other stages."""
+        self.module.eval()
+        with torch.no_grad():
+            found = self.pipeline.predict(packs) if self.pipeline is not None else [self.engine(p) for p in packs]
+        self.module.train()
+        return found
+
+    def fold(self, stage: nn.Module) -> None:
+        """Called after each micro-batch of a pipeline: adds bf16 gradients to their fp32 sums."""
+        if hasattr(self.optimizer, "update_hp_grads"):
+            self.optimizer.update_hp_grads()
+            for parameter in stage.parameters():
+                parameter.grad = None
+
+    def reduce_after_pipeline(self) -> None:
+        if hasattr(self.optimizer, "update_hp_grads"):
+            self.engine.buffered_allreduce_fallback()
+        else:
+            self.optimizer.set_gradient_accumulation_boundary(True)
+            self.optimizer.reduce_gradients(pipeline_parallel=True)
+
+    def sum_partial_gradients(self) -> None:
+        """Sums what, after ZeRO's sum over data x context, is still a part over the tensor or pipeline axis."""
+        for parameters, slices in self.reduced_gradients():
+            for name in self.placements[self.name_of[parameters[0]]].summed:
+                axis = getattr(self.mesh, name)
+                flat = total(torch.cat([s.reshape(-1) for s in slices]), axis)
+                for target, values in zip(slices, flat.split([s.numel() for s in slices]), strict=True):
+                    target.copy_(values.view_as(target))
+
+    def reduced_gradients(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
+        """(parameters, this rank's slices of their summed gradients) of each parameter group, before the step."""
+        optimizer = self.optimizer
+        if hasattr(optimizer, "fp32_groups_gradients_flat"):  # bf16 with stage 1: whole gradients, not slices
+            slices = [[flat] for flat in optimizer.fp32_groups_gradients_flat]
+            return list(zip(optimizer.bf16_groups, slices, strict=True))
+        groups = optimizer.fp16_groups if self.engine.zero_optimization_stage() == 3 else optimizer.bit16_groups
+        return [(group, list(optimizer.averaged_gradients[i])) for i, group in enumerate(groups)]
+
+    # ------------------------------------------------------------------ weights
+
+    @property
+    def name_of(self) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.parameters.items()}
 
     def fragments(self) -> list[Fragment]:
         """Every master slice of this rank. The tensors stay valid, and change with each step."""
         found = []
-        for name, parameter in self.module.named_parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:
+        for name, parameter in self.parameters.items():
+            if self.engine.zero_optimization_stage() == 3:
+                group, offset, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+                start = size * self.mesh.zero.rank
+                size = min(size, parameter.ds_numel - start)  # the last slice is padded
+                if size > 0:
+                    flat = self.optimizer.fp32_partitioned_groups_flat[group]
+                    found.append(Fragment(name, start, flat[offset : offset + size]))
+            elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
                 found.append(Fragment(name, mapping.lp_fragment_address.start, mapping.get_hp_fragment().view(-1)))
         return found
 
+    def copies(self) -> dict[str, Tensor]:
+        """What the model computes with, by name; under stage 3 this rank's slices of it."""
+        return {name: getattr(p, "ds_tensor", p) for name, p in self.parameters.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        here = [n for n in self.parameters if self.placements[n].counts_here(self.mesh)]
+        count = torch.tensor(sum(self.shape_of(name).numel() for name in here))
+        return int(total(count.to(self.world.device), self.mesh.model))
+
+    def shape_of(self, name: str) -> torch.Size:
+        """Of this rank's part; under stage 3 a parameter itself is empty between uses."""
+        parameter = self.parameters[name]
+        return getattr(parameter, "ds_shape", parameter.shape)
+
     def full_tensors(self, fragments: Iterable[Fragment]) -> dict[str, Tensor] | None:
-        """Puts the slices of all ranks together, on the main one; None elsewhere."""
-        # clone: a slice would be sent with the whole flat buffer it lies in
-        mine = [(f.name, f.start, f.values.detach().cpu().clone()) for f in fragments]
-        everyone = self.world.gather(mine)
+        """Puts the slices of all ranks together, on the main one; None elsewhere. All ranks must call it."""
+        fragments = [f for f in fragments if self.placements[f.name].counts_here(self.mesh)]
+        contents = [(f.name, self.placements[f.name], self.shape_of(f.name), f.start, len(f.values)) for f in fragments]
+        flat = torch.cat([f.values.detach() for f in fragments]) if fragments else torch.empty(0)
+        everyone = self.world.gather((self.mesh.tensor.rank, contents))
         if everyone is None:
+            if fragments:
+                dist.send(flat, 0)
             return None
-        shapes = {name: p.shape for name, p in self.module.named_parameters()}
-        full = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
-        for name, start, values in (part for rank in everyone for part in rank):
-            full[name][start : start + len(values)] = values
-        return {name: tensor.view(shapes[name]) for name, tensor in full.items()}
+        parts: dict[str, dict[int, Tensor]] = {}  # name: tensor rank: its part
+        placements = {}
+        for rank, (tensor_rank, contents) in enumerate(everyone):
+            sizes = [size for *_, size in contents]
+            if rank > 0:
+                flat = torch.empty(sum(sizes), device=self.world.device)
+                if sizes:
+                    dist.recv(flat, rank)
+            for (name, placement, shape, start, size), values in zip(contents, flat.cpu().split(sizes), strict=True):
+                place = parts.setdefault(name, {})
+                part = place.setdefault(tensor_rank, torch.zeros(shape))
+                part.view(-1)[start : start + size] = values
+                placements[name] = placement
+        return {name: placements[name].full([p for _, p in sorted(parts[name].items())]) for name in sorted(parts)}
+
+    def slices_of(self, full: dict[str, Tensor], fragments: Iterable[Fragment]) -> list[Tensor]:
+        """The inverse: of full tensors, what lies where each fragment does."""
+        axis, found = self.mesh.tensor, []
+        for f in fragments:
+            part = self.placements[f.name].local(full[f.name], axis.rank, axis.size)
+            found.append(part.reshape(-1)[f.start : f.start + len(f.values)])
+        return found
 
     def save(self, folder: Path) -> None:
         """Weights and optimizer states, each rank its own file, below `folder`. All ranks must call it."""
@@ -117,10 +245,41 @@ class ZeroEngine:
             raise FileNotFoundError(f"{folder / TAG} holds no DeepSpeed checkpoint")
 
 
-def weight_decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
-    decayed = [p for p in parameters if p.ndim >= NO_DECAY_BELOW_DIMS]
-    others = [p for p in parameters if p.ndim < NO_DECAY_BELOW_DIMS]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+class ModelParallelGroups:
+    """The mesh in DeepSpeed's words."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.model.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.model.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.zero.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.zero.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.zero.size
+
+
+def parameter_groups(
+    parameters: dict[str, nn.Parameter], placements: dict[str, Placement], weight_decay: float
+) -> list[dict]:
+    """A group for each (decayed or not, axes that its gradients are still to be summed over)."""
+    groups: dict[tuple, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((parameter.ndim >= NO_DECAY_BELOW_DIMS, placements[name].summed), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0} for key in sorted(groups, reverse=True)
+    ]
 
 
 def import_deepspeed():

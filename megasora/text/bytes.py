@@ -61,10 +61,8 @@ class BytesEmbedder(nn.Module):
     def __init__(self, width: int, depth: int, heads: int):
         super().__init__()
         self.byte = nn.Embedding(WORD_BYTES * (PAD + 1), width)
-        nn.init.normal_(self.byte.weight, std=0.1)
         self.word = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
         self.place = nn.Embedding(512, width)  # of the word in its caption; later words share the last
-        nn.init.normal_(self.place.weight, std=0.02)
         self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 

@@ -46,7 +46,7 @@ class PretrainedEncoder:
 
     def __init__(self, config: TextConfig, device: torch.device | str | None = None):
         """`device`: where the encoder runs; None takes the GPU where there is one."""
-        self.name, self.path, self.max_tokens = config.name, config.path, config.max_tokens
+        self.name, self.path, self.max_tokens, self.pad = config.name, config.path, config.max_tokens, config.pad
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.transformers = import_transformers(config.name)
         self.folder = find_folder(config.path)
@@ -75,7 +75,8 @@ class PretrainedEncoder:
                 for page in range(PAGES):
                     file.seek(max(0, size - PAGE_BYTES) * page // (PAGES - 1))
                     digest.update(file.read(PAGE_BYTES))
-        return f"{self.name}-{self.model_type}-{digest.hexdigest()[:16]}"
+        padded = f"-pad{self.max_tokens}" if self.pad else ""
+        return f"{self.name}-{self.model_type}-{digest.hexdigest()[:16]}{padded}"
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -99,7 +100,8 @@ class PretrainedEncoder:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
-        """Features of the real tokens of each caption, at least one.
+        """Features of the real tokens of each caption, at least one; with `text.pad`, zeros behind them up to
+        `text.max_tokens`.
 
         Raises MegaSoraError where a caption has more than `text.max_tokens` tokens; none is cut.
         """
@@ -108,6 +110,8 @@ class PretrainedEncoder:
             features = []
             for i in range(0, len(ids), ENCODER_BATCH):
                 features += self.encode_batch(ids[i : i + ENCODER_BATCH])
+        if self.pad:
+            features = [F.pad(text_SE, (0, 0, 0, self.max_tokens - len(text_SE))) for text_SE in features]
         return features
 
     def tokenize(self, caption: str) -> list[int]:

@@ -30,6 +30,7 @@ def make_model(modulation="block", random=True, **options) -> VideoDiT:
     config = ModelConfig(width=24, depth=2, heads=2, modulation=modulation, **options)
     torch.manual_seed(0)
     model = VideoDiT(config, PATCH_DIM, build_text_encoder(TextConfig()).build_embedder(24, config.text_depth, 2))
+    model.initialise(0)
     if random:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -76,7 +77,7 @@ def gradients(model, batches):
 def test_output_is_zero_and_every_block_the_identity_at_the_start(modulation):
     model = make_model(modulation, random=False)
     seen = []
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
     batch = make_pack()
     assert (model(batch) == 0).all()
@@ -189,7 +190,7 @@ def test_the_timestep_of_a_row_reaches_the_rest_of_its_clip_by_attention_alone(m
     changed = dataclasses.replace(batch, timesteps_R=rows)
     for i, (a, b) in enumerate(zip(outputs(model, batch), outputs(model, changed), strict=True)):
         assert torch.allclose(a, b, **EXACT) is (i != 0)
-    for block in model.blocks:
+    for block in model.blocks.values():
         torch.nn.init.zeros_(block.attention.out.weight)
     before, after = outputs(model, batch)[0], outputs(model, changed)[0]
     torch.testing.assert_close(before[:4], after[:4], **EXACT)  # 4 tokens of the clean frame
@@ -254,8 +255,8 @@ def test_recomputing_keeps_less_in_memory():
 def test_shared_modulation_has_one_projection_and_a_table_a_block():
     block, shared = make_model("block"), make_model("shared")
     assert block.shared_modulation is None and shared.shared_modulation.weight.shape == (6 * 24, 24)
-    assert [b.modulation.table.shape for b in shared.blocks] == [(6, 24)] * 2
-    assert [b.modulation.proj.weight.shape for b in block.blocks] == [(6 * 24, 24)] * 2
+    assert [b.modulation.table.shape for b in shared.blocks.values()] == [(6, 24)] * 2
+    assert [b.modulation.proj.weight.shape for b in block.blocks.values()] == [(6 * 24, 24)] * 2
 
 
 def test_a_float32_model_takes_and_gives_float32():

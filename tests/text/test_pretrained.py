@@ -70,8 +70,8 @@ def folders(tmp_path_factory):
     }
 
 
-def make(folder, name="t5", max_tokens=10):
-    return build_text_encoder(TextConfig(name=name, path=str(folder), max_tokens=max_tokens))
+def make(folder, name="t5", max_tokens=10, pad=False):
+    return build_text_encoder(TextConfig(name=name, path=str(folder), max_tokens=max_tokens, pad=pad))
 
 
 @pytest.mark.parametrize("kind", ["t5", "umt5", "clip"])
@@ -95,6 +95,21 @@ def test_features_do_not_depend_on_the_batch_a_caption_is_in(folders, monkeypatc
     monkeypatch.setattr("megasora.text.pretrained.ENCODER_BATCH", 4)
     for a, b in zip(whole, make(folders["t5"]).encode(many), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_features_are_the_features_and_zeros_up_to_the_longest(folders):
+    for bare, padded in zip(
+        make(folders["t5"]).encode(CAPTIONS), make(folders["t5"], pad=True).encode(CAPTIONS), strict=True
+    ):
+        assert padded.shape == (10, 12) and torch.equal(padded[: len(bare)], bare)
+        assert len(bare) < 10 and not padded[len(bare) :].any()
+
+
+def test_padding_and_how_far_it_goes_are_in_the_fingerprint(folders):
+    bare = make(folders["t5"]).fingerprint
+    assert make(folders["t5"], max_tokens=12).fingerprint == bare
+    assert make(folders["t5"], pad=True).fingerprint == f"{bare}-pad10"
+    assert make(folders["t5"], max_tokens=12, pad=True).fingerprint == f"{bare}-pad12"
 
 
 def test_an_empty_caption_gives_a_token_even_where_the_tokenizer_adds_none(folders, tmp_path):

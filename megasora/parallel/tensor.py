@@ -1,0 +1,106 @@
+"""Tensor parallel with sequence parallel (arXiv 1909.08053, 2205.05198): each rank of the axis has a part of every
+matrix, and between matrices a part of the tokens.
+
+    tokens [L/t, D] --gather--> [L, D] --column--> [L, F/t] ... [L, F/t] --row--> [L, D] --scatter-sum--> [L/t, D]
+
+A column linear holds some of the outputs, a row linear some of the inputs. They take the place of nn.Linear, under the
+same parameter names, so the model's forward is the one of a single process. In the backward passes the collective of
+one gradient runs while the other's product is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from megasora.parallel.collectives import Spread, finish, start_gather, start_scatter_sum
+from megasora.parallel.mesh import Axis
+
+
+class ColumnLinear(nn.Module):
+    """y = x W^T + b for this rank's rows of W. What comes in and goes out:
+
+    input    `tokens`: my tokens, all of them are gathered first; `same`: the same on every rank, e.g. captions
+    output   my part of the last dim; `whole`: gathered; it consists of `runs` equal runs, e.g. shift, scale and gate
+    """
+
+    def __init__(self, linear: nn.Linear, axis: Axis, runs: int = 1, tokens: bool = True, whole: bool = False):
+        super().__init__()
+        self.axis, self.runs, self.tokens, self.whole = axis, runs, tokens, whole
+        out_features, in_features = linear.weight.shape
+        self.weight = nn.Parameter(linear.weight.new_empty(out_features // axis.size, in_features))
+        self.bias = nn.Parameter(linear.bias.new_empty(out_features // axis.size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tokens:
+            return GatheredLinear.apply(x, self.weight, self.bias, self.axis)
+        y = nn.functional.linear(Spread.apply(x, self.axis), self.weight, self.bias)
+        return JoinRuns.apply(y, self.axis, self.runs) if self.whole else y
+
+
+class RowLinear(nn.Module):
+    """y = sum over ranks of x W^T, + b, for this rank's columns of W and its part of x's last dim; y is my tokens."""
+
+    def __init__(self, linear: nn.Linear, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        out_features, in_features = linear.weight.shape
+        self.weight = nn.Parameter(linear.weight.new_empty(out_features, in_features // axis.size))
+        self.bias = nn.Parameter(linear.bias.new_empty(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ScatteredLinear.apply(x, self.weight, self.axis) + self.bias
+
+
+class GatheredLinear(Function):
+    """x [L/t, D] -> [L, F/t]. Keeps x as it came, and gathers it again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, axis: Axis) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.axis = axis
+        return torch.addmm(bias, finish(start_gather(x, axis)), weight.t())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gathering = start_gather(x, ctx.axis) if ctx.needs_input_grad[1] else None
+        scattering = start_scatter_sum(grad @ weight, ctx.axis) if ctx.needs_input_grad[0] else None
+        grad_weight = grad.t() @ finish(gathering) if gathering is not None else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad_x = finish(scattering) if scattering is not None else None
+        return grad_x, grad_weight, grad_bias, None
+
+
+class ScatteredLinear(Function):
+    """x [L, F/t] -> [L/t, D]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.axis = axis
+        return finish(start_scatter_sum(x @ weight.t(), axis))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = finish(start_gather(grad, ctx.axis))
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+
+class JoinRuns(Function):
+    """y [R, runs * d] of each rank -> [R, runs * t * d]; backward sums what the ranks' tokens made of it."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, axis: Axis, runs: int) -> Tensor:
+        ctx.axis, ctx.runs = axis, runs
+        full = finish(start_gather(y, axis)).unflatten(0, (axis.size, -1)).unflatten(-1, (runs, -1))
+        return full.permute(1, 2, 0, 3).flatten(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        parts = grad.unflatten(-1, (ctx.runs, ctx.axis.size, -1)).permute(2, 0, 1, 3)
+        return finish(start_scatter_sum(parts.flatten(2).flatten(0, 1), ctx.axis)), None, None

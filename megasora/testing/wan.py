@@ -1,0 +1,129 @@
+"""A tiny Wan: diffusers' WanTransformer3DModel in the proportions of Wan 1.3B, with random weights, saved as diffusers
+saves them; a pack of clips; and what diffusers computes for that pack, clip by clip. Needs diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megasora.batch import VideoBatch
+from megasora.checkpoint.wan import WanFolder, import_wan, read_wan
+from megasora.config import load
+from megasora.data.pack import Record, make_batch
+from megasora.data.patches import patchify, unpatchify
+from megasora.diffusion.flow import rows_of
+from megasora.model.dit import VideoDiT
+from megasora.model.embed import TIMESTEP_SCALE
+from megasora.model.init import initial_value
+from megasora.text.pretrained import FeatureEmbedder
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+CHANNELS, PATCH, TEXT_DIM = 16, (1, 2, 2), 20
+CLIPS = [  # grid of tokens, words of the caption, clean latent frames at (head, tail), timestep
+    ((3, 2, 3), 5, (0, 0), 0.713),
+    ((1, 2, 2), 2, (0, 0), 0.25),
+    ((4, 3, 2), 7, (1, 0), 0.9),
+    ((2, 1, 4), 1, (0, 0), 0.051),
+]
+
+
+@dataclass(frozen=True)
+class TinyWan:
+    theirs: WanTransformer3DModel
+    folder: Path  # as a pipeline's: transformer/ with config.json and several files of weights
+    settings: list[str]  # key=value of our model; text.path is an encoder of the right width, without weights
+
+
+def make_tiny_wan(folder: Path, depth: int = 2, heads: int = 4, head_dim: int = 24) -> TinyWan:
+    """Writes `folder`/wan and `folder`/text; fp32, every weight random."""
+    from diffusers import WanTransformer3DModel
+
+    width = heads * head_dim
+    theirs = WanTransformer3DModel(
+        patch_size=PATCH, num_attention_heads=heads, attention_head_dim=head_dim, in_channels=CHANNELS,
+        out_channels=CHANNELS, text_dim=TEXT_DIM, ffn_dim=width * 8960 // 1536, num_layers=depth, rope_max_seq_len=64,
+    ).float()  # fmt: skip
+    randomise(theirs)
+    theirs.save_pretrained(folder / "wan" / "transformer", max_shard_size="400KB")
+    return TinyWan(theirs, folder / "wan", settings_for(read_wan(folder / "wan"), folder / "text"))
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """Linears keep the size of their input, norms are around 1, biases and tables large enough to be missed."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        is_norm = ".norm" in name and name.endswith("weight")
+        std = 0.3 if parameter.ndim == 1 or name.endswith("table") else parameter[0].numel() ** -0.5
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + is_norm)
+
+
+def settings_for(wan: WanFolder, text: Path) -> list[str]:
+    """`wan.settings()` with an encoder in the folder `text` that has the features' width and is never run."""
+    from safetensors.torch import save_file
+
+    text.mkdir(exist_ok=True)
+    sizes = {"vocab_size": 8, "d_model": wan.text_dim, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+    (text / "config.json").write_text(json.dumps({"model_type": "t5", **sizes}))
+    save_file({}, text / "model.safetensors")
+    return [*wan.settings(), f"text.path={text}"]
+
+
+def build_ours(wan: WanFolder, settings: list[str]) -> VideoDiT:
+    """On torch's default device, without values; as build_model does it, but without loading transformers."""
+    m = load(None, settings).model
+    patch_dim = wan.channels * wan.patch[0] * wan.patch[1] * wan.patch[2]
+    return VideoDiT(m, patch_dim, FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
+
+
+def write_weights(tiny: TinyWan, out: Path) -> Path:
+    """The import, into `out`."""
+    wan = read_wan(tiny.folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in build_ours(wan, tiny.settings).named_parameters()}
+    import_wan(wan, shapes, partial(initial_value, seed=0), out)
+    return out
+
+
+def make_pack(clips: list = CLIPS, padding: int = 3) -> VideoBatch:
+    """Clips of different sizes at different noise levels, one with a clean first frame, and padding behind them."""
+    generator = torch.Generator().manual_seed(1)
+    records = []
+    for number, (grid, words, _, _) in enumerate(clips):
+        size = [n * p for n, p in zip(grid, PATCH, strict=True)]
+        patches_LP, _ = patchify(torch.randn(CHANNELS, *size, generator=generator), PATCH)
+        text_SE = torch.randn(words, TEXT_DIM, generator=generator)
+        native = (16.0 * grid[1], 16.0 * grid[2], 4.0 * grid[0] - 3, 16.0)
+        records.append(Record(number, patches_LP, grid, text_SE, native, "a caption"))
+    batch = make_batch(records, sum(len(r.patches_LP) for r in records) + padding)
+    cu_rows, timesteps_R, owner = rows_of(
+        batch, torch.tensor([t for *_, t in clips]), [clean for _, _, clean, _ in clips]
+    )
+    return dataclasses.replace(batch, cu_rows=cu_rows, timesteps_R=timesteps_R.float(), row_segment_R=owner)
+
+
+def run_theirs(theirs: WanTransformer3DModel, batch: VideoBatch) -> list[Tensor]:
+    """What diffusers gives for each clip of a pack by itself, [l, P] in our order.
+
+    A clip of one row is given its timestep, as Wan 2.1 is; one of several rows a timestep a token, as Wan 2.2 TI2V is.
+    """
+    t_L = torch.repeat_interleave(batch.timesteps_R, batch.cu_rows.diff().long()) * TIMESTEP_SCALE
+    outs = []
+    for i, grid in enumerate(batch.grids_G3.tolist()):
+        tokens = slice(*batch.cu_segments[i : i + 2].tolist())
+        words = slice(*batch.cu_text[i : i + 2].tolist())
+        t = t_L[tokens]
+        t = t[:1] if bool((t == t[0]).all()) else t[None]
+        latents_CTHW = unpatchify(batch.patches_LP[tokens], tuple(grid), PATCH)
+        out = theirs(latents_CTHW[None], t, batch.text_SE[words][None], return_dict=False)[0][0]
+        outs.append(patchify(out.contiguous(), PATCH)[0])
+    return outs
