@@ -429,7 +429,9 @@ def validate(config: Config) -> None:
         raise MegaSoraError(f"text.name={config.text.name} needs text.path, a folder or a hub name of its weights")
     at_least("text.max_tokens", config.text.max_tokens, 1)
     if config.text.pad and config.text.name == "bytes":
-        raise MegaSoraError("text.pad=true needs text.name=t5 or clip: bytes has no features to fill up; leave it false")
+        raise MegaSoraError(
+            "text.pad=true needs text.name=t5 or clip: bytes has no features to fill up; leave it false"
+        )
 
 
 def one_of(key: str, value: Any, allowed: tuple) -> None:

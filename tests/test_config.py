@@ -193,7 +193,7 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         (["text.name=t5"], "text.name=t5 needs text.path, a folder or a hub name of its weights"),
         (["text.name=byte"], "text.name=byte must be one of bytes, t5, clip; did you mean bytes?"),
         (["wandb.mode=onlin"], "wandb.mode=onlin must be one of offline, online, disabled; did you mean online?"),
-        (["parallel.zero_stage=3"], "parallel.zero_stage=3 must be one of 1, 2"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage=4 must be one of 1, 2, 3"),
         (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers from 0 to below 1"),
         (["optim.betas=[0.9,1.0]"], "optim.betas=[0.9, 1.0] must be two numbers from 0 to below 1"),
         (["optim.ema=1"], "optim.ema=1.0 must be from 0 (no averaging) to below 1"),

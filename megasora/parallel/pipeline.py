@@ -88,8 +88,9 @@ class Pipeline:
             last stage [L, P].
     device  where the stages compute
     fold    called with a stage's module when gradients of one pack are in the `grad` of its parameters: once a pack,
-            for zbv twice (first what the backward pass gave, then the weights of linear layers; the others' grad is
-            what the owner left there, None for example). It may add them to a sum of its own and clear them.
+            for zbv twice, after the backward pass and after the weights of linear layers. It may add them to a sum of
+            its own and clear them; then no other stage has any when it is called.
+    hidden  a tensor, on the meta device for instance, of the shape and dtype that crosses; the same for all packs
     """
 
     def __init__(
@@ -301,7 +302,7 @@ class WeightGradients:
 
 
 def apply_later(stage: nn.Module, later: WeightGradients) -> None:
-    """Makes a stage's linear layers put their weight's gradient off.
+    """Makes a stage's linear layers put the gradients of weight and bias off.
 
     So do other modules with an attribute `later`, which their backward pass calls, if it is not None, as
     later(weight, compute) in place of returning compute(). All other gradients are computed at once.

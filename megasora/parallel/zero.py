@@ -176,10 +176,9 @@ class ZeroEngine:
         found = []
         for name, parameter in self.parameters.items():
             if self.engine.zero_optimization_stage() == 3:
-                group, offset, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-                start = size * self.mesh.zero.rank
-                size = min(size, parameter.ds_numel - start)  # the last slice is padded
-                if size > 0:
+                group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+                start, size = self.slice_of(parameter)
+                if size:
                     flat = self.optimizer.fp32_partitioned_groups_flat[group]
                     found.append(Fragment(name, start, flat[offset : offset + size]))
             elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
@@ -188,7 +187,15 @@ class ZeroEngine:
 
     def copies(self) -> dict[str, Tensor]:
         """What the model computes with, by name; under stage 3 this rank's slices of it."""
-        return {name: getattr(p, "ds_tensor", p) for name, p in self.parameters.items()}
+        if self.engine.zero_optimization_stage() != 3:
+            return dict(self.parameters)
+        return {name: p.ds_tensor.narrow(0, 0, self.slice_of(p)[1]) for name, p in self.parameters.items()}
+
+    def slice_of(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Stage 3: (start, size) of this rank's slice in the flattened parameter, without padding."""
+        size = parameter.ds_tensor.ds_numel
+        start = min(size * self.mesh.zero.rank, parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start)
 
     @property
     def num_parameters(self) -> int:
@@ -292,7 +299,7 @@ def import_deepspeed():
     quiet.addFilter(
         lambda record: record.levelno >= logging.WARNING and "accelerator to CPU" not in record.getMessage()
     )
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*")
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator

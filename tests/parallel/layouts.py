@@ -219,7 +219,7 @@ def train_modules(config: Config) -> dict | None:
 
 
 def train_steps(config: Config, steps: int = STEPS) -> dict | None:
-    """Whole steps through DeepSpeed: losses, norms, Adam's mean of gradients after the first, weights after the last."""
+    """Whole steps through DeepSpeed: losses, norms, Adam's means after the first, weights after the last."""
     from megasora import parallelize as seam
     from megasora.parallel.collectives import total
     from megasora.parallel.guard import check_replicas
