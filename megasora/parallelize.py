@@ -51,6 +51,8 @@ PARTIAL = (
 # What conditions the blocks is computed on every pipeline stage, from the pack.
 CONDITIONING = ("timestep", "native", "text", "null_text", "pooled_text", "shared_modulation")
 
+NOT_DECAYED = ("patch_in.*", "patch_out.*", "*.table")  # nor is any vector: what has to keep a scale of its own
+
 
 @dataclass(frozen=True)
 class LocalModel:
@@ -67,7 +69,7 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
     pipeline = (
         partial(build_pipeline, local.stages, config, mesh, world.device, dtype) if mesh.pipeline.is_split else None
     )
-    return ZeroEngine(local.stages, local.placements, config, world, mesh, dtype, pipeline, local.attention)
+    return ZeroEngine(local.stages, local.placements, is_decayed, config, world, mesh, dtype, pipeline, local.attention)
 
 
 def build_local_model(config: Config, device: torch.device, mesh: Mesh) -> LocalModel:
@@ -193,6 +195,10 @@ def share_conditioning(stages: list[VideoDiT]) -> None:
     for stage in stages[1:]:
         for name in CONDITIONING:
             setattr(stage, name, getattr(stages[0], name))
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in NOT_DECAYED)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

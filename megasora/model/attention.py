@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megasora.kernels.attention import Segments, attention
+from megasora.kernels.rms_norm import rms_norm
 from megasora.model.rope import apply_rope
 
 Inner = Callable[..., Tensor]
@@ -28,8 +28,7 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x_LNK: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_LNK.dtype, torch.float32)
-        return F.rms_norm(x_LNK.to(dtype), self.weight.shape, self.weight.to(dtype), NORM_EPS).type_as(x_LNK)
+        return rms_norm(x_LNK, self.weight, NORM_EPS)
 
 
 class WidthNorm(nn.Module):
@@ -45,13 +44,8 @@ class WidthNorm(nn.Module):
         self.sum_over_heads: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x_LNK: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_LNK.dtype, torch.float32)
-        x_LD = x_LNK.flatten(-2).to(dtype)
-        square_L1 = x_LD.square().sum(-1, keepdim=True)
-        if self.sum_over_heads is not None:
-            square_L1 = self.sum_over_heads(square_L1)
-        normed_LD = x_LD * torch.rsqrt(square_L1 / self.width + NORM_EPS) * self.weight.to(dtype)
-        return normed_LD.view(x_LNK.shape).type_as(x_LNK)
+        normed_LD = rms_norm(x_LNK.flatten(-2), self.weight, NORM_EPS, self.width, self.sum_over_heads)
+        return normed_LD.view(x_LNK.shape)
 
 
 def build_qk_norm(kind: str, width: int, heads: int) -> nn.Module:

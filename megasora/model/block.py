@@ -1,7 +1,8 @@
 """One block of the transformer: self-attention, cross-attention to the caption, MLP; adaLN-Zero around the first and
 the last (DiT, arXiv 2212.09748).
 
-Shift, scale and gate are computed once a row and spread over the row's tokens here, at their use.
+Shift, scale and gate are computed once a row and meet the row's tokens in kernels.adaln_modulate alone: spread over
+the tokens, each would be as large as these.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megasora.kernels.adaln_modulate import adaln_modulate, gated_add
 from megasora.kernels.attention import Segments
 from megasora.model.attention import NORM_EPS, CrossAttention, SelfAttention
 
@@ -45,8 +47,7 @@ class RowModulation(nn.Module):
 
 def modulate(x_LD: Tensor, shift_RD: Tensor, scale_RD: Tensor, row_L: Tensor) -> Tensor:
     """LayerNorm(x) (1 + scale) + shift, with the scale and shift of each token's row."""
-    normed = F.layer_norm(x_LD, x_LD.shape[-1:], eps=NORM_EPS)
-    return normed * (1 + scale_RD).index_select(0, row_L) + shift_RD.index_select(0, row_L)
+    return adaln_modulate(x_LD, shift_RD, scale_RD, row_L, NORM_EPS)
 
 
 class Block(nn.Module):
@@ -73,7 +74,7 @@ class Block(nn.Module):
         """`kept`: where self-attention leaves its output for a second run of this forward, see kernels.attention."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond_RD, shared_RCD)
         branch = self.attention(modulate(x_LD, shift_a, scale_a, row_L), segments, rope, kept)
-        x_LD = x_LD + gate_a.index_select(0, row_L) * branch
+        x_LD = gated_add(x_LD, branch, gate_a, row_L)
         x_LD = x_LD + self.cross(self.cross_norm(x_LD), text_SD, text_segments)
         branch = self.mlp(modulate(x_LD, shift_m, scale_m, row_L))
-        return x_LD + gate_m.index_select(0, row_L) * branch
+        return gated_add(x_LD, branch, gate_m, row_L)

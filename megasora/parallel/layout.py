@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from megasora.config import Config
 from megasora.errors import MegaSoraError
 from megasora.parallel.pipeline import check_microbatches, num_stages
@@ -15,61 +17,65 @@ def check_layout(config: Config, processes: int) -> None:
             raise MegaSoraError(f"parallel.{key}={getattr(p, key)} must be at least 1")
     product = p.pipeline * p.context * p.tensor
     if processes % product:
-        more = -(-processes // product) * product
-        fewer = f"{processes // product * product} or " if processes > product else ""
         raise MegaSoraError(
             f"parallel.pipeline={p.pipeline} x parallel.context={p.context} x parallel.tensor={p.tensor} = {product} "
-            f"must divide the {processes} processes; start {fewer}{more} processes or change one of them"
-        )
-    if p.context % p.ulysses:
-        raise MegaSoraError(
-            f"parallel.ulysses={p.ulysses} must divide parallel.context={p.context}; "
-            f"use {choices(p.context, p.ulysses)}"
+            f"must divide the {processes} processes; start {multiples(product, processes)} processes or change one of "
+            "them"
         )
     check_width(config)
+    check_context(config)
     check_depth(config)
     data = processes // product
     packs = config.data.packs_per_step
     if packs % data:
         raise MegaSoraError(
-            f"data.packs_per_step={packs} must be a multiple of the {data} data-parallel ranks "
-            f"({processes} processes / {product}); use {packs // data * data or data} or {-(-packs // data) * data}"
+            f"data.packs_per_step={packs} must be a multiple of the {data} data-parallel ranks ({processes} processes "
+            f"/ {product}); use {multiples(data, packs)}"
         )
     if p.pipeline > 1:
-        check_microbatches(packs // data, p.schedule, p.pipeline, p.stages_per_rank)
-    if config.data.tokens_per_pack < p.context * p.tensor:
-        raise MegaSoraError(
-            f"data.tokens_per_pack={config.data.tokens_per_pack} is less than parallel.context={p.context} x "
-            f"parallel.tensor={p.tensor} = {p.context * p.tensor} ranks that would share it; raise it or "
-            "use fewer ranks"
-        )
+        check_microbatches(p.schedule, p.pipeline, packs, data)
     if p.zero_stage > 1 and p.pipeline > 1:
         raise MegaSoraError(
             f"parallel.zero_stage={p.zero_stage} cannot be combined with parallel.pipeline={p.pipeline}: a pipeline "
-            f"reduces gradients once, after all packs of a step; use parallel.zero_stage=1"
+            "reduces gradients once, after all packs of a step; use parallel.zero_stage=1 or parallel.pipeline=1"
         )
 
 
 def check_width(config: Config) -> None:
-    p, m = config.parallel, config.model
-    if m.heads % (p.tensor * p.ulysses):
-        key = "tensor" if m.heads % p.tensor else "ulysses"
-        heads = m.heads if key == "tensor" else m.heads // p.tensor
-        ring = "" if key == "tensor" else ", or parallel.ulysses=1: a ring needs no heads"
-        of = "model.heads" if heads == m.heads else f"model.heads={m.heads} / parallel.tensor={p.tensor} ="
-        raise MegaSoraError(
-            f"parallel.{key}={getattr(p, key)} must divide {of}{'=' if heads == m.heads else ' '}{heads}; use "
-            f"{choices(heads, getattr(p, key))}{ring}"
-        )
+    """Heads and hidden numbers of an MLP are dealt over the tensor axis."""
+    tensor, m = config.parallel.tensor, config.model
     hidden = int(m.width * m.mlp_ratio)
-    if hidden % p.tensor:
+    legal = choices(gcd(m.heads, hidden), tensor)
+    if m.heads % tensor:
+        raise MegaSoraError(f"parallel.tensor={tensor} must divide model.heads={m.heads}; use {legal}")
+    if hidden % tensor:
         raise MegaSoraError(
-            f"parallel.tensor={p.tensor} must divide the {hidden} hidden numbers of an MLP (model.width={m.width} x "
-            f"model.mlp_ratio={m.mlp_ratio}); use {choices(hidden, p.tensor)} or another ratio"
+            f"parallel.tensor={tensor} must divide the {hidden} hidden numbers of an MLP (model.width={m.width} x "
+            f"model.mlp_ratio={m.mlp_ratio}); use {legal}, or another ratio"
+        )
+
+
+def check_context(config: Config) -> None:
+    """Ulysses deals the heads of a tensor rank over its part of the context axis; a pack has tokens for all ranks."""
+    p, heads = config.parallel, config.model.heads // config.parallel.tensor
+    if p.context % p.ulysses or heads % p.ulysses:
+        of_heads = f"model.heads={config.model.heads}"
+        if p.tensor > 1:
+            of_heads += f" / parallel.tensor={p.tensor} = {heads}"
+        raise MegaSoraError(
+            f"parallel.ulysses={p.ulysses} must divide parallel.context={p.context} and {of_heads}; "
+            f"use {choices(gcd(p.context, heads), p.ulysses)}; 1 is a ring, for any context and heads"
+        )
+    tokens, ranks = config.data.tokens_per_pack, p.context * p.tensor
+    if tokens < ranks:
+        raise MegaSoraError(
+            f"data.tokens_per_pack={tokens} is less than the parallel.context={p.context} x parallel.tensor={p.tensor} "
+            f"= {ranks} ranks that would share a pack; use at least {ranks}, or fewer ranks"
         )
 
 
 def check_depth(config: Config) -> None:
+    """Blocks are dealt over stages."""
     p, m = config.parallel, config.model
     if p.schedule == "interleaved" and p.pipeline > 1 and p.stages_per_rank < 2:
         raise MegaSoraError(
@@ -83,10 +89,12 @@ def check_depth(config: Config) -> None:
         )
     stages = num_stages(p.schedule, p.pipeline, p.stages_per_rank) if p.pipeline > 1 else 1
     if m.depth % stages:
+        on_each = stages // p.pipeline
+        fewer = f", or parallel.pipeline={choices(m.depth // on_each, p.pipeline)}" if m.depth % on_each == 0 else ""
         raise MegaSoraError(
-            f"model.depth={m.depth} blocks cannot be dealt evenly to {stages} stages (parallel.pipeline={p.pipeline}, "
-            f"parallel.schedule={p.schedule}); use a depth of {m.depth // stages * stages or stages} or "
-            f"{-(-m.depth // stages) * stages}, or {choices(m.depth, stages)} stages"
+            f"model.depth={m.depth} blocks cannot be dealt evenly to {stages} stages, {on_each} on each rank of "
+            f"parallel.pipeline={p.pipeline} (parallel.schedule={p.schedule}); use model.depth="
+            f"{multiples(stages, m.depth)}{fewer}"
         )
 
 
@@ -95,3 +103,9 @@ def choices(number: int, wanted: int) -> str:
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     near = sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:4])
     return f"{', '.join(map(str, near[:-1]))} or {near[-1]}" if len(near) > 1 else str(near[0])
+
+
+def multiples(number: int, wanted: int) -> str:
+    """The multiples of a number next to what was asked for."""
+    below = wanted // number * number
+    return f"{below} or {below + number}" if below else str(number)

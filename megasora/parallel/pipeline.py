@@ -293,6 +293,7 @@ class WeightGradients:
         """What adds the gradients put off since the last take to their weights' `grad`."""
         taken, self.waiting = self.waiting, []
 
+        @torch.no_grad()
         def run() -> None:
             while taken:  # each releases its activations
                 weight, compute = taken.pop(0)

@@ -5,17 +5,23 @@ matrix, and between matrices a part of the tokens.
 
 A column linear holds some of the outputs, a row linear some of the inputs. They take the place of nn.Linear, under the
 same parameter names, so the model's forward is the one of a single process. In the backward passes the collective of
-one gradient runs while the other's product is computed.
+one gradient runs while the other's product is computed. A pipeline may set `later`, to have the gradients of weights
+put off: it is called with a weight and what computes its gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megasora.parallel.collectives import Spread, finish, start_gather, start_scatter_sum
 from megasora.parallel.mesh import Axis
+
+Later = Callable[[nn.Parameter, Callable[[], Tensor]], None]
 
 
 class ColumnLinear(nn.Module):
@@ -28,13 +34,14 @@ class ColumnLinear(nn.Module):
     def __init__(self, linear: nn.Linear, axis: Axis, runs: int = 1, tokens: bool = True, whole: bool = False):
         super().__init__()
         self.axis, self.runs, self.tokens, self.whole = axis, runs, tokens, whole
+        self.later: Later | None = None
         out_features, in_features = linear.weight.shape
         self.weight = nn.Parameter(linear.weight.new_empty(out_features // axis.size, in_features))
         self.bias = nn.Parameter(linear.bias.new_empty(out_features // axis.size))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tokens:
-            return GatheredLinear.apply(x, self.weight, self.bias, self.axis)
+            return GatheredLinear.apply(x, self.weight, self.bias, self)
         y = nn.functional.linear(Spread.apply(x, self.axis), self.weight, self.bias)
         return JoinRuns.apply(y, self.axis, self.runs) if self.whole else y
 
@@ -45,31 +52,39 @@ class RowLinear(nn.Module):
     def __init__(self, linear: nn.Linear, axis: Axis):
         super().__init__()
         self.axis = axis
+        self.later: Later | None = None
         out_features, in_features = linear.weight.shape
         self.weight = nn.Parameter(linear.weight.new_empty(out_features, in_features // axis.size))
         self.bias = nn.Parameter(linear.bias.new_empty(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ScatteredLinear.apply(x, self.weight, self.axis) + self.bias
+        return ScatteredLinear.apply(x, self.weight, self) + self.bias
 
 
 class GatheredLinear(Function):
     """x [L/t, D] -> [L, F/t]. Keeps x as it came, and gathers it again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, linear: ColumnLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.axis = axis
-        return torch.addmm(bias, finish(start_gather(x, axis)), weight.t())
+        ctx.linear = linear
+        return torch.addmm(bias, finish(start_gather(x, linear.axis)), weight.t())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        gathering = start_gather(x, ctx.axis) if ctx.needs_input_grad[1] else None
-        scattering = start_scatter_sum(grad @ weight, ctx.axis) if ctx.needs_input_grad[0] else None
-        grad_weight = grad.t() @ finish(gathering) if gathering is not None else None
+        (x, weight), axis, later = ctx.saved_tensors, ctx.linear.axis, ctx.linear.later
+        grad_x = grad_weight = scattering = None
+        gathering = start_gather(x, axis) if ctx.needs_input_grad[1] and later is None else None
+        if ctx.needs_input_grad[0]:
+            scattering = start_scatter_sum(grad @ weight, axis)
+        if gathering is not None:
+            grad_weight = grad.t() @ finish(gathering)
+        elif ctx.needs_input_grad[1]:
+            later(ctx.linear.weight, lambda: grad.t() @ finish(start_gather(x, axis)))
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        grad_x = finish(scattering) if scattering is not None else None
+        if scattering is not None:
+            grad_x = finish(scattering)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -77,17 +92,21 @@ class ScatteredLinear(Function):
     """x [L, F/t] -> [L/t, D]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, linear: RowLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.axis = axis
-        return finish(start_scatter_sum(x @ weight.t(), axis))
+        ctx.linear = linear
+        return finish(start_scatter_sum(x @ weight.t(), linear.axis))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = finish(start_gather(grad, ctx.axis))
+        (x, weight), later, grad_weight = ctx.saved_tensors, ctx.linear.later, None
+        grad = finish(start_gather(grad, ctx.linear.axis))
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[1] and later is None:
+            grad_weight = grad.t() @ x
+        elif ctx.needs_input_grad[1]:
+            later(ctx.linear.weight, lambda: grad.t() @ x)
         return grad_x, grad_weight, None
 
 

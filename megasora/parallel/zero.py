@@ -29,7 +29,6 @@ from megasora.parallel.placement import Placement
 from megasora.parallel.world import World
 
 TAG = "zero"
-NO_DECAY_BELOW_DIMS = 2  # biases, norm weights and tables of one dim are not decayed
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class ZeroEngine:
         self,
         stages: Mapping[int, nn.Module],
         placements: dict[str, Placement],
+        decayed: Callable[[str, Tensor], bool],
         config: Config,
         world: World,
         mesh: Mesh,
@@ -61,9 +61,13 @@ class ZeroEngine:
         self.parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
         for name, parameter in self.parameters.items():
             parameter.model_parallel = placements[name].counts_here(mesh)  # DeepSpeed's word for: counts in the norm
-        groups = parameter_groups(self.parameters, placements, config.optim.weight_decay)
+        groups = parameter_groups(self.parameters, placements, decayed)
+        self.check_groups(list(groups))
         optimizer = torch.optim.AdamW(
-            groups,
+            [
+                {"params": parameters, "weight_decay": config.optim.weight_decay if key[0] else 0.0}
+                for key, parameters in groups.items()
+            ],
             lr=config.optim.rate,
             betas=tuple(config.optim.betas),
             eps=config.optim.eps,
@@ -92,6 +96,13 @@ class ZeroEngine:
             mpu=ModelParallelGroups(mesh) if mesh.model.is_split else None,
         )
         self.pipeline = pipeline(self.fold) if pipeline is not None else None
+
+    def check_groups(self, keys: list[tuple]) -> None:
+        """DeepSpeed sums the norm group by group over the ranks that hold the model: all need the same groups."""
+        everyone: list = [None] * self.mesh.model.size
+        dist.all_gather_object(everyone, keys, group=self.mesh.model.group)
+        if any(other != keys for other in everyone):
+            raise RuntimeError(f"ranks of the pipeline and tensor axes have different parameter groups: {everyone}")
 
     # ------------------------------------------------------------------ a step
 
@@ -278,15 +289,13 @@ class ModelParallelGroups:
 
 
 def parameter_groups(
-    parameters: dict[str, nn.Parameter], placements: dict[str, Placement], weight_decay: float
-) -> list[dict]:
-    """A group for each (decayed or not, axes that its gradients are still to be summed over)."""
+    parameters: dict[str, nn.Parameter], placements: dict[str, Placement], decayed: Callable[[str, Tensor], bool]
+) -> dict[tuple, list[nn.Parameter]]:
+    """By (decayed or not, axes that its gradients are still to be summed over)."""
     groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault((parameter.ndim >= NO_DECAY_BELOW_DIMS, placements[name].summed), []).append(parameter)
-    return [
-        {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0} for key in sorted(groups, reverse=True)
-    ]
+        groups.setdefault((decayed(name, parameter), placements[name].summed), []).append(parameter)
+    return dict(sorted(groups.items(), reverse=True))
 
 
 def import_deepspeed():

@@ -1,0 +1,132 @@
+"""Placements: parts of a tensor and the tensor, what counts once over a mesh, and the weights of step 0 in every layout.
+
+A rank of a mesh is emulated here: nothing is sent before the first step.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import DIALECTS, LAYOUTS, configure
+
+from megasora.build import build_model, patch_dim
+from megasora.parallel.mesh import Axis
+from megasora.parallel.placement import Placement
+from megasora.parallelize import build_local_model
+
+CUT = st.tuples(
+    st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 2), st.integers(1, 6), st.integers(1, 4)
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(CUT)
+def test_the_parts_of_all_tensor_ranks_are_the_tensor_and_have_the_shape_that_is_told(drawn):
+    shape, cut, runs, size = drawn
+    cut = cut % len(shape)
+    shape[cut] *= runs * size
+    full = torch.arange(torch.Size(shape).numel()).view(shape)
+    placement = Placement(cut=cut, runs=runs)
+    parts = [placement.local(full, rank, size) for rank in range(size)]
+    assert torch.equal(placement.full(parts), full)
+    assert all(placement.full_shape(part.shape, size) == full.shape for part in parts)
+    assert sorted(torch.cat([part.flatten() for part in parts]).tolist()) == list(range(full.numel()))
+
+
+def test_each_run_is_cut_by_itself():
+    queries_keys_values = torch.tensor([0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23])
+    placement = Placement(cut=0, runs=3)
+    assert placement.local(queries_keys_values, 0, 2).tolist() == [0, 1, 10, 11, 20, 21]
+    assert placement.local(queries_keys_values, 1, 2).tolist() == [2, 3, 12, 13, 22, 23]
+    assert Placement(cut=0).local(queries_keys_values, 1, 2).tolist() == [12, 13, 20, 21, 22, 23]
+
+
+def test_what_is_not_cut_is_whole_on_every_rank():
+    full = torch.randn(3, 5)
+    for placement in (Placement(), Placement(summed=("tensor", "pipeline"))):
+        assert all(torch.equal(placement.local(full, rank, 4), full) for rank in range(4))
+        assert torch.equal(placement.full([full, full + 1, full + 2]), full)
+        assert placement.full_shape(full.shape, 4) == full.shape
+
+
+def emulated(config, processes, pipeline=0, tensor=0, context=0):
+    """The mesh as one rank of it sees it, without anybody to talk to."""
+    p = config.parallel
+    ring = p.context // p.ulysses
+    data = processes // (p.pipeline * p.context * p.tensor)
+    ranks = {
+        "pipeline": (p.pipeline, pipeline), "data": (data, 0), "tensor": (p.tensor, tensor),
+        "context": (p.context, context), "ring": (ring, context // p.ulysses),
+        "ulysses": (p.ulysses, context % p.ulysses),
+        "zero": (data * p.context, context), "model": (p.pipeline * p.tensor, pipeline * p.tensor + tensor),
+    }  # fmt: skip
+    return SimpleNamespace(**{name: Axis(name, *size_rank, group=None) for name, size_rank in ranks.items()})
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The ranks of a ring wait for each other where attention is made."""
+    monkeypatch.setattr("megasora.parallel.context.dist.barrier", lambda group: None)
+
+
+def local_models(layout, dialect):
+    """[(mesh, local model)] of all ranks that hold one copy of the weights."""
+    config = configure(layout, dialect)
+    meshes = [
+        emulated(config, layout.processes, pipeline, tensor, config.parallel.context - 1)
+        for pipeline in range(config.parallel.pipeline)
+        for tensor in range(config.parallel.tensor)
+    ]
+    return config, [(mesh, build_local_model(config, torch.device("cpu"), mesh)) for mesh in meshes]
+
+
+def weights_of(local):
+    return {name: p.detach() for stage in local.stages.values() for name, p in stage.named_parameters()}
+
+
+def single_weights(config):
+    model = build_model(config, patch_dim(config))
+    model.initialise(config.run.seed)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_at_step_0_every_layout_has_the_weights_of_the_single_process_bit_for_bit(layout, dialect, alone):
+    config, models = local_models(layout, dialect)
+    expected, found, counted = single_weights(config), {}, 0
+    for mesh, local in models:
+        for name, weight in weights_of(local).items():
+            placement = local.placements[name]
+            part = placement.local(expected[name], mesh.tensor.rank, mesh.tensor.size)
+            assert torch.equal(weight, part), (name, mesh.pipeline.rank, mesh.tensor.rank)
+            if placement.counts_here(mesh):
+                found.setdefault(name, []).append(weight)
+                counted += weight.numel()
+    assert found.keys() == expected.keys()
+    placements = {name: p for _, local in models for name, p in local.placements.items()}
+    for name, parts in found.items():
+        assert torch.equal(placements[name].full(parts), expected[name]), name
+    assert counted == sum(weight.numel() for weight in expected.values())  # each number exactly once
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_rank_holds_its_share_of_the_blocks_and_no_more(dialect, alone):
+    layout = next(layout for layout in LAYOUTS if layout.name == "data=1,tensor=2,context=2,pipeline=2")
+    config, models = local_models(layout, dialect)
+    blocks = sum(w.numel() for name, w in single_weights(config).items() if name.startswith("blocks."))
+    for _, local in models:
+        held = sum(w.numel() for name, w in weights_of(local).items() if name.startswith("blocks."))
+        assert blocks / 4 <= held < 1.1 * blocks / 4
+
+
+def test_stages_of_one_rank_share_what_conditions_the_blocks(alone):
+    layout = next(layout for layout in LAYOUTS if "zbv" in layout.name and layout.processes == 2)
+    _, models = local_models(layout, "shared")
+    for _, local in models:
+        first, second = local.stages.values()
+        assert first.timestep is second.timestep and first.shared_modulation is second.shared_modulation
+        assert first.null_text is second.null_text
+        assert not set(first.blocks) & set(second.blocks)
