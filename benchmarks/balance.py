@@ -1,4 +1,4 @@
-"""Balance and traffic of a pack over many ranks: python benchmarks/balance.py [--out benchmarks/results/balance.json]
+"""Balance and traffic of a pack over many ranks: python -m benchmarks.balance [--out benchmarks/results/balance.json]
 
 Packs of a heavy-tailed mix of images and clips are split over the ranks of a context axis in four ways:
 
@@ -23,15 +23,9 @@ is not counted.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -40,12 +34,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import surroundings, write_record
 from megasora.batch import PackPlan
 from megasora.parallel.plan import attention_work, check_lengths, plan_pack, sent_tokens, sum_by, tokens
 
 WIDTH, LAYERS = 5120, 40  # Wan-14B
 ULYSSES = 8
-SHORTEST, LONGEST = 64, 1_000_000  # tokens of a clip; the mix has them three standard deviations off its median
+SHORTEST, LONGEST = 64, 1_000_000  # tokens of a clip
 REPEATS = 20  # times that each plan is made
 
 
@@ -138,12 +133,15 @@ class Result:
     plan_ms: list[float]
 
 
-def heavy_tailed(num_tokens: int, seed: int) -> np.ndarray:
-    """Lengths of images and clips, log-normal, drawn until `num_tokens` are full; who does not fit is passed over."""
-    median, sigma = np.sqrt(SHORTEST * LONGEST), np.log(LONGEST / SHORTEST) / 6
+def heavy_tailed(num_tokens: int, shortest: int, longest: int, seed: int) -> np.ndarray:
+    """Lengths of images and clips, log-normal, drawn until `num_tokens` are full; who does not fit is passed over.
+
+    `shortest` and `longest` lie three standard deviations off the median; what is beyond them is drawn again.
+    """
+    median, sigma = np.sqrt(shortest * longest), np.log(longest / shortest) / 6
     drawn = np.exp(np.random.default_rng(seed).normal(np.log(median), sigma, 20_000)).astype(np.int64)
     chosen = []
-    for l in drawn[(drawn >= SHORTEST) & (drawn <= LONGEST)].tolist():
+    for l in drawn[(drawn >= shortest) & (drawn <= longest)].tolist():
         if l <= num_tokens:
             chosen.append(l)
             num_tokens -= l
@@ -152,7 +150,7 @@ def heavy_tailed(num_tokens: int, seed: int) -> np.ndarray:
 
 def measure(ranks: int, tokens_per_rank: int, seed: int) -> list[Result]:
     """One pack in every way."""
-    lengths = heavy_tailed(ranks * tokens_per_rank, seed)
+    lengths = heavy_tailed(ranks * tokens_per_rank, SHORTEST, LONGEST, seed)
     plans: dict[str, PackPlan] = {}
     times: dict[str, list[float]] = {}
     for way in WAYS:
@@ -227,37 +225,18 @@ def table_of(ranks: int, tokens_per_rank: int, results: list[Result]) -> Table:
     return table
 
 
-def surroundings() -> dict[str, object]:
-    """When, what code, and on what it was measured."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file for every number")
     parser.add_argument("--ranks", type=int, nargs="+", default=[256, 1024], help=f"multiples of {ULYSSES}")
     parser.add_argument("--tokens-per-rank", type=int, nargs="+", default=[16_384, 32_768])
     parser.add_argument("--seeds", type=int, default=5, help="packs of each size")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for ranks in options.ranks:
         if ranks < ULYSSES or ranks % ULYSSES:
             parser.error(f"--ranks {ranks} must be a multiple of {ULYSSES}, the Ulysses ranks of USP")
 
+    head = surroundings()
     torch.set_num_threads(1)
     console = Console(width=156)
     cases = []
@@ -269,9 +248,7 @@ def main() -> None:
     if options.out:
         mix = {"lengths": "log-normal", "shortest": SHORTEST, "longest": LONGEST, "at_standard_deviations": 3}
         model = {"width": WIDTH, "layers": LAYERS, "ulysses": ULYSSES}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**surroundings(), "mix": mix, "model": model, "cases": cases}, indent=1, default=float)
-        options.out.write_text(text + "\n", encoding="utf-8")
+        write_record(options.out, head, {"mix": mix, "model": model, "cases": cases})
         console.print(f"wrote {options.out}")
 
 

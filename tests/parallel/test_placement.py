@@ -1,4 +1,4 @@
-"""Placements: parts of a tensor and the tensor, what counts once over a mesh, and the weights of step 0 in every layout.
+"""Placements: parts of a tensor and the tensor, what counts once over a mesh, the weights of step 0 in every layout.
 
 A rank of a mesh is emulated here: nothing is sent before the first step.
 """

@@ -1,0 +1,259 @@
+"""Time of a training step over ways to split a pack: python -m benchmarks.step [--out benchmarks/results/step.json]
+
+A heavy-tailed pack on 4 processes, over gloo, is split in three ways: plan_pack, ours; even, every segment over all
+ranks, as USP does; contiguous, a run of slots a rank. Only the plan differs: weights, pack, noise, attention and its
+messages (each rank sends what the others need, directly) are the same, and so must be loss and gradient norm.
+
+A step is forward, backward and the sum of gradients over the ranks; the optimizer's part does not depend on the plan.
+The ways take turns (A B C A B C ...) within one run, after a turn that is not counted; ratios are of the same turn.
+
+    seconds         wall time of the slowest rank, from one barrier to the next
+    CPU seconds     of each rank's thread: what it computes, without what it waits. With a core for each rank, the busiest
+                    rank would set the pace; where processes share cores, idle ranks lend theirs, and wall time hides some
+                    of the imbalance
+    bytes           that a rank hands to gloo for attention, forward and backward, counted as they are sent
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.balance import contiguous_split, even_split, heavy_tailed
+from benchmarks.record import surroundings, write_record
+from megasora.batch import PackPlan, VideoBatch
+from megasora.build import patch_dim
+from megasora.config import Config, load
+from megasora.data.pack import Record, make_batch
+from megasora.diffusion.flow import FlowMatching, velocity_error
+from megasora.parallel.mesh import Mesh, build_mesh
+from megasora.parallel.plan import attention_work, plan_pack
+from megasora.parallel.share import take_share, tokens_per_rank
+from megasora.parallelize import LocalModel, build_local_model
+from megasora.testing.spawn import run_ranks
+
+PROCESSES = 4
+LAYOUTS = {  # name: settings
+    "context=4": ["parallel.context=4"],
+    "tensor=2,context=2": ["parallel.tensor=2", "parallel.context=2"],
+}
+WAYS: dict[str, Callable[..., PackPlan]] = {"plan_pack": plan_pack, "even": even_split, "contiguous": contiguous_split}
+OURS = "plan_pack"
+SHORTEST = 64  # tokens of a clip
+SAME = 1e-5  # relative difference of losses and gradient norms
+
+
+def heavy_pack(config: Config, longest: int, seed: int) -> VideoBatch:
+    """Clips of `SHORTEST` to `longest` tokens, longest about 1 in 700; as many as fit."""
+    records = []
+    for number, l in enumerate(heavy_tailed(config.data.tokens_per_pack, SHORTEST, longest, seed).tolist()):
+        draw = torch.Generator().manual_seed(number)
+        patches_LP = torch.randn(l, patch_dim(config), generator=draw)
+        words = torch.randint(0, 257, (8, 16), generator=draw)
+        records.append(Record(number, patches_LP, (l, 1, 1), words, (64.0, 64.0, 4.0 * l, 8.0), "a caption"))
+    return make_batch(records, config.data.tokens_per_pack)
+
+
+@torch.no_grad()
+def randomise(local: LocalModel, mesh: Mesh) -> None:
+    """The same random weights in every layout: at first, adaLN-Zero's blocks are the identity, whatever they compute."""
+    for stage in local.stages.values():
+        for name, parameter in stage.named_parameters():
+            placement = local.placements[name]
+            shape = placement.full_shape(parameter.shape, mesh.tensor.size)
+            full = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+            parameter.copy_(placement.local(full, mesh.tensor.rank, mesh.tensor.size))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of one rank."""
+
+    loss: float  # of the pack
+    norm: float  # of the whole gradient
+    seconds: float  # the slowest rank's
+    cpu_seconds: float
+    bytes_sent: int
+
+
+def run_steps(config: Config, plans: dict[str, PackPlan], pack: VideoBatch, turns: int) -> dict[str, list[Step]]:
+    """What each rank does: `turns` steps with each plan, in turn, after one that is not counted."""
+    mesh = build_mesh(config.parallel, "cpu")
+    local = build_local_model(config, torch.device("cpu"), mesh)
+    randomise(local, mesh)
+    steps: dict[str, list[Step]] = {way: [] for way in plans}
+    for turn in range(turns + 1):
+        for way, plan in plans.items():
+            share = take_share(pack, plan, mesh.ring.rank, mesh.ulysses.rank, tokens_per_rank(config))
+            problem = FlowMatching(config.objective, config.run.seed).corrupt(share, 0)
+            step = train_step(local, problem, mesh)
+            if turn > 0:
+                steps[way].append(step)
+    return steps
+
+
+def train_step(local: LocalModel, problem: tuple[VideoBatch, Tensor, Tensor], mesh: Mesh) -> Step:
+    noised, target, weight = problem
+    model, attention = local.stages[0], local.attention
+    model.zero_grad()
+    attention.take_bytes_sent()
+    dist.barrier()
+    start, cpu_start = time.perf_counter(), time.thread_time()
+
+    error = velocity_error(model(noised), target, weight)
+    sums = torch.tensor([float(error.error), error.tokens], dtype=torch.float64)
+    dist.all_reduce(sums, group=mesh.zero.group)
+    (error.error / sums[1].float()).backward()
+    sum_gradients(local, mesh)
+
+    cpu_seconds = time.thread_time() - cpu_start
+    dist.barrier()
+    slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    loss = float(sums[0] / sums[1])
+    return Step(loss, gradient_norm(local, mesh), float(slowest), cpu_seconds, attention.take_bytes_sent())
+
+
+def sum_gradients(local: LocalModel, mesh: Mesh) -> None:
+    """Over data and context in one message, then over whatever else a parameter's gradient is a part of."""
+    named = dict(local.stages[0].named_parameters())
+    flat = torch.cat([p.grad.flatten() for p in named.values()])
+    dist.all_reduce(flat, group=mesh.zero.group)
+    for parameter, part in zip(named.values(), flat.split([p.numel() for p in named.values()]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+    for name, parameter in named.items():
+        for axis in local.placements[name].summed:
+            dist.all_reduce(parameter.grad, group=getattr(mesh, axis).group)
+
+
+def gradient_norm(local: LocalModel, mesh: Mesh) -> float:
+    """Of the gradient whose parts lie along the tensor axis; a parameter that is whole there counts once."""
+    mine = (p for name, p in local.stages[0].named_parameters() if local.placements[name].counts_here(mesh))
+    square = sum((p.grad.double().square().sum() for p in mine), torch.zeros((), dtype=torch.float64))
+    dist.all_reduce(square, group=mesh.model.group)
+    return float(square.sqrt())
+
+
+# ---- what is shown
+
+
+@dataclass(frozen=True)
+class Result:
+    """One way in one layout, over all turns."""
+
+    way: str
+    loss: float
+    gradient_norm: float
+    work_max_over_mean: float  # pairs of query and key
+    seconds: list[float]  # of each turn
+    times_ours: list[float]  # seconds over ours', of each turn
+    cpu_seconds: list[list[float]]  # of each turn and rank
+    bytes_sent: list[int]  # of each rank, in a step
+
+
+def measure(config: Config, longest: int, seed: int, turns: int) -> tuple[list[int], list[Result]]:
+    """One pack in one layout: the lengths of its segments, and a result for each way.
+
+    Raises RuntimeError where losses or gradient norms differ: then it was not the same step.
+    """
+    pack = heavy_pack(config, longest, seed)
+    lengths = pack.cu_segments.diff().tolist()
+    p = config.parallel
+    ring, slots = p.context // p.ulysses, p.ulysses * tokens_per_rank(config)
+    plans = {way: split(lengths, ring, slots) for way, split in WAYS.items()}
+    ranks = run_ranks(run_steps, PROCESSES, config, plans, pack, turns, timeout=3600)
+
+    ours, results = [step.seconds for step in ranks[0][OURS]], []
+    for way, plan in plans.items():
+        steps = [rank[way] for rank in ranks]
+        seconds = [step.seconds for step in steps[0]]
+        results.append(
+            Result(
+                way=way,
+                loss=steps[0][0].loss,
+                gradient_norm=steps[0][0].norm,
+                work_max_over_mean=float(attention_work(plan).max() / attention_work(plan).mean()),
+                seconds=seconds,
+                times_ours=[a / b for a, b in zip(seconds, ours, strict=True)],
+                cpu_seconds=[[rank[turn].cpu_seconds for rank in steps] for turn in range(turns)],
+                bytes_sent=[rank[0].bytes_sent for rank in steps],
+            )
+        )
+    for result in results[1:]:
+        for name in ("loss", "gradient_norm"):
+            found, expected = getattr(result, name), getattr(results[0], name)
+            if not abs(found - expected) <= SAME * abs(expected):
+                raise RuntimeError(f"{name} is {found} with the {result.way} split, {expected} with {results[0].way}")
+    return lengths, results
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+
+
+def table_of(layout: str, lengths: list[int], results: list[Result]) -> Table:
+    table = Table(
+        title=f"{layout}: {sum(lengths):,} tokens, {len(lengths)} segments of {min(lengths)} to {max(lengths):,}; "
+        f"median (least - most) of {len(results[0].seconds)} turns"
+    )
+    for name in (
+        "", "work\nmax/mean", "seconds", "times\nplan_pack", "CPU seconds\nbusiest rank", "CPU\nmax/mean",
+        "MB sent\nmean rank", "MB sent\nbusiest", "loss",
+    ):  # fmt: skip
+        table.add_column(name, justify="right" if name else "left")
+    for r in results:
+        busiest = [max(turn) for turn in r.cpu_seconds]
+        uneven = [max(turn) / np.mean(turn) for turn in r.cpu_seconds]
+        table.add_row(
+            r.way,
+            f"{r.work_max_over_mean:.3f}",
+            spread(r.seconds),
+            spread(r.times_ours),
+            spread(busiest),
+            f"{np.median(uneven):.2f}",
+            f"{np.mean(r.bytes_sent) / 1e6:.1f}",
+            f"{max(r.bytes_sent) / 1e6:.1f}",
+            f"{r.loss:.7g}",
+        )
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="JSON file for every number")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=16_384, help="of the pack")
+    parser.add_argument("--longest", type=int, default=8000, help="tokens of a clip, three standard deviations up")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0, help="of the pack")
+    options = parser.parse_args(arguments)
+
+    head, console, cases = surroundings(), Console(width=156), []
+    settings = [
+        f"data.tokens_per_pack={options.tokens}", f"model.width={options.width}", "model.heads=4", "model.depth=2",
+        "codec.channels=16", "run.dtype=float32",
+    ]  # fmt: skip
+    for layout, axes in LAYOUTS.items():
+        config = load(None, [*settings, *axes])
+        lengths, results = measure(config, options.longest, options.seed, options.turns)
+        console.print(table_of(layout, lengths, results))
+        cases.append({"layout": layout, "lengths": lengths, "results": [asdict(r) for r in results]})
+    note = f"{PROCESSES} processes of one thread share {head['cores']} cores: wall time tells less than one core a rank"
+    console.print(note)
+    if options.out:
+        write_record(options.out, head, {"processes": PROCESSES, "note": note, "settings": settings, "cases": cases})
+        console.print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The debug guard: it says nothing where ranks agree, and on every rank what differs, and where, as soon as a bit does."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts import configure, global_batch, layout, objective_of, random_local_model
+
+from megasora.config import load
+from megasora.errors import MegaSoraError
+from megasora.parallel.guard import check_packs, check_replicas, hash_of
+from megasora.parallel.mesh import build_mesh
+from megasora.parallel.share import share_pack
+from megasora.parallel.world import World
+from megasora.testing.spawn import run_ranks
+
+STEP = 17
+
+
+def flip_a_bit(tensor):
+    """The lowest bit of the last number."""
+    tensor.detach().view(-1)[-1:].view(torch.uint8)[0] ^= 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of the mesh of four ranks; which tensors differ on which ranks; what is then said."""
+
+    settings: dict
+    flipped: dict  # name: ranks
+    told: tuple = ()
+    sliced: bool = False
+
+
+BY_DATA, BY_PIPELINE = dict(tensor=2), dict(tensor=2, pipeline=2)
+WHOLE, CUT = "timestep.mlp.0.weight", "blocks.0.attention.qkv.weight"
+PARAMETERS = {  # ranks are numbered with tensor innermost
+    "nothing": Case(BY_DATA, {}),
+    "nothing on a pipeline": Case(BY_PIPELINE, {}),
+    "a whole one on one rank": Case(
+        BY_DATA, {WHOLE: [2]},
+        (f"parameter {WHOLE} differs on the tensor axis: rank 2 from rank 3",
+         f"parameter {WHOLE} differs on the zero axis: rank 0 from rank 2"),
+    ),
+    "a cut one on one data rank": Case(
+        BY_DATA, {CUT: [3]}, (f"parameter {CUT} differs on the zero axis: rank 1 from rank 3",)
+    ),
+    "a cut one between tensor ranks": Case(BY_DATA, {CUT: [1, 3]}),
+    "one of four": Case({}, {CUT: [2]}, (f"parameter {CUT} differs on the zero axis: ranks 0, 1, 3 from rank 2",)),
+    "two of four": Case({}, {WHOLE: [1, 2]}, ()),  # told below: two values alike
+    "over context": Case(
+        dict(context=2, tensor=2), {"null_text": [0]},
+        ("parameter null_text differs on the tensor axis: rank 0 from rank 1",
+         "parameter null_text differs on the zero axis: rank 0 from rank 2"),
+    ),
+    "conditioning on one stage": Case(
+        BY_PIPELINE, {"null_text": [2, 3]},
+        ("parameter null_text differs on the pipeline axis: rank 0 from rank 2",
+         "parameter null_text differs on the pipeline axis: rank 1 from rank 3"),
+    ),
+    "a block of one stage, on one tensor rank": Case(
+        BY_PIPELINE, {"blocks.3.cross_norm.bias": [3]},
+        ("parameter blocks.3.cross_norm.bias differs on the tensor axis: rank 2 from rank 3",),
+    ),
+    "slices are no copies": Case(BY_DATA, {CUT: [3]}, sliced=True),
+    "slices of a whole one": Case(
+        BY_DATA, {WHOLE: [3]}, (f"parameter {WHOLE} differs on the tensor axis: rank 2 from rank 3",), sliced=True
+    ),
+    "more than are shown": Case(
+        BY_DATA, {name: [1] for name in (WHOLE, "native.mlp.0.bias", "null_text", "text.norm.bias")},
+        ("parameter native.mlp.0.bias differs on the tensor axis: rank 0 from rank 1",
+         "parameter native.mlp.0.bias differs on the zero axis: rank 1 from rank 3",
+         "parameter null_text differs on the tensor axis: rank 0 from rank 1",
+         "parameter null_text differs on the zero axis: rank 1 from rank 3"),
+    ),
+}  # fmt: skip
+PARAMETERS["two of four"] = dataclasses.replace(
+    PARAMETERS["two of four"], told=(f"parameter {WHOLE} differs on the zero axis: ranks 0, 3 from ranks 1, 2",)
+)
+PACKS = {  # "number field" of clean packs, or of noised shares
+    "nothing": Case(BY_DATA, {}),
+    "nothing over context and tensor": Case(dict(context=2, tensor=2), {}),
+    "coords on a tensor peer": Case(
+        BY_DATA, {"1 coords_L3": [3]}, ("pack 1's coords_L3 differs on the tensor axis: rank 2 from rank 3",)
+    ),
+    "a clean patch on a context rank": Case(
+        dict(context=4), {"0 patches_LP": [1]},
+        ("pack 0's patches_LP differs on the context axis: ranks 0, 2, 3 from rank 1",),
+    ),
+    "text on a pipeline rank": Case(
+        BY_PIPELINE, {"1 text_SE": [0, 1]},
+        ("pack 1's text_SE differs on the pipeline axis: rank 0 from rank 2",
+         "pack 1's text_SE differs on the pipeline axis: rank 1 from rank 3"),
+    ),
+    "noise on a tensor peer": Case(
+        dict(context=2, tensor=2), {"noised 0 patches_LP": [1]},
+        ("pack 0's patches_LP differs on the tensor axis: rank 0 from rank 1",),
+    ),
+    "a timestep on a tensor peer": Case(
+        BY_DATA, {"noised 1 timesteps_R": [2]},
+        ("pack 1's timesteps_R differs on the tensor axis: rank 2 from rank 3",),
+    ),
+}  # fmt: skip
+END = "; what ranks share must be equal bit by bit: look for an input or a random number that depends on the rank"
+
+
+def message_of(check):
+    try:
+        check()
+    except MegaSoraError as error:
+        return str(error)
+    return None
+
+
+def config_of(case):
+    return configure(layout(4, depth=4, packs=8, **case.settings), "block")
+
+
+def check_parameters(case, world, meshes):
+    config = config_of(case)
+    mesh = meshes(config)
+    local = random_local_model(config, mesh)
+    parameters = {name: p for stage in local.stages.values() for name, p in stage.named_parameters()}
+    for name, ranks in case.flipped.items():
+        if world.rank in ranks:
+            flip_a_bit(parameters[name])
+    return message_of(lambda: check_replicas(parameters, local.placements, mesh, world, STEP, case.sliced))
+
+
+def check_inputs(case, world, meshes):
+    """As the trainer does: clean packs over all axes that share them, then what was drawn for the shares."""
+    config = config_of(case)
+    mesh = meshes(config)
+    packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
+    noised = [objective_of(config).corrupt(share_pack(pack, config, mesh), STEP)[0] for pack in packs]
+    for what, ranks in case.flipped.items():
+        *kind, number, field = what.split()
+        if world.rank in ranks:
+            flip_a_bit(getattr((noised if kind else packs)[int(number)], field))
+
+    def check():
+        check_packs(packs, (mesh.tensor, mesh.context, mesh.pipeline), world, STEP)
+        check_packs(noised, (mesh.tensor, mesh.pipeline), world, STEP)
+
+    return message_of(check)
+
+
+def run_cases():
+    world, made = World(dist.get_rank(), 4, dist.get_rank(), 4, torch.device("cpu")), {}
+
+    def meshes(config):
+        key = dataclasses.astuple(config.parallel)
+        if key not in made:
+            made[key] = build_mesh(config.parallel, "cpu")
+        return made[key]
+
+    parameters = {name: check_parameters(case, world, meshes) for name, case in PARAMETERS.items()}
+    return parameters, {name: check_inputs(case, world, meshes) for name, case in PACKS.items()}
+
+
+@cache
+def on_ranks():
+    return run_ranks(run_cases, 4)
+
+
+@pytest.mark.parametrize("kind, name", [(0, n) for n in PARAMETERS] + [(1, n) for n in PACKS])
+def test_a_flipped_bit_is_told_on_every_rank_with_its_name_and_the_ranks(kind, name):
+    case, said = (PARAMETERS, PACKS)[kind][name], [rank[kind][name] for rank in on_ranks()]
+    expected = f"step {STEP}: {'; '.join(case.told)}{END}" if case.told else None
+    assert said == [expected] * 4
+
+
+# ---------------------------------------------------------------------- hashes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool])
+def test_a_hash_depends_on_every_bit_and_on_nothing_else(dtype):
+    x = torch.arange(24).view(4, 6).to(dtype)
+    assert hash_of(x) == hash_of(x.clone()) == hash_of(x.t().contiguous().t())
+    assert -(1 << 63) <= hash_of(x) < 1 << 63
+    seen = {hash_of(x)}
+    for place in (0, 11, 23):
+        other = x.clone()
+        other.view(-1)[place : place + 1].view(torch.uint8)[0] ^= 1
+        seen.add(hash_of(other))
+    assert len(seen) == 4
+
+
+def test_hashes_of_odd_values():
+    assert hash_of(torch.tensor(0.0)) != hash_of(torch.tensor(-0.0))  # bits, not values
+    assert hash_of(torch.tensor([float("nan")])) == hash_of(torch.tensor([float("nan")]))
+    assert hash_of(torch.empty(0)) == hash_of(torch.empty(0, 3))
+    assert hash_of(torch.ones(3, requires_grad=True)) == hash_of(torch.ones(3))
+
+
+# ---------------------------------------------------------------------- in a run
+
+
+def train_with_guard(settings, broken):
+    """A short run on tensor=2 with the guard at every step: (comparisons made, what was said)."""
+    from megasora.trainer import Trainer
+
+    compared = []
+
+    class Watched(Trainer):
+        def compare_ranks(self, batches, noised):
+            compared.append(self.step)
+            if broken is not None and self.step == 1 and self.world.rank == 1:
+                flip_a_bit(self.engine.parameters[broken])
+            super().compare_ranks(batches, noised)
+
+    config = load(None, settings)
+    world = World(dist.get_rank(), 2, dist.get_rank(), 2, torch.device("cpu"))
+    said = message_of(Watched(config, world, build_mesh(config.parallel, "cpu")).run)
+    return compared, said
+
+
+def run_with_guard(settings, folder):
+    return [train_with_guard([*settings, f"run.dir={folder}/{n}"], n) for n in (None, "blocks.1.cross_norm.weight")]
+
+
+def test_a_run_whose_ranks_agree_passes_and_one_with_a_flipped_bit_ends_on_every_rank(shards, tiny, tmp_path):
+    settings = [
+        *tiny, f"data.shards={shards}", "run.device=cpu", "run.steps=3", "run.debug_parallel=true", "run.debug_every=1",
+        "parallel.tensor=2",
+    ]  # fmt: skip
+    for good, broken in run_ranks(run_with_guard, 2, settings, str(tmp_path)):
+        assert good == ([0, 1, 2], None)
+        assert broken[0] == [0, 1]
+        assert broken[1].startswith(
+            "step 1: parameter blocks.1.cross_norm.weight differs on the tensor axis: rank 0 from rank 1; "
+        )

@@ -1,0 +1,53 @@
+"""Imported Wan weights under tensor 2 x context 2 give what diffusers gives."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megasora.config import load
+from megasora.testing.spawn import run_ranks
+from megasora.testing.wan import CLIPS, make_pack, make_tiny_wan, run_theirs, write_weights
+
+
+def predict_share(settings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """On each rank: (slots' sample ids [L], places in their clips [L], predictions [L, P]) of its share."""
+    from megasora.batch import owner_of_tokens
+    from megasora.diffusion.flow import rows_of
+    from megasora.parallel.mesh import build_mesh
+    from megasora.parallel.share import share_pack
+    from megasora.parallelize import build_local_model
+
+    config = load(None, settings)
+    mesh = build_mesh(config.parallel, "cpu")
+    model = build_local_model(config, torch.device("cpu"), mesh).stages[0]
+    pack = make_pack()
+    clean = dataclasses.replace(pack, cu_rows=pack.cu_segments, timesteps_R=torch.zeros(len(CLIPS)))
+    share = share_pack(clean, config, mesh)
+    clips = [CLIPS[i] for i in share.sample_ids_G]
+    cu_rows, timesteps_R, owner = rows_of(share, torch.tensor([c[3] for c in clips]), [c[2] for c in clips])
+    share = dataclasses.replace(share, cu_rows=cu_rows, timesteps_R=timesteps_R.float(), row_segment_R=owner)
+    with torch.no_grad():
+        out_LP = model(share)
+    segment_L = owner_of_tokens(share.cu_segments, share.num_tokens)
+    place_L = torch.arange(share.num_tokens) - share.cu_segments[segment_L] + share.starts_G[segment_L]
+    return share.sample_ids_G[segment_L], place_L, out_LP[: share.num_tokens]
+
+
+@pytest.mark.parametrize("axes", [("tensor=2", "context=2"), ("tensor=2", "context=2", "ulysses=2")], ids=",".join)
+def test_imported_weights_under_tensor_2_context_2_give_what_diffusers_gives(axes, tmp_path):
+    tiny = make_tiny_wan(tmp_path)
+    weights = write_weights(tiny, tmp_path / "ours.safetensors")
+    pack = make_pack()
+    with torch.no_grad():
+        theirs = run_theirs(tiny.theirs, pack)
+    settings = [*tiny.settings, f"model.weights={weights}", f"data.tokens_per_pack={len(pack.patches_LP)}"]
+    ranks = run_ranks(predict_share, 4, [*settings, *(f"parallel.{axis}" for axis in axes)])
+    for one, peer in (ranks[:2], ranks[2:]):
+        assert all(torch.equal(a, b) for a, b in zip(one, peer, strict=True)), "tensor peers see the same"
+    sample_L, place_L, out_LP = (torch.cat(parts) for parts in zip(ranks[0], ranks[2], strict=True))
+    for number, expected in enumerate(theirs):
+        here = sample_L == number
+        assert sorted(place_L[here].tolist()) == list(range(len(expected)))
+        error = (out_LP[here][place_L[here].argsort()] - expected).abs().max() / expected.abs().max()
+        assert error <= 1e-5, f"clip {number}: {float(error):.1e}"

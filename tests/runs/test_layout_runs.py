@@ -1,0 +1,73 @@
+"""Whole runs in other layouts: the same lines of metrics, the same saved weights, and a resume that changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import train_arguments
+from safetensors.torch import load_file
+
+from megasora.config import load
+from megasora.testing.spawn import run_ranks
+
+LAYOUTS = {  # settings: processes
+    ("parallel.tensor=2", "parallel.context=2", "run.debug_parallel=true", "run.debug_every=5"): 4,
+    ("parallel.context=2", "parallel.ulysses=2", "parallel.zero_stage=3", "model.recompute=attention"): 2,
+    ("parallel.tensor=2", "parallel.pipeline=2"): 4,
+}
+
+
+def train(arguments: list[str]) -> None:
+    """What megasora.train does, in a process group that exists."""
+    from megasora.parallel.mesh import build_mesh
+    from megasora.parallel.world import World
+    from megasora.trainer import Trainer
+
+    config = load(arguments[0], arguments[1:])
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, size, torch.device("cpu"))
+    Trainer(config, world, build_mesh(config.parallel, "cpu")).run()
+
+
+def lines(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("settings", LAYOUTS, ids=",".join)
+def test_a_run_in_another_layout_is_the_same_run_and_resumes_bit_for_bit(settings, trained, shards, tiny, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*train_arguments(run, shards, tiny), *settings]
+    run_ranks(train, LAYOUTS[settings], arguments)
+    ours, theirs = lines(run), lines(trained)
+    assert len(ours) == len(theirs) == 20
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-5), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), a["step"]
+        assert a["padding"] == b["padding"] and a["rate"] == b["rate"]
+        assert ("context_mib_sent" in a) == any("context" in s for s in settings)
+    for a, b in zip(lines(run, "validation.jsonl"), lines(trained, "validation.jsonl"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
+    for file in ("model.safetensors", "ema.safetensors"):
+        mine, single = (load_file(r / "checkpoints" / "step-00000020" / file) for r in (run, trained))
+        assert mine.keys() == single.keys()
+        for name, weight in single.items():
+            torch.testing.assert_close(mine[name], weight, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000020")
+    (again / "checkpoints" / "latest").write_text("step-00000010\n")
+    run_ranks(train, LAYOUTS[settings], [*train_arguments(again, shards, tiny), *settings])
+    resumed = lines(again)[20:]
+    assert [line["step"] for line in resumed] == list(range(11, 21))
+    for a, b in zip(ours[10:], resumed, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    for file in ("model.safetensors", "ema.safetensors"):
+        paths = [r / "checkpoints" / "step-00000020" / file for r in (run, again)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
