@@ -2,9 +2,9 @@
 
 A block of width d and MLP width ff in bf16, 2 bytes a number, by model.recompute. For each token, what is held is
 
-    none        17 vectors of d: the block's input; normed and modulated; q, k, v; q and k normed and turned; attention's
-                output; what the first gate opens for; the sum of both; normed; q of the cross-attention; normed; its
-                output; the sum; normed and modulated; what the last gate opens for
+    none        17 vectors of d: the block's input; normed and modulated; q, k, v; q and k normed and turned;
+                attention's output; what the first gate opens for; the sum; normed; q of the cross-attention; normed;
+                its output; the sum; normed and modulated; what the last gate opens for
                 2 vectors of ff: before the GELU and behind it                  bytes: (34 + 4 ff / d) d
     full        the block's input                                               2 d
     attention   the block's input and self-attention's output                   4 d

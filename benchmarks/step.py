@@ -1,6 +1,6 @@
 """Time of a training step over ways to split a pack: python -m benchmarks.step [--out benchmarks/results/step.json]
 
-A heavy-tailed pack on 4 processes, over gloo, is split in three ways: plan_pack, ours; even, every segment over all
+Heavy-tailed packs on a few processes, over gloo, are split in three ways: plan_pack, ours; even, every segment over all
 ranks, as USP does; contiguous, a run of slots a rank. Only the plan differs: weights, pack, noise, attention and its
 messages (each rank sends what the others need, directly) are the same, and so must be loss and gradient norm.
 
@@ -8,9 +8,9 @@ A step is forward, backward and the sum of gradients over the ranks; the optimiz
 The ways take turns (A B C A B C ...) within one run, after a turn that is not counted; ratios are of the same turn.
 
     seconds         wall time of the slowest rank, from one barrier to the next
-    CPU seconds     of each rank's thread: what it computes, without what it waits. With a core for each rank, the busiest
-                    rank would set the pace; where processes share cores, idle ranks lend theirs, and wall time hides some
-                    of the imbalance
+    CPU seconds     of the busiest rank's thread: what it computes, without what it waits. On a core of its own it sets
+                    the pace. Where more processes than cores run, idle ranks lend theirs: wall time is then the sum of
+                    all ranks' work, whoever does it, and hides imbalance
     bytes           that a rank hands to gloo for attention, forward and backward, counted as they are sent
 """
 
@@ -42,10 +42,10 @@ from megasora.parallel.share import take_share, tokens_per_rank
 from megasora.parallelize import LocalModel, build_local_model
 from megasora.testing.spawn import run_ranks
 
-PROCESSES = 4
-LAYOUTS = {  # name: settings
-    "context=4": ["parallel.context=4"],
-    "tensor=2,context=2": ["parallel.tensor=2", "parallel.context=2"],
+LAYOUTS = {  # name: processes, settings
+    "context=4": (4, ["parallel.context=4"]),
+    "tensor=2,context=2": (4, ["parallel.tensor=2", "parallel.context=2"]),
+    "context=2": (2, ["parallel.context=2"]),
 }
 WAYS: dict[str, Callable[..., PackPlan]] = {"plan_pack": plan_pack, "even": even_split, "contiguous": contiguous_split}
 OURS = "plan_pack"
@@ -54,7 +54,7 @@ SAME = 1e-5  # relative difference of losses and gradient norms
 
 
 def heavy_pack(config: Config, longest: int, seed: int) -> VideoBatch:
-    """Clips of `SHORTEST` to `longest` tokens, longest about 1 in 700; as many as fit."""
+    """Clips of `SHORTEST` to `longest` tokens, most near the geometric mean of both; as many as fit."""
     records = []
     for number, l in enumerate(heavy_tailed(config.data.tokens_per_pack, SHORTEST, longest, seed).tolist()):
         draw = torch.Generator().manual_seed(number)
@@ -66,12 +66,12 @@ def heavy_pack(config: Config, longest: int, seed: int) -> VideoBatch:
 
 @torch.no_grad()
 def randomise(local: LocalModel, mesh: Mesh) -> None:
-    """The same random weights in every layout: at first, adaLN-Zero's blocks are the identity, whatever they compute."""
+    """The same weights in every layout, none of them zero: blocks that are the identity would hide a difference."""
     for stage in local.stages.values():
         for name, parameter in stage.named_parameters():
             placement = local.placements[name]
             shape = placement.full_shape(parameter.shape, mesh.tensor.size)
-            full = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+            full = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
             parameter.copy_(placement.local(full, mesh.tensor.rank, mesh.tensor.size))
 
 
@@ -111,7 +111,7 @@ def train_step(local: LocalModel, problem: tuple[VideoBatch, Tensor, Tensor], me
     start, cpu_start = time.perf_counter(), time.thread_time()
 
     error = velocity_error(model(noised), target, weight)
-    sums = torch.tensor([float(error.error), error.tokens], dtype=torch.float64)
+    sums = torch.tensor([float(error.error.detach()), error.tokens], dtype=torch.float64)
     dist.all_reduce(sums, group=mesh.zero.group)
     (error.error / sums[1].float()).backward()
     sum_gradients(local, mesh)
@@ -149,44 +149,49 @@ def gradient_norm(local: LocalModel, mesh: Mesh) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """One way in one layout, over all turns."""
+    """One pack, split in one way, over all turns."""
 
     way: str
+    seed: int
+    lengths: list[int]  # of the pack's segments
     loss: float
     gradient_norm: float
     work_max_over_mean: float  # pairs of query and key
     seconds: list[float]  # of each turn
     times_ours: list[float]  # seconds over ours', of each turn
     cpu_seconds: list[list[float]]  # of each turn and rank
+    cpu_times_ours: list[float]  # the busiest rank's CPU seconds over our busiest rank's, of each turn
     bytes_sent: list[int]  # of each rank, in a step
 
 
-def measure(config: Config, longest: int, seed: int, turns: int) -> tuple[list[int], list[Result]]:
-    """One pack in one layout: the lengths of its segments, and a result for each way.
+def measure(config: Config, processes: int, longest: int, seed: int, turns: int) -> list[Result]:
+    """One pack in one layout, in every way.
 
     Raises RuntimeError where losses or gradient norms differ: then it was not the same step.
     """
-    pack = heavy_pack(config, longest, seed)
+    pack, p = heavy_pack(config, longest, seed), config.parallel
     lengths = pack.cu_segments.diff().tolist()
-    p = config.parallel
     ring, slots = p.context // p.ulysses, p.ulysses * tokens_per_rank(config)
     plans = {way: split(lengths, ring, slots) for way, split in WAYS.items()}
-    ranks = run_ranks(run_steps, PROCESSES, config, plans, pack, turns, timeout=3600)
+    ranks = run_ranks(run_steps, processes, config, plans, pack, turns, timeout=3600)
 
-    ours, results = [step.seconds for step in ranks[0][OURS]], []
+    seconds = {way: [step.seconds for step in ranks[0][way]] for way in plans}
+    cpu = {way: [[rank[way][turn].cpu_seconds for rank in ranks] for turn in range(turns)] for way in plans}
+    results = []
     for way, plan in plans.items():
-        steps = [rank[way] for rank in ranks]
-        seconds = [step.seconds for step in steps[0]]
         results.append(
             Result(
                 way=way,
-                loss=steps[0][0].loss,
-                gradient_norm=steps[0][0].norm,
+                seed=seed,
+                lengths=lengths,
+                loss=ranks[0][way][0].loss,
+                gradient_norm=ranks[0][way][0].norm,
                 work_max_over_mean=float(attention_work(plan).max() / attention_work(plan).mean()),
-                seconds=seconds,
-                times_ours=[a / b for a, b in zip(seconds, ours, strict=True)],
-                cpu_seconds=[[rank[turn].cpu_seconds for rank in steps] for turn in range(turns)],
-                bytes_sent=[rank[0].bytes_sent for rank in steps],
+                seconds=seconds[way],
+                times_ours=[a / b for a, b in zip(seconds[way], seconds[OURS], strict=True)],
+                cpu_seconds=cpu[way],
+                cpu_times_ours=[max(a) / max(b) for a, b in zip(cpu[way], cpu[OURS], strict=True)],
+                bytes_sent=[rank[way][0].bytes_sent for rank in ranks],
             )
         )
     for result in results[1:]:
@@ -194,36 +199,40 @@ def measure(config: Config, longest: int, seed: int, turns: int) -> tuple[list[i
             found, expected = getattr(result, name), getattr(results[0], name)
             if not abs(found - expected) <= SAME * abs(expected):
                 raise RuntimeError(f"{name} is {found} with the {result.way} split, {expected} with {results[0].way}")
-    return lengths, results
+    return results
 
 
 def spread(values: list[float]) -> str:
     return f"{np.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
 
 
-def table_of(layout: str, lengths: list[int], results: list[Result]) -> Table:
+def table_of(layout: str, processes: int, results: list[Result]) -> Table:
+    """Medians over packs and turns."""
+    first = results[0]
+    packs = [r for r in results if r.way == OURS]
     table = Table(
-        title=f"{layout}: {sum(lengths):,} tokens, {len(lengths)} segments of {min(lengths)} to {max(lengths):,}; "
-        f"median (least - most) of {len(results[0].seconds)} turns"
+        title=f"{layout}, {processes} processes: {len(packs)} packs, the first has {sum(first.lengths):,} tokens in "
+        f"{len(first.lengths)} segments of {min(first.lengths)} to {max(first.lengths):,}; median (least - most) of "
+        f"{len(packs) * len(first.seconds)} turns"
     )
     for name in (
-        "", "work\nmax/mean", "seconds", "times\nplan_pack", "CPU seconds\nbusiest rank", "CPU\nmax/mean",
-        "MB sent\nmean rank", "MB sent\nbusiest", "loss",
+        "", "work\nmax/mean", "seconds", "times\nplan_pack", "CPU seconds\nbusiest rank", "times\nplan_pack",
+        "CPU\nmax/mean", "MB sent\nmean rank", "MB sent\nbusiest",
     ):  # fmt: skip
         table.add_column(name, justify="right" if name else "left")
-    for r in results:
-        busiest = [max(turn) for turn in r.cpu_seconds]
-        uneven = [max(turn) / np.mean(turn) for turn in r.cpu_seconds]
+    for way in WAYS:
+        rows = [r for r in results if r.way == way]
+        turns = [turn for r in rows for turn in r.cpu_seconds]
         table.add_row(
-            r.way,
-            f"{r.work_max_over_mean:.3f}",
-            spread(r.seconds),
-            spread(r.times_ours),
-            spread(busiest),
-            f"{np.median(uneven):.2f}",
-            f"{np.mean(r.bytes_sent) / 1e6:.1f}",
-            f"{max(r.bytes_sent) / 1e6:.1f}",
-            f"{r.loss:.7g}",
+            way,
+            f"{max(r.work_max_over_mean for r in rows):.3f}",
+            spread([t for r in rows for t in r.seconds]),
+            spread([t for r in rows for t in r.times_ours]),
+            spread([max(turn) for turn in turns]),
+            spread([t for r in rows for t in r.cpu_times_ours]),
+            f"{np.median([max(turn) / np.mean(turn) for turn in turns]):.2f}",
+            f"{np.mean([np.mean(r.bytes_sent) for r in rows]) / 1e6:.1f}",
+            f"{np.mean([max(r.bytes_sent) for r in rows]) / 1e6:.1f}",
         )
     return table
 
@@ -231,11 +240,11 @@ def table_of(layout: str, lengths: list[int], results: list[Result]) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file for every number")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=16_384, help="of the pack")
-    parser.add_argument("--longest", type=int, default=8000, help="tokens of a clip, three standard deviations up")
+    parser.add_argument("--turns", type=int, default=5, help="steps with each plan")
+    parser.add_argument("--tokens", type=int, default=16_384, help="of a pack")
+    parser.add_argument("--longest", type=int, default=16_384, help="tokens of a clip, three standard deviations up")
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="of the pack")
+    parser.add_argument("--seeds", type=int, default=3, help="packs")
     options = parser.parse_args(arguments)
 
     head, console, cases = surroundings(), Console(width=156), []
@@ -243,15 +252,18 @@ def main(arguments: list[str] | None = None) -> None:
         f"data.tokens_per_pack={options.tokens}", f"model.width={options.width}", "model.heads=4", "model.depth=2",
         "codec.channels=16", "run.dtype=float32",
     ]  # fmt: skip
-    for layout, axes in LAYOUTS.items():
+    for layout, (processes, axes) in LAYOUTS.items():
         config = load(None, [*settings, *axes])
-        lengths, results = measure(config, options.longest, options.seed, options.turns)
-        console.print(table_of(layout, lengths, results))
-        cases.append({"layout": layout, "lengths": lengths, "results": [asdict(r) for r in results]})
-    note = f"{PROCESSES} processes of one thread share {head['cores']} cores: wall time tells less than one core a rank"
+        results = []
+        for seed in range(options.seeds):
+            results += measure(config, processes, options.longest, seed, options.turns)
+        console.print(table_of(layout, processes, results))
+        cases.append({"layout": layout, "processes": processes, "results": [asdict(r) for r in results]})
+    note = f"processes have one thread each and share {head['cores']} cores"
     console.print(note)
     if options.out:
-        write_record(options.out, head, {"processes": PROCESSES, "note": note, "settings": settings, "cases": cases})
+        mix = {"lengths": "log-normal", "shortest": SHORTEST, "longest": options.longest, "at_standard_deviations": 3}
+        write_record(options.out, head, {"note": note, "mix": mix, "settings": settings, "cases": cases})
         console.print(f"wrote {options.out}")
 
 

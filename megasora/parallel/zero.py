@@ -8,6 +8,8 @@ groups of their own: there ZeRO's slices are the same on all peers, and are summ
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -88,13 +90,14 @@ class ZeroEngine:
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 1 << 60,
         }
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.module.to(world.device),
-            optimizer=optimizer,
-            config=settings,
-            dist_init_required=False,
-            mpu=ModelParallelGroups(mesh) if mesh.model.is_split else None,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, group by group
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.module.to(world.device),
+                optimizer=optimizer,
+                config=settings,
+                dist_init_required=False,
+                mpu=ModelParallelGroups(mesh) if mesh.model.is_split else None,
+            )
         self.pipeline = pipeline(self.fold) if pipeline is not None else None
 
     def check_groups(self, keys: list[tuple]) -> None:

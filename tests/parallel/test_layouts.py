@@ -33,3 +33,25 @@ def test_a_layout_trains_the_same_model(layout):
         found = step_errors(steps, expected(*size, torch.float32, layouts.STEPS), config)
         for what, error in found.items():
             assert error <= STEPS_FLOAT32, f"{dialect}, float32 steps: {what} is {error:.1e} off"
+
+
+IN_BFLOAT16 = [  # ways of DeepSpeed to keep gradients in fp32, with a sum over the tensor and the pipeline axis
+    layouts.layout(1),
+    layouts.layout(4, tensor=2, pipeline=2),
+    layouts.layout(2, pipeline=2, schedule="zbv"),
+    layouts.layout(4, tensor=2, context=2, zero_stage=2),
+    layouts.layout(2, context=2, zero_stage=3),
+]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("layout", IN_BFLOAT16, ids=lambda layout: layout.name)
+def test_bfloat16_is_as_far_from_float32_in_every_layout(layout):
+    config = configure(layout, "shared")
+    config.run.dtype = "bfloat16"
+    steps = run_ranks(layouts.train_steps, layout.processes, config, 1)[0]
+    exact = expected("shared", config.model.depth, config.data.packs_per_step, torch.float32, layouts.STEPS)
+    assert steps["losses"][0] == pytest.approx(exact["losses"][0], rel=0.01)
+    scale = (1 - config.optim.betas[0]) * config.optim.clip / exact["norms"][0]
+    error = sum(float((steps["means"][n] - scale * g).square().sum()) for n, g in exact["gradients"].items())
+    assert (error / sum(float((scale * g).square().sum()) for g in exact["gradients"].values())) ** 0.5 < 0.025
