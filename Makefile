@@ -8,13 +8,14 @@ RUNS := runs/demo runs/demo-long
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
-.PHONY: help install demo demo-long test checks format clean
+.PHONY: help install demo demo-long test bench checks format clean
 
 help:
 	@echo "make install     make .venv and install MegaSora in it, editable (every other target does this first)"
 	@echo "make demo        clips -> shards -> training on 2 processes -> a video -> runs/demo/report.html, in 10 minutes"
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
 	@echo "make test        the test suite; GPU tests skip where there is no GPU"
+	@echo "make bench       what benchmarks/README.md shows: balance, memory, time of a step -> benchmarks/results/, 10 minutes"
 	@echo "make checks      ruff: lint and format, nothing is changed"
 	@echo "make format      ruff: fix what can be fixed, and format"
 	@echo "make clean       remove builds and caches; .venv, data/ and runs/ stay"
@@ -65,6 +66,11 @@ $(RUNS:=/report.html): runs/%/report.html: runs/%/sample.mp4
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.balance --out benchmarks/results/balance.json
+	$(BIN)/python -m benchmarks.memory --out benchmarks/results/memory.json
+	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.json
 
 checks: $(INSTALLED)
 	$(BIN)/ruff check .

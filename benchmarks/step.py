@@ -49,14 +49,14 @@ LAYOUTS = {  # name: processes, settings
 }
 WAYS: dict[str, Callable[..., PackPlan]] = {"plan_pack": plan_pack, "even": even_split, "contiguous": contiguous_split}
 OURS = "plan_pack"
-SHORTEST = 64  # tokens of a clip
+SHORTEST, LONGEST = 16, 131_072  # tokens of a clip: the mix of balance.py, for smaller ranks
 SAME = 1e-5  # relative difference of losses and gradient norms
 
 
-def heavy_pack(config: Config, longest: int, seed: int) -> VideoBatch:
-    """Clips of `SHORTEST` to `longest` tokens, most near the geometric mean of both; as many as fit."""
+def heavy_pack(config: Config, seed: int) -> VideoBatch:
+    """Clips from a few tokens to most of the pack."""
     records = []
-    for number, l in enumerate(heavy_tailed(config.data.tokens_per_pack, SHORTEST, longest, seed).tolist()):
+    for number, l in enumerate(heavy_tailed(config.data.tokens_per_pack, SHORTEST, LONGEST, seed).tolist()):
         draw = torch.Generator().manual_seed(number)
         patches_LP = torch.randn(l, patch_dim(config), generator=draw)
         words = torch.randint(0, 257, (8, 16), generator=draw)
@@ -164,12 +164,12 @@ class Result:
     bytes_sent: list[int]  # of each rank, in a step
 
 
-def measure(config: Config, processes: int, longest: int, seed: int, turns: int) -> list[Result]:
+def measure(config: Config, processes: int, seed: int, turns: int) -> list[Result]:
     """One pack in one layout, in every way.
 
     Raises RuntimeError where losses or gradient norms differ: then it was not the same step.
     """
-    pack, p = heavy_pack(config, longest, seed), config.parallel
+    pack, p = heavy_pack(config, seed), config.parallel
     lengths = pack.cu_segments.diff().tolist()
     ring, slots = p.context // p.ulysses, p.ulysses * tokens_per_rank(config)
     plans = {way: split(lengths, ring, slots) for way, split in WAYS.items()}
@@ -242,7 +242,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for every number")
     parser.add_argument("--turns", type=int, default=5, help="steps with each plan")
     parser.add_argument("--tokens", type=int, default=16_384, help="of a pack")
-    parser.add_argument("--longest", type=int, default=16_384, help="tokens of a clip, three standard deviations up")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3, help="packs")
     options = parser.parse_args(arguments)
@@ -256,13 +255,13 @@ def main(arguments: list[str] | None = None) -> None:
         config = load(None, [*settings, *axes])
         results = []
         for seed in range(options.seeds):
-            results += measure(config, processes, options.longest, seed, options.turns)
+            results += measure(config, processes, seed, options.turns)
         console.print(table_of(layout, processes, results))
         cases.append({"layout": layout, "processes": processes, "results": [asdict(r) for r in results]})
     note = f"processes have one thread each and share {head['cores']} cores"
     console.print(note)
     if options.out:
-        mix = {"lengths": "log-normal", "shortest": SHORTEST, "longest": options.longest, "at_standard_deviations": 3}
+        mix = {"lengths": "log-normal", "shortest": SHORTEST, "longest": LONGEST, "at_standard_deviations": 3}
         write_record(options.out, head, {"note": note, "mix": mix, "settings": settings, "cases": cases})
         console.print(f"wrote {options.out}")
 

@@ -176,17 +176,21 @@ class Trainer:
 
     def describe(self, parameters: int) -> None:
         """One line on the run, and run.json for the report."""
+        axes = {name: getattr(self.mesh, name).size for name in ("pipeline", "data", "context", "tensor")}
+        arranged = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
         facts = {
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": self.world.size, "parameters": parameters,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": self.world.size, "layout": axes,
+            "parameters": parameters,
             "device": str(self.world.device), "machine": platform.processor() or platform.machine(),
             "torch": torch.__version__, "megasora": megasora.__version__,
             "clips": len(self.train_split), "validation_clips": len(self.val_split),
         }  # fmt: skip
         write_whole(self.run_dir / "run.json", json.dumps(facts, indent=1) + "\n")
         tokens = self.config.data.tokens_per_pack * self.config.data.packs_per_step
+        processes = f"{self.world.size} processes" + (f" ({arranged})" if arranged else "")
         self.progress.say(
-            f"{parameters / 1e6:.2f}M parameters, {len(self.train_split):,} clips, {self.world.size} processes on "
-            f"{self.world.device}, {tokens:,} tokens a step, from step {self.step} to {self.config.run.steps}"
+            f"{parameters / 1e6:.2f}M parameters, {len(self.train_split):,} clips, {processes} on {self.world.device}, "
+            f"{tokens:,} tokens a step, from step {self.step} to {self.config.run.steps}"
         )
 
     # ------------------------------------------------------------------ validation
