@@ -25,7 +25,7 @@ import megasora
 from megasora.batch import VideoBatch
 from megasora.checkpoint.store import CheckpointStore, remove_parts, verify, write_whole
 from megasora.config import Config, to_yaml
-from megasora.data.loader import Cursor, PackLoader
+from megasora.data.loader import Cursor, PackLoader, Step
 from megasora.data.pack import make_batch, plan_epoch
 from megasora.data.shards import Shards
 from megasora.diffusion.flow import FlowMatching, velocity_error
@@ -60,7 +60,14 @@ class Trainer:
         self.store = CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.step, cursor = self.resume()
         self.loader = PackLoader(
-            self.train_split, config.data, config.run.seed, self.encode, mesh.data.rank, mesh.data.size, cursor
+            self.train_split,
+            config.data,
+            config.run.seed,
+            self.encode,
+            mesh.data.rank,
+            mesh.data.size,
+            cursor,
+            self.share,
         )
         self.cursor = cursor
         self.peak_flops = measured_peak(world.device) if world.device.type == "cuda" else None
@@ -81,13 +88,13 @@ class Trainer:
         if self.step == 0:
             self.validate()
         watch, warned = Stopwatch(self.world.device), None
-        for packs in self.loader:
+        for work in self.loader:
             watch.lap("data")
-            line = self.train_step(packs.batches, watch)
-            self.cursor, self.step = packs.after, self.step + 1
+            line = self.train_step(work, watch)
+            self.cursor, self.step = work.after, self.step + 1
             times = watch.read()
             if main:
-                line = self.finish_line(line, packs.real_tokens, times)
+                line = self.finish_line(line, work.real_tokens, times)
                 self.metrics.write(line)
                 self.wandb.write(self.step, line)
                 text = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
@@ -111,14 +118,17 @@ class Trainer:
             self.metrics.close()
             self.validations.close()
 
-    def train_step(self, batches: list[VideoBatch], watch: Stopwatch) -> dict[str, Any]:
+    def share(self, pack: VideoBatch) -> VideoBatch:
+        return share_pack(pack, self.config, self.mesh)
+
+    def train_step(self, work: Step, watch: Stopwatch) -> dict[str, Any]:
         """One optimizer step on this rank's packs; the numbers are of all ranks."""
         config, device = self.config, self.world.device
         rate = rate_at(self.step, config.run.steps, config.optim)
-        shares = [share_pack(batch, config, self.mesh).to(device) for batch in batches]
+        shares = [share.to(device) for share in work.shares]
         noised, targets, weights = zip(*(self.objective.corrupt(share, self.step) for share in shares), strict=True)
         if config.run.debug_parallel and self.step % config.run.debug_every == 0:
-            self.compare_ranks(batches, list(noised))
+            self.compare_ranks(work.packs, list(noised))
         counts = torch.tensor(sum(int(weight.sum()) for weight in weights), device=device)
         tokens = int(total(counts, self.mesh.zero))
         watch.lap("data")
@@ -133,7 +143,7 @@ class Trainer:
         norm = self.engine.train_step(list(noised), loss, rate, watch.lap)
         self.ema.update()
         speaks = self.mesh.model.rank == 0 and self.mesh.context.rank == 0  # for one pack, among those that share it
-        flops = sum(self.flops(batch) for batch in batches) if self.peak_flops and speaks else 0.0
+        flops = sum(self.flops(pack) for pack in work.packs) if self.peak_flops and speaks else 0.0
         sent = self.engine.attention.take_bytes_sent() if self.engine.attention is not None else 0
         totals = torch.stack((error, *(torch.tensor(float(x), dtype=torch.float64) for x in (flops, sent))))
         totals = self.world.sum(totals).cpu()
@@ -150,10 +160,10 @@ class Trainer:
             line["context_mib_sent"] = round(float(totals[2]) / self.world.size / 2**20, 4)
         return line
 
-    def compare_ranks(self, batches: list[VideoBatch], noised: list[VideoBatch]) -> None:
+    def compare_ranks(self, packs: list[VideoBatch], noised: list[VideoBatch]) -> None:
         """The debug guard; raises on all ranks where two that must agree do not."""
         mesh, engine = self.mesh, self.engine
-        check_packs(batches, (mesh.tensor, mesh.context, mesh.pipeline), self.world, self.step)
+        check_packs(packs, (mesh.tensor, mesh.context, mesh.pipeline), self.world, self.step)
         check_packs(noised, (mesh.tensor, mesh.pipeline), self.world, self.step)
         sliced = self.config.parallel.zero_stage == 3
         check_replicas(engine.copies(), engine.placements, mesh, self.world, self.step, sliced)
@@ -208,8 +218,7 @@ class Trainer:
         for first in range(0, len(packs), data.size):  # every rank asks the model equally often: it may be one of many
             number = first + data.rank
             records = [self.val_split.read(i, self.encode) for i in packs[min(number, len(packs) - 1)]]
-            batch = share_pack(make_batch(records, config.data.tokens_per_pack), config, self.mesh)
-            batch = batch.to(self.world.device)
+            batch = self.share(make_batch(records, config.data.tokens_per_pack)).to(self.world.device)
             levels = [self.objective.at_level(batch, (i + 0.5) / bins, stream=i) for i in range(bins)]
             predictions = self.engine.predict([noised for noised, _, _ in levels])
             for i, prediction in enumerate(predictions if predictions is not None and number < len(packs) else ()):

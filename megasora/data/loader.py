@@ -30,7 +30,8 @@ class Cursor:
 class Step:
     """What one optimizer step reads on this rank, and where the loader stands after it."""
 
-    batches: list[VideoBatch]
+    packs: list[VideoBatch]  # whole
+    shares: list[VideoBatch]  # what of each this rank computes with
     real_tokens: int  # of all ranks
     after: Cursor
 
@@ -45,9 +46,11 @@ class PackLoader:
         rank: int = 0,
         ranks: int = 1,
         cursor: Cursor | None = None,
+        share: Callable[[VideoBatch], VideoBatch] = lambda pack: pack,
     ):
+        """`rank` of `ranks`: of the data axis. `share`: from a pack to this rank's part of it, made ahead as well."""
         self.shards, self.config, self.seed, self.encode = shards, config, seed, encode
-        self.rank, self.ranks, self.cursor = rank, ranks, cursor or Cursor()
+        self.rank, self.ranks, self.cursor, self.share = rank, ranks, cursor or Cursor(), share
         self.tokens = shards.tokens()
         if len(shards) == 0:
             raise MegaSoraError(f"data.shards={shards.folder} has no clip in its {shards.split} split; ingest some")
@@ -108,12 +111,12 @@ class PackLoader:
                     plan = self.plan(cursor.epoch)
                 packs.append(plan[cursor.pack])
                 cursor = Cursor(cursor.epoch, cursor.pack + 1)
-            mine = packs[self.rank :: self.ranks]
-            batches = [
+            mine = [
                 make_batch([self.shards.read(i, self.encode) for i in pack], self.config.tokens_per_pack)
-                for pack in mine
+                for pack in packs[self.rank :: self.ranks]
             ]
-            yield Step(batches, int(sum(self.tokens[pack].sum() for pack in packs)), cursor)
+            real_tokens = int(sum(self.tokens[pack].sum() for pack in packs))
+            yield Step(mine, [self.share(pack) for pack in mine], real_tokens, cursor)
 
     def plan(self, epoch: int) -> list[list[int]]:
         return plan_epoch(self.tokens, self.config.tokens_per_pack, self.config.lookahead, self.seed, epoch)

@@ -50,7 +50,7 @@ def make_loader(shards=None, config=CONFIG, seed=7, rank=0, ranks=1, cursor=None
 
 def ids(step) -> list[list[int]]:
     """Sample ids of each pack of a step on one rank."""
-    return [batch.sample_ids_G.tolist() for batch in step.batches]
+    return [batch.sample_ids_G.tolist() for batch in step.packs]
 
 
 def first(loader: PackLoader, count: int) -> list:
@@ -66,7 +66,7 @@ def test_all_ranks_together_read_what_one_rank_reads(ranks):
         assert woven == ids(step)
         for part in parts:
             assert (part.real_tokens, part.after) == (step.real_tokens, step.after)
-        assert step.real_tokens == sum(batch.num_tokens for batch in step.batches)
+        assert step.real_tokens == sum(batch.num_tokens for batch in step.packs)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5, 17, 39])  # within an epoch, at its end, over its end
@@ -111,7 +111,7 @@ def test_what_is_read_ahead_is_what_is_read_when_asked():
 
 def test_a_pack_holds_the_clips_that_its_sample_ids_name():
     for step in first(make_loader(), 5):
-        for batch in step.batches:
+        for batch in step.packs:
             assert len(batch.patches_LP) == BUDGET
             for i, sample_id in enumerate(batch.sample_ids_G.tolist()):
                 segment = batch.patches_LP[batch.cu_segments[i] : batch.cu_segments[i + 1]]
@@ -193,3 +193,15 @@ def epoch_start(epoch: int) -> int:
     """Packs of the epochs before this one."""
     loader = make_loader()
     return sum(len(loader.plan(e)) for e in range(epoch))
+
+
+def test_a_rank_gets_its_share_of_each_of_its_packs():
+    lengths = [1 + (7 * i) % 40 for i in range(CLIPS)]
+    marked = PackLoader(make_shards(lengths), CONFIG, 7, encode, share=lambda pack: ("share of", ids_of(pack)))
+    for step, plain in zip(first(marked, 5), first(make_loader(), 5), strict=True):
+        assert ids(step) == ids(plain) and step.shares == [("share of", pack) for pack in ids(step)]
+        assert plain.shares == plain.packs
+
+
+def ids_of(pack) -> list[int]:
+    return pack.sample_ids_G.tolist()
