@@ -301,4 +301,42 @@ def test_larger_presets_have_longer_packs_and_recompute():
     packs = [c.data.tokens_per_pack for c in order]
     assert packs == sorted(packs) and packs[0] < packs[-1]
     large = [c for c in order if c.model.width * c.model.depth > 40_000]
-    assert len(large) == 3 and all(c.model.recompute == "full" and c.model.modulation == "shared" for c in large)
+    assert len(large) == 3 and all(c.model.recompute != "none" and c.model.modulation == "shared" for c in large)
+
+
+def processes_of(path) -> int:
+    """Those of the launch line: processes of a node times nodes."""
+    counts = dict(re.findall(r"--(nproc-per-node|nnodes) (\d+)", path.read_text()))
+    return int(counts["nproc-per-node"]) * int(counts.get("nnodes", 1))
+
+
+@each_preset
+def test_the_layout_of_a_preset_is_accepted_as_launched_and_its_tensor_axis_is_within_a_node(path):
+    from megasora.parallel.layout import check_layout
+
+    config = load(path)
+    check_layout(config, processes_of(path))
+    assert int(re.search(r"--nproc-per-node (\d+)", path.read_text())[1]) % config.parallel.tensor == 0
+
+
+@pytest.mark.parametrize("path", [p for p in PRESETS if p.stem in PARAMETERS], ids=lambda p: p.stem)
+def test_the_memory_that_a_preset_says_is_what_its_settings_give(path):
+    """In bf16, without captions, text embedder and what the libraries take; activations by benchmarks/memory.py."""
+    from megasora.build import patch_dim
+    from megasora.model.flops import mlp_hidden, num_parameters
+
+    config = load(path)
+    m, p = config.model, config.parallel
+    weights = num_parameters(m, patch_dim(config)) / p.tensor / p.pipeline
+    sharded_by = processes_of(path) / p.tensor / p.pipeline
+    gradients = 4 * weights / (1 if p.zero_stage == 1 else sharded_by)
+    states = 16 * weights / sharded_by  # fp32: master weights, two moments, averages
+    tokens = config.data.tokens_per_pack / p.context / p.tensor
+    whole_block = (34 * m.width + 4 * mlp_hidden(m)) * tokens
+    held = {"none": 0, "full": 2, "attention": 4}[m.recompute] * m.width * tokens
+    again = 0 if m.recompute == "none" else m.recompute_blocks or m.depth
+    activations = again * held + (m.depth - again + min(again, 1)) * whole_block  # one is recomputed at a time
+    buffers = 4 * min(500_000_000, weights)
+    total = (2 * weights + gradients + states + activations + buffers) / 1e9
+    written = float(re.search(r"[Aa]bout (\d+) GB each", path.read_text())[1])
+    assert written == pytest.approx(total, rel=0.1, abs=1)

@@ -4,9 +4,9 @@ matrix, and between matrices a part of the tokens.
     tokens [L/t, D] --gather--> [L, D] --column--> [L, F/t] ... [L, F/t] --row--> [L, D] --scatter-sum--> [L/t, D]
 
 A column linear holds some of the outputs, a row linear some of the inputs. They take the place of nn.Linear, under the
-same parameter names, so the model's forward is the one of a single process. In the backward passes the collective of
-one gradient runs while the other's product is computed. A pipeline may set `later`, to have the gradients of weights
-put off: it is called with a weight and what computes its gradient.
+same parameter names, so the model's forward is the one of a single process. While tokens are gathered, the product of
+those that are here is computed, and while one gradient is summed, that of the other. A pipeline may set `later`, to
+have the gradients of weights put off: it is called with a weight and what computes its gradient.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class GatheredLinear(Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, linear: ColumnLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.linear = linear
-        return torch.addmm(bias, finish(start_gather(x, linear.axis)), weight.t())
+        return gathered_product(x, weight.t(), linear.axis)[0].add_(bias)
 
     @staticmethod
     @once_differentiable
@@ -101,13 +101,24 @@ class ScatteredLinear(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), later, grad_weight = ctx.saved_tensors, ctx.linear.later, None
-        grad = finish(start_gather(grad, ctx.linear.axis))
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x, grad = gathered_product(grad, weight, ctx.linear.axis)
         if ctx.needs_input_grad[1] and later is None:
             grad_weight = grad.t() @ x
         elif ctx.needs_input_grad[1]:
             later(ctx.linear.weight, lambda: grad.t() @ x)
         return grad_x, grad_weight, None
+
+
+def gathered_product(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """x [L/t, D] of all ranks, times `matrix` [D, F] -> [L, F], and x gathered; my own tokens' product is computed
+    while those of the others arrive."""
+    gathering, mine = start_gather(x, axis), len(x) * axis.rank
+    y = x.new_empty(len(x) * axis.size, matrix.shape[1])
+    torch.mm(x, matrix, out=y[mine : mine + len(x)])
+    full = finish(gathering)
+    for part in (slice(0, mine), slice(mine + len(x), len(full))):
+        torch.mm(full[part], matrix, out=y[part])
+    return y, full
 
 
 class JoinRuns(Function):

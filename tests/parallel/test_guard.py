@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
@@ -175,14 +174,14 @@ def run_cases():
     return parameters, {name: check_inputs(case, world, made) for name, case in PACKS.items()}
 
 
-@cache
+@pytest.fixture(scope="module")
 def on_ranks():
     return run_ranks(run_cases, 4)
 
 
 @pytest.mark.parametrize("kind, name", [(0, n) for n in PARAMETERS] + [(1, n) for n in PACKS])
-def test_a_flipped_bit_is_told_on_every_rank_with_its_name_and_the_ranks(kind, name):
-    case, said = (PARAMETERS, PACKS)[kind][name], [rank[kind][name] for rank in on_ranks()]
+def test_a_flipped_bit_is_told_on_every_rank_with_its_name_and_the_ranks(kind, name, on_ranks):
+    case, said = (PARAMETERS, PACKS)[kind][name], [rank[kind][name] for rank in on_ranks]
     expected = f"step {STEP}: {'; '.join(case.told)}{END}" if case.told else None
     assert said == [expected] * 4
 

@@ -1,6 +1,6 @@
 """Linears whose matrix is spread over ranks, against nn.Linear on one process in float64: values and all gradients."""
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from megasora.model.attention import WidthNorm
 from megasora.parallel import tensor
-from megasora.parallel.collectives import Sum
+from megasora.parallel.collectives import total
 from megasora.parallel.mesh import Axis
 from megasora.parallel.placement import Placement
 from megasora.parallel.tensor import ColumnLinear, JoinRuns, RowLinear
@@ -106,7 +106,7 @@ def width_norm_case(axis):
         return results_of(y, x, full), {"y": by_head, "x": by_head, "weight": of_weight}
     module = WidthNorm(HEADS * HEAD_DIM)
     module.weight = nn.Parameter(of_weight.local(full.weight.detach(), axis.rank, RANKS).clone())
-    module.sum_over_heads = lambda square: Sum.apply(square, axis)
+    module.sum_over_heads = lambda part: total(part, axis)
     x = by_head.local(x, axis.rank, RANKS).clone().requires_grad_()
     y = module(x)
     y.backward(by_head.local(grad_y, axis.rank, RANKS))
@@ -215,15 +215,15 @@ def run_cases():
     return {name: case(axis) for name, case in CASES.items()}, needed_gradients(axis), put_off(axis)
 
 
-@cache
+@pytest.fixture(scope="module")
 def on_ranks():
     return run_ranks(run_cases, RANKS)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_those_of_the_whole_matrix(name):
+def test_values_and_gradients_are_those_of_the_whole_matrix(name, on_ranks):
     expected, places = CASES[name](None)
-    found = [rank[0][name] for rank in on_ranks()]
+    found = [rank[0][name] for rank in on_ranks]
     assert found[0].keys() == expected.keys() == places.keys()
     for what, place in places.items():
         parts = [rank[what] for rank in found]
@@ -250,16 +250,16 @@ NEEDED = {  # collectives of the backward pass
 
 
 @pytest.mark.parametrize("name, wanted", NEEDED)
-def test_a_gradient_that_nobody_needs_is_neither_computed_nor_sent(name, wanted):
-    for rank in on_ranks():
+def test_a_gradient_that_nobody_needs_is_neither_computed_nor_sent(name, wanted, on_ranks):
+    for rank in on_ranks:
         gradients, collectives = rank[1][name, wanted]
         assert gradients == set(wanted)
         assert collectives == NEEDED[name, wanted]
 
 
 @pytest.mark.parametrize("name", ["column", "row"])
-def test_the_gradient_of_a_weight_that_is_put_off_is_the_same_bit_for_bit(name):
-    for rank in on_ranks():
+def test_the_gradient_of_a_weight_that_is_put_off_is_the_same_bit_for_bit(name, on_ranks):
+    for rank in on_ranks:
         at_once, later = rank[2][name]
         assert all(torch.equal(a, b) for a, b in zip(at_once, later, strict=True))
         assert at_once[1].any()

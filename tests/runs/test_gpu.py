@@ -25,13 +25,25 @@ def test_a_run_on_a_gpu_follows_the_one_on_the_cpu(trained, shards, launch, tiny
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
-def test_attention_on_a_gpu_equals_the_reference(dtype, tolerance):
+@pytest.mark.parametrize("cu", [[0, 256, 512, 768, 1024], [0, 4, 900, 1000, 1013]], ids=["unmasked", "uneven"])
+def test_attention_on_a_gpu_equals_the_reference(cu, dtype, tolerance):
+    """Output and every gradient, off by the rounding of the dtype: relative to the largest number of each."""
     from megasora.kernels.attention import Segments, attention, attention_reference
 
     generator = torch.Generator().manual_seed(0)
-    cu = torch.tensor([0, 4, 900, 1000, 1013], dtype=torch.int32)
-    q, k, v = (torch.randn(1024, 4, 64, generator=generator, dtype=torch.float64) for _ in range(3))
-    expected = attention_reference(q, k, v, Segments.from_cu_seqlens(cu, cu, 1024, "cpu"))
-    on_gpu = Segments.from_cu_seqlens(cu, cu, 1024, "cuda")
-    out = attention(*(x.to("cuda", dtype) for x in (q, k, v)), on_gpu)
-    assert (out.cpu().double() - expected).abs().max() < tolerance
+    cu = torch.tensor(cu, dtype=torch.int32)
+    rounded = [torch.randn(1024, 4, 64, generator=generator).to(dtype) for _ in range(4)]
+
+    def output_and_gradients(function, device, to_dtype):
+        q, k, v, grad = (x.to(device, to_dtype) for x in rounded)
+        for x in (q, k, v):
+            x.requires_grad_()
+        out = function(q, k, v, Segments.from_cu_seqlens(cu, cu, 1024, device))
+        out.backward(grad)
+        return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+
+    exact = output_and_gradients(lambda *given: attention_reference(*given)[0], "cpu", torch.float64)
+    found = output_and_gradients(attention, "cuda", dtype)
+    for name, expected in exact.items():
+        error = (found[name].cpu().double() - expected).abs().max() / expected.abs().max()
+        assert error < tolerance, f"{name} is {float(error):.1e} off"
