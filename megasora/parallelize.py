@@ -22,7 +22,7 @@ from megasora.errors import MegaSoraError
 from megasora.model.attention import WidthNorm
 from megasora.model.dit import VideoDiT
 from megasora.model.init import initial_value
-from megasora.parallel.collectives import Join, Split, Spread, Sum
+from megasora.parallel.collectives import Join, Split, Spread, total
 from megasora.parallel.context import ContextAttention
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.pipeline import Pipeline, num_stages, stage_numbers
@@ -122,7 +122,7 @@ def apply_tensor_parallel(model: VideoDiT, axis: Axis) -> None:
         columns = next((options for pattern, options in COLUMNS.items() if fnmatch(name, pattern)), None)
         if isinstance(module, WidthNorm):
             module.weight = nn.Parameter(module.weight.new_empty(module.width // axis.size))
-            module.sum_over_heads = lambda x: Sum.apply(x, axis)
+            module.sum_over_heads = lambda x: total(x, axis)
         elif columns is not None:
             setattr(model.get_submodule(parent), child, ColumnLinear(module, axis, **columns))
         elif any(fnmatch(name, pattern) for pattern in ROWS):

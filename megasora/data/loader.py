@@ -63,7 +63,7 @@ class PackLoader:
             )
         if config.packs_per_step % ranks:
             raise MegaSoraError(
-                f"data.packs_per_step={config.packs_per_step} must be a multiple of the {ranks} data-parallel processes"
+                f"data.packs_per_step={config.packs_per_step} must be a multiple of the {ranks} data-parallel ranks"
             )
 
     def __iter__(self) -> Iterator[Step]:

@@ -6,7 +6,6 @@
     join: gather      my part       every rank does the same with the whole
     split: my part    gather        the inverse of join
     spread: nothing   sum           every rank has the same, and does something of its own with it
-    sum: sum          sum           every rank does something of its own with the total
 """
 
 from __future__ import annotations
@@ -83,17 +82,6 @@ class Spread(Function):
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return finish(start_sum(grad.clone(), ctx.axis)), None
-
-
-class Sum(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return finish(start_sum(x.clone(), axis))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

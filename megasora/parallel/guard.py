@@ -20,6 +20,8 @@ from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.placement import Placement
 from megasora.parallel.world import World
 
+SHOWN = 4  # differences that an error tells one by one
+
 
 def check_packs(packs: list[VideoBatch], axes: tuple[Axis, ...], world: World, step: int) -> None:
     """`packs` must be equal over each of `axes`: clean packs over tensor, context, pipeline; shares without context."""
@@ -60,7 +62,8 @@ def check_replicas(
 
 def hash_of(tensor: Tensor) -> int:
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+    digest = hashlib.blake2b(content, digest_size=8, salt=f"{tensor.dtype}"[-16:].encode())
+    return int.from_bytes(digest.digest(), "big", signed=True)
 
 
 def differences(names: list[str], hashes: list[int], axis: Axis, world: World) -> list[str]:
@@ -85,7 +88,8 @@ def refuse(lines: list[str], world: World, step: int) -> None:
         return
     found = world.gather(lines)
     first = sorted({line for rank in found for line in rank}) if found is not None else []
-    shown = world.from_main(first[:4])
+    more = [f"and {len(first) - SHOWN} more"] if len(first) > SHOWN else []
+    shown = world.from_main([*first[:SHOWN], *more])
     raise MegaSoraError(
         f"step {step}: {'; '.join(shown)}; what ranks share must be equal bit by bit: look for an input or a random "
         "number that depends on the rank"

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from megasora.parallel.collectives import Spread, finish, start_gather, start_scatter_sum
 from megasora.parallel.mesh import Axis
 
+# takes a weight and what computes its gradient, to be called under torch.no_grad
 Later = Callable[[nn.Parameter, Callable[[], Tensor]], None]
 
 

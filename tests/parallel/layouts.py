@@ -26,10 +26,10 @@ DIALECTS = {
 }
 BASE = [
     "model.width=32", "model.heads=4", "model.depth=4", "model.mlp_ratio=2.5", "codec.channels=6", "run.seed=5",
-    "data.tokens_per_pack=1066", "data.packs_per_step=4", "optim.rate=0.01", "optim.warmup=2", "optim.clip=0.1",
+    "data.tokens_per_pack=1066", "optim.rate=0.01", "optim.warmup=2", "optim.clip=0.1",
     "run.steps=100", "run.device=cpu", "run.dtype=float32", "optim.eps=1e-5", "optim.weight_decay=0.1",
 ]  # fmt: skip
-GRIDS = [  # of each pack: latent frames, rows, columns of tokens; some packs are part-full
+GRIDS = [  # of each pack: latent frames, rows, columns of tokens; some are part-full
     [(10, 10, 10), (1, 2, 2), (3, 4, 5)],
     [(1, 2, 2), (5, 9, 9), (4, 4, 8), (2, 16, 16)],
     [(1, 8, 8), (1, 1, 1), (7, 5, 6), (1, 2, 2), (2, 3, 4)],
@@ -52,6 +52,7 @@ def layout(processes: int, **axes: int | str) -> Layout:
     """Keyword `packs` is data.packs_per_step, `depth` model.depth, all others are of `parallel`."""
     data = processes // (axes.get("tensor", 1) * axes.get("context", 1) * axes.get("pipeline", 1))
     name = ",".join(f"{key}={value}" for key, value in {"data": data, **axes}.items())
+    axes.setdefault("packs", 4 if data > 1 or "pipeline" in axes else 2)  # where ranks take or pass several
     section = {"packs": "data.packs_per_step", "depth": "model.depth", "recompute": "model.recompute"}
     return Layout(name, processes, tuple(f"{section.get(k, f'parallel.{k}')}={v}" for k, v in axes.items()))
 

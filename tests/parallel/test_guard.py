@@ -75,7 +75,7 @@ PARAMETERS = {  # ranks are numbered with tensor innermost
         ("parameter native.mlp.0.bias differs on the tensor axis: rank 0 from rank 1",
          "parameter native.mlp.0.bias differs on the zero axis: rank 1 from rank 3",
          "parameter null_text differs on the tensor axis: rank 0 from rank 1",
-         "parameter null_text differs on the zero axis: rank 1 from rank 3"),
+         "parameter null_text differs on the zero axis: rank 1 from rank 3", "and 4 more"),
     ),
 }  # fmt: skip
 PACKS = {  # "number field" of clean packs, or of noised shares
