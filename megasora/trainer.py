@@ -109,7 +109,8 @@ class Trainer:
                 self.save()
             if last:
                 break
-            watch.read()  # validation and saving are not part of a step
+            watch.lap("apart")  # validation and saving are not part of a step
+            watch.read()
         if main:
             self.progress.close()
             self.wandb.close()

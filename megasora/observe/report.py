@@ -121,6 +121,9 @@ def show_facts(run: Run) -> str:
     parts = [run.folder, *(facts[key] for key in ("created", "host", "machine", "device") if facts.get(key))]
     if facts.get("world_size"):
         parts.append(plural(int(facts["world_size"]), "process"))
+    axes = [f"{name} {size}" for name, size in facts.get("layout", {}).items() if size > 1]
+    if axes:
+        parts.append(" × ".join(axes))
     parts += [f"{key} {facts[key]}" for key in ("megasora", "torch") if facts.get(key)]
     memory = run.metrics["memory_gib"]
     if np.isfinite(memory).any():

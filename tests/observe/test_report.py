@@ -61,6 +61,7 @@ def make_run(folder: Path) -> Path:
     write_lines(folder / "metrics.jsonl", lines, torn='{"step": 5, "lo')
     write_lines(folder / "validation.jsonl", [validation_line(0, 1.75), validation_line(4, 0.5)])
     run = {"created": "2026-01-02", "host": "here", "world_size": 2, "parameters": 1_234_567}
+    run["layout"] = {"pipeline": 1, "data": 1, "context": 1, "tensor": 2}
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
 
     reads = [{}, {"direction": "right"}, {"direction": None, "color": "blue"}, {"shape": "square"}]
@@ -205,7 +206,7 @@ def test_changed_settings_are_listed_with_their_defaults(page):
 def test_head_names_where_the_run_was_made(page):
     head = page[page.index("<header>") : page.index("</header>")].replace(run_folder.NBSP, " ")
     facts = re.findall("<li>([^<]*)</li>", head)
-    assert facts[1:] == ["2026-01-02", "here", "2 processes", "2.0 GiB at most in the first process"]
+    assert facts[1:] == ["2026-01-02", "here", "2 processes", "tensor 2", "2.0 GiB at most in the first process"]
 
 
 def test_page_says_what_was_left_out_or_repaired(page):
