@@ -61,6 +61,7 @@ class ZeroEngine:
         self.world, self.mesh, self.placements, self.attention = world, mesh, placements, attention
         self.module = next(iter(stages.values())) if len(stages) == 1 else nn.ModuleList(stages.values())
         self.parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
+        self.name_of = {parameter: name for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             parameter.model_parallel = placements[name].counts_here(mesh)  # DeepSpeed's word for: counts in the norm
         groups = parameter_groups(self.parameters, placements, decayed)
@@ -180,10 +181,6 @@ class ZeroEngine:
         return [(group, list(optimizer.averaged_gradients[i])) for i, group in enumerate(groups)]
 
     # ------------------------------------------------------------------ weights
-
-    @property
-    def name_of(self) -> dict[nn.Parameter, str]:
-        return {parameter: name for name, parameter in self.parameters.items()}
 
     def fragments(self) -> list[Fragment]:
         """Every master slice of this rank. The tensors stay valid, and change with each step."""
