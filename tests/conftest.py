@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -76,3 +77,19 @@ def train_arguments(run: Path, shards: Path, tiny: list[str]) -> list[str]:
     config = Path(__file__).parent / "runs" / "tiny.yaml"
     every = ["run.steps=20", "checkpoint.every=10", "validation.every=10"]
     return [str(config), f"run.dir={run}", f"data.shards={shards}", *every, *tiny]
+
+
+def lines(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    """What a run has written, an object a line."""
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def check_repeats(whole: Path, resumed: Path) -> None:
+    """`resumed`, a copy of `whole` that went on from step 10 to 20 once more, has repeated it bit for bit."""
+    first, again = lines(whole), lines(resumed)[20:]
+    assert [line["step"] for line in again] == list(range(11, 21))
+    for a, b in zip(first[10:], again, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    for file in ("ema.safetensors", "model.safetensors"):
+        paths = [run / "checkpoints" / "step-00000020" / file for run in (whole, resumed)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import train_arguments
+from conftest import check_repeats, lines, train_arguments
 from safetensors.torch import load_file
 
 from megasora.config import load
@@ -32,10 +30,6 @@ def train(arguments: list[str]) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size, torch.device("cpu"))
     Trainer(config, world, build_mesh(config.parallel, "cpu")).run()
-
-
-def lines(run: Path, file: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
 @pytest.mark.timeout(300)
@@ -64,10 +58,4 @@ def test_a_run_in_another_layout_is_the_same_run_and_resumes_bit_for_bit(setting
     shutil.rmtree(again / "checkpoints" / "step-00000020")
     (again / "checkpoints" / "latest").write_text("step-00000010\n")
     run_ranks(train, LAYOUTS[settings], [*train_arguments(again, shards, tiny), *settings])
-    resumed = lines(again)[20:]
-    assert [line["step"] for line in resumed] == list(range(11, 21))
-    for a, b in zip(ours[10:], resumed, strict=True):
-        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
-    for file in ("model.safetensors", "ema.safetensors"):
-        paths = [r / "checkpoints" / "step-00000020" / file for r in (run, again)]
-        assert paths[0].read_bytes() == paths[1].read_bytes()
+    check_repeats(run, again)

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import train_arguments
-
-
-def lines(run: Path, file: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+from conftest import check_repeats, lines, train_arguments
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
@@ -41,13 +33,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, shards
     code, output = launch("megasora.train", *train_arguments(resumed, shards, tiny))
     assert code == 0, output
     assert "from step 10" in output
-    first, again = lines(trained), lines(resumed)[20:]
-    assert [line["step"] for line in again] == list(range(11, 21))
-    for a, b in zip(first[10:], again, strict=True):
-        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
-    for file in ("ema.safetensors", "model.safetensors"):
-        paths = [run / "checkpoints" / "step-00000020" / file for run in (trained, resumed)]
-        assert paths[0].read_bytes() == paths[1].read_bytes()
+    check_repeats(trained, resumed)
     assert not list((resumed / "checkpoints").glob(".*"))
 
 
