@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # read when Triton is imported: its kernels then run on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TINY = [  # a model that trains in milliseconds, with every mechanism on
     "run.seed=3", "data.tokens_per_pack=256", "data.packs_per_step=2", "data.lookahead=16", "model.width=32",

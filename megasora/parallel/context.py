@@ -32,8 +32,8 @@ from megasora.kernels.attention import (
     attention_backward,
     attention_forward,
     kept_or_computed,
-    merge_partial_attention,
 )
+from megasora.kernels.merge_partial_attention import merge_partial_attention
 from megasora.parallel.mesh import Axis
 
 Slots = slice | Tensor  # tokens of a rank: one run of them, or int64 numbers
@@ -163,10 +163,11 @@ def taken_ahead(items: Iterator[Transfer]) -> Iterator[Transfer]:
 
 class ContextAttention:
     """Takes the place of `megasora.kernels.attention.attention` where ranks share a pack. All ranks of both axes must
-    make one, and call it in the same order."""
+    make one, and call it in the same order. `backend` and `deterministic` as there."""
 
-    def __init__(self, ring: Axis, ulysses: Axis):
+    def __init__(self, ring: Axis, ulysses: Axis, backend: str = "auto", deterministic: bool = True):
         self.ring, self.ulysses = ring, ulysses
+        self.backend, self.deterministic = backend, deterministic
         self.bytes_sent = 0  # by this rank, forward and backward
         if ring.is_split:  # NCCL needs all of a group's ranks in its first operation, and hops may leave some out
             dist.barrier(ring.group)
@@ -215,7 +216,7 @@ class ContextAttention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: ContextSegments, kept: list | None) -> Tensor:
         """Of all tokens of this rank of the ring."""
         if not self.ring.is_split:
-            return attention(q, k, v, segments.own, kept)
+            return attention(q, k, v, segments.own, kept, self.backend, self.deterministic)
         return AttentionAlongRing.apply(q, k, v, self, segments, kept)
 
     def swap(self, x: Tensor) -> Tensor:
@@ -230,13 +231,13 @@ class ContextAttention:
         """out and lse over the keys of all ranks."""
         hops = [hop for hop in segments.hops if hop.num_sent or hop.num_received]
         arrivals = taken_ahead(self.post_keys(hop, k, v) for hop in hops)
-        out, lse = attention_forward(q, k, v, segments.own)
+        out, lse = attention_forward(q, k, v, segments.own, self.backend)
         out = out.to(lse.dtype)
         for hop, arriving in zip(hops, arrivals, strict=True):
             keys = arriving.wait()
             if keys is not None:
                 at = hop.queries
-                part = attention_forward(q[at], *keys.unbind(), hop.segments)
+                part = attention_forward(q[at], *keys.unbind(), hop.segments, self.backend)
                 out[at], lse[at] = merge_partial_attention(out[at], lse[at], *part)
         return out.to(q.dtype), lse
 
@@ -250,7 +251,8 @@ class ContextAttention:
         over all hops that anybody makes. Forward, where there are but keys, a rank can look beyond hops that skip it.
         """
         arrivals = taken_ahead(self.post_keys(hop, k, v) for hop in segments.hops)
-        own = attention_backward(grad_out, q, k, v, out, lse, segments.own)
+        how = self.backend, self.deterministic
+        own = attention_backward(grad_out, q, k, v, out, lse, segments.own, *how)
         dq, dk, dv = (x.to(lse.dtype) for x in own)
 
         def add_returned(hop: Hop, returning: Transfer) -> None:
@@ -265,7 +267,7 @@ class ContextAttention:
             if keys is not None:
                 at = hop.queries
                 dq_h, dk_h, dv_h = attention_backward(
-                    grad_out[at], q[at], *keys.unbind(), out[at], lse[at], hop.segments
+                    grad_out[at], q[at], *keys.unbind(), out[at], lse[at], hop.segments, *how
                 )
                 dq[at] += dq_h
                 gradients = torch.stack((dk_h, dv_h)).to(lse.dtype)

@@ -7,7 +7,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megasora.kernels.attention import (
-    BUCKET_WASTE,
     CPU,
     PLAIN,
     Segments,
@@ -15,8 +14,9 @@ from megasora.kernels.attention import (
     attention_backward,
     attention_forward,
     attention_reference,
-    merge_partial_attention,
 )
+from megasora.kernels.merge_partial_attention import merge_partial_attention
+from megasora.kernels.segments import BUCKET_WASTE
 
 # lengths of the segments' queries and keys; the first pack is self-attention
 PACKS = {
@@ -292,14 +292,14 @@ def test_buckets_compute_little_more_than_the_segments_need():
     lengths = torch.randint(1, 400, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     cu = cumulative(lengths)
     segments = Segments.from_cu_seqlens(cu, cu, sum(lengths), "cpu")
-    computed = sum(b.queries.index.numel() * b.keys.index.shape[1] for b in segments.buckets)
+    computed = sum(math.prod(b.queries.shape) * b.keys.shape[1] for b in segments.buckets)
     assert computed <= BUCKET_WASTE**2 * sum(n * n for n in lengths)
     assert len(segments.buckets) <= 2 + math.log(400, BUCKET_WASTE)
 
 
 def test_one_segment_of_many_keys_does_not_lengthen_those_of_few():
     segments = ranges([0, 10, 20], [10, 10, 10], [0, 9, 2000], [9, 1900, 11], 30)
-    assert sum(b.queries.index.numel() * b.keys.index.shape[1] for b in segments.buckets) <= 10 * 1900 + 20 * 11
+    assert sum(math.prod(b.queries.shape) * b.keys.shape[1] for b in segments.buckets) <= 10 * 1900 + 20 * 11
 
 
 @pytest.mark.parametrize("lengths", [[100], [25, 25, 25, 25]], ids=str)

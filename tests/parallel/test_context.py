@@ -239,6 +239,7 @@ class Recorded(ContextAttention):
     def __init__(self, ring, rank):
         alone = Axis("ulysses", 1, 0, None)
         self.ring, self.ulysses, self.bytes_sent = Axis("ring", ring, rank, None), alone, 0
+        self.backend, self.deterministic = "auto", True
         self.events = []
 
     def post(self, sent, to, received, source, tag):
