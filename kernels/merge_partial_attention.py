@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasora.kernels.launch import Launch, Table, check_device, chosen, launch_for
+from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for
 
 MERGE: Table = {"any": Launch()}
 
@@ -58,7 +58,7 @@ def merge_kernel(
 
 @torch.library.custom_op("megasora::merge_partial_attention", mutates_args=())
 def merge_triton(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    out_a, out_b = (x if x.stride(-1) == 1 else x.contiguous() for x in (out_a, out_b))
+    out_a, out_b = dense(out_a), dense(out_b)
     out, lse = empty_merged(out_a)
     launch, block = launch_for(MERGE, out.device), triton.next_power_of_2(out.shape[2])
     vectors, count = launch.vectors(block), lse.numel()

@@ -77,6 +77,10 @@ class ModelConfig:
     weights: str = ""  # safetensors of a whole model to start from; empty: megasora.model.init
     qk_norm: str = "head"  # head: RMSNorm of each head; width: of all heads together (Wan); none
     rope_base: float = 10_000.0
+    rope_scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # of t, h, w: clips over those trained on
+    kernels: str = "auto"  # auto: triton on a GPU, torch on a CPU | triton | torch
+    attention: str = "auto"  # the first that can: flash3 | flash2 | varlen | sdpa | plain
+    deterministic: bool = True  # attention adds up in one order: a run repeats bit by bit; false: faster on GPUs
     text_depth: int = 1  # self-attention blocks over the text tokens
     recompute: str = "none"  # in the backward pass: none | full: a block's activations | attention: all but attention's
     recompute_blocks: int = 0  # how many blocks do so, evenly spread; 0: all
@@ -338,6 +342,8 @@ def validate(config: Config) -> None:
     one_of("model.modulation", m.modulation, ("block", "shared"))
     one_of("model.qk_norm", m.qk_norm, ("head", "width", "none"))
     one_of("model.recompute", m.recompute, ("none", "full", "attention"))
+    one_of("model.kernels", m.kernels, ("auto", "triton", "torch"))
+    one_of("model.attention", m.attention, ("auto", "flash3", "flash2", "varlen", "sdpa", "plain"))
     one_of("sample.solver", config.sample.solver, ("euler", "heun"))
     one_of("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
     one_of("parallel.zero_stage", config.parallel.zero_stage, (1, 2, 3))
@@ -380,6 +386,8 @@ def validate(config: Config) -> None:
         raise MegaSoraError(f"model.recompute_blocks={m.recompute_blocks} must be at most model.depth={m.depth}")
     for key in ("width", "depth", "heads", "mlp_ratio", "rope_base"):
         positive(f"model.{key}", getattr(m, key))
+    if len(m.rope_scale) != 3 or any(not math.isfinite(s) or s <= 0 for s in m.rope_scale):
+        raise MegaSoraError(f"model.rope_scale={m.rope_scale} must be three positive numbers: time, height, width")
     if m.width > MAX_WIDTH:
         raise MegaSoraError(f"model.width={m.width} must be at most {MAX_WIDTH}")
     at_least("model.text_depth", m.text_depth, 0)

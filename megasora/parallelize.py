@@ -74,7 +74,8 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
 
 def build_local_model(config: Config, device: torch.device, mesh: Mesh) -> LocalModel:
     """This rank's stages in fp32, filled with the weights of step 0."""
-    attention = ContextAttention(mesh.ring, mesh.ulysses) if mesh.context.is_split else None
+    how = config.model.attention, config.model.deterministic
+    attention = ContextAttention(mesh.ring, mesh.ulysses, *how) if mesh.context.is_split else None
     stages, placements, value_of = {}, {}, first_values(config)
     for number, first_block, num_blocks in stages_here(config, mesh.pipeline):
         with torch.device("meta"):

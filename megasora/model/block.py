@@ -1,8 +1,8 @@
 """One block of the transformer: self-attention, cross-attention to the caption, MLP; adaLN-Zero around the first and
 the last (DiT, arXiv 2212.09748).
 
-Shift, scale and gate are computed once a row and meet the row's tokens in kernels.adaln_modulate alone: spread over
-the tokens, each would be as large as these.
+Shift, scale and gate are computed once a row and meet the row's tokens inside kernels alone: spread over the tokens,
+each would be as large as these. Between two branches, one kernel adds the first to the stream and norms the sum.
 """
 
 from __future__ import annotations
@@ -11,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megasora.kernels.adaln_modulate import adaln_modulate, gated_add
+from megasora.config import ModelConfig
+from megasora.kernels.adaln_modulate import adaln_modulate
 from megasora.kernels.attention import Segments
+from megasora.kernels.gated_add import gated_add
+from megasora.kernels.gated_residual_adaln import gated_residual_adaln
+from megasora.kernels.rope3d import Rope
+from megasora.kernels.rows import Rows
 from megasora.model.attention import NORM_EPS, CrossAttention, SelfAttention
 
 
@@ -45,19 +50,29 @@ class RowModulation(nn.Module):
         return (shared_RCD + self.table).unbind(-2)
 
 
-def modulate(x_LD: Tensor, shift_RD: Tensor, scale_RD: Tensor, row_L: Tensor) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift, with the scale and shift of each token's row."""
-    return adaln_modulate(x_LD, shift_RD, scale_RD, row_L, NORM_EPS)
+class ResidualNorm(nn.Module):
+    """x + gate branch, and its LayerNorm with a weight and a bias: both [L, D]."""
+
+    def __init__(self, width: int, kernels: str):
+        super().__init__()
+        self.kernels = kernels
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        affine = {"weight_D": self.weight, "bias_D": self.bias}
+        return gated_residual_adaln(x_LD, branch_LD, gate_RD, None, None, rows, NORM_EPS, **affine, via=self.kernels)
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_hidden: int, qk_norm: str, shared_modulation: bool):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.modulation = RowModulation(width, 6, shared_modulation)
-        self.attention = SelfAttention(width, heads, qk_norm)
-        self.cross_norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.cross = CrossAttention(width, heads, qk_norm)
-        self.mlp = MLP(width, mlp_hidden)
+        self.kernels = config.kernels
+        self.modulation = RowModulation(config.width, 6, config.modulation == "shared")
+        self.attention = SelfAttention(config)
+        self.cross_norm = ResidualNorm(config.width, config.kernels)
+        self.cross = CrossAttention(config)
+        self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
 
     def forward(
         self,
@@ -65,16 +80,16 @@ class Block(nn.Module):
         cond_RD: Tensor,
         shared_RCD: Tensor | None,
         text_SD: Tensor,
-        row_L: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rows: Rows,
+        rope: Rope,
         segments: Segments,
         text_segments: Segments,
         kept: list | None = None,
     ) -> Tensor:
         """`kept`: where self-attention leaves its output for a second run of this forward, see kernels.attention."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond_RD, shared_RCD)
-        branch = self.attention(modulate(x_LD, shift_a, scale_a, row_L), segments, rope, kept)
-        x_LD = gated_add(x_LD, branch, gate_a, row_L)
-        x_LD = x_LD + self.cross(self.cross_norm(x_LD), text_SD, text_segments)
-        branch = self.mlp(modulate(x_LD, shift_m, scale_m, row_L))
-        return gated_add(x_LD, branch, gate_m, row_L)
+        h_LD = adaln_modulate(x_LD, shift_a, scale_a, rows, NORM_EPS, via=self.kernels)
+        x_LD, h_LD = self.cross_norm(x_LD, self.attention(h_LD, segments, rope, kept), gate_a, rows)
+        branch_LD = self.cross(h_LD, text_SD, text_segments)
+        x_LD, h_LD = gated_residual_adaln(x_LD, branch_LD, None, shift_m, scale_m, rows, NORM_EPS, via=self.kernels)
+        return gated_add(x_LD, self.mlp(h_LD), gate_m, rows, via=self.kernels)

@@ -21,11 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from megasora.batch import VideoBatch, owner_of_tokens
 from megasora.config import ModelConfig
+from megasora.kernels.adaln_modulate import adaln_modulate
 from megasora.kernels.attention import Segments
-from megasora.model.block import Block, RowModulation, modulate
+from megasora.kernels.rope3d import Rope
+from megasora.kernels.rows import Rows
+from megasora.model.attention import NORM_EPS
+from megasora.model.block import Block, RowModulation
 from megasora.model.embed import NativeEmbedding, TimestepEmbedding
 from megasora.model.init import initial_value
-from megasora.model.rope import rope_angles
 
 
 def segments_of(batch: VideoBatch) -> Segments:
@@ -60,12 +63,7 @@ class VideoDiT(nn.Module):
         self.null_text = nn.Parameter(torch.zeros(width))  # stands for a hidden caption
         self.pooled_text = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width))
         self.shared_modulation = nn.Linear(width, 6 * width) if shared else None
-        self.blocks = nn.ModuleDict(
-            {
-                str(i): Block(width, config.heads, int(width * config.mlp_ratio), config.qk_norm, shared)
-                for i in range(config.depth)
-            }
-        )
+        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.depth)})
         self.final_modulation: nn.Module | None = RowModulation(width, 2, shared)
         self.patch_out: nn.Module | None = nn.Linear(width, patch_dim)
         self.segments_of: Callable[[VideoBatch], Any] = segments_of
@@ -98,9 +96,9 @@ class VideoDiT(nn.Module):
         device, length = batch.patches_LP.device, len(batch.patches_LP)
         segments = self.segments_of(batch)
         text_segments = Segments.from_cu_seqlens(batch.cu_segments, batch.cu_text, length, device)
-        row_L = self.split_tokens(owner_of_tokens(batch.cu_rows, length)).to(device)
-        angles = rope_angles(batch.coords_L3, self.config.width // self.config.heads, self.config.rope_base)[:, None]
-        rope = angles.cos(), angles.sin()
+        rows = self.rows_of(batch)
+        head_dim = self.config.width // self.config.heads
+        rope = Rope.build(batch.coords_L3, head_dim, self.config.rope_base, scale=self.config.rope_scale)
 
         x_LD = self.embed(batch) if self.patch_in is not None else hidden_LD
         text_SD, pooled_GD = self.read_text(batch)
@@ -110,7 +108,7 @@ class VideoDiT(nn.Module):
             shared_RCD = self.shared_modulation(F.silu(cond_RD)).unflatten(-1, (6, -1))
 
         for number, block in self.blocks.items():
-            state = (x_LD, cond_RD, shared_RCD, text_SD, row_L, rope, segments, text_segments)
+            state = (x_LD, cond_RD, shared_RCD, text_SD, rows, rope, segments, text_segments)
             if self.training and recomputes(int(number), self.config):
                 kept = [] if self.config.recompute == "attention" else None
                 x_LD = checkpoint(block, *state, kept, use_reentrant=False, preserve_rng_state=False)
@@ -120,8 +118,15 @@ class VideoDiT(nn.Module):
             return x_LD
 
         shift_RD, scale_RD = self.final_modulation(cond_RD, self.spread_rows(cond_RD)[:, None])
-        out_LP = self.join_tokens(self.patch_out(modulate(x_LD, shift_RD, scale_RD, row_L)))
+        x_LD = adaln_modulate(x_LD, shift_RD, scale_RD, rows, NORM_EPS, via=self.config.kernels)
+        out_LP = self.join_tokens(self.patch_out(x_LD))
         return out_LP.to(torch.promote_types(out_LP.dtype, torch.float32))
+
+    def rows_of(self, batch: VideoBatch) -> Rows:
+        """The rows of the tokens whose hidden vectors are here, which are a run of the pack's."""
+        here = self.split_tokens(torch.arange(len(batch.patches_LP)))
+        cu_rows = (batch.cu_rows.long() - here[0]).clamp(0, len(here))
+        return Rows.from_cu_seqlens(cu_rows, len(here), batch.patches_LP.device)
 
     def embed(self, batch: VideoBatch) -> Tensor:
         x_LD = self.patch_in(self.split_tokens(batch.patches_LP).to(self.patch_in.weight.dtype))

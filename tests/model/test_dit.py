@@ -9,7 +9,6 @@ from megasora.batch import owner_of_tokens
 from megasora.config import ModelConfig, TextConfig
 from megasora.data.pack import Record, make_batch
 from megasora.diffusion.flow import rows_of
-from megasora.model.block import modulate
 from megasora.model.dit import VideoDiT
 from megasora.text import build_text_encoder
 
@@ -169,17 +168,18 @@ def test_output_depends_on_its_own_caption_unless_hidden():
         assert torch.allclose(a, b, **EXACT) is (i != 1)
 
 
-def test_a_row_modulates_its_own_tokens_alone():
-    x = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
-    shift, scale = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
-    cu_rows = torch.tensor([0, 4, 5, 8], dtype=torch.int32)  # two rows of a segment, one of another, padding
-    row_L = owner_of_tokens(cu_rows, 10)
-    assert row_L.tolist() == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2]
-    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    out = modulate(x, shift, scale, row_L)
-    torch.testing.assert_close(out, normed * (1 + scale[row_L]) + shift[row_L])
-    changed = modulate(x, shift + torch.tensor([[0.0], [1.0], [0.0]]), scale, row_L)
-    assert (out == changed).all(-1).tolist() == [i != 4 for i in range(10)]
+def test_each_part_of_the_tokens_has_its_rows():
+    """As tensor-parallel ranks cut them: the rows of the parts, one after the other, are those of the pack."""
+    model, batch = make_model(), make_pack()
+    length = len(batch.patches_LP)
+    whole, parts = model.rows_of(batch), []
+    assert whole.num_real == batch.num_tokens
+    assert torch.equal(whole.row_L, owner_of_tokens(batch.cu_rows, length)[: batch.num_tokens].int())
+    for part in torch.arange(length).tensor_split(3):
+        model.split_tokens = lambda x, part=part: x[part]
+        parts.append(model.rows_of(batch))
+    assert torch.cat([rows.row_L for rows in parts]).tolist() == whole.row_L.tolist()
+    assert {rows.num_rows for rows in parts} == {whole.num_rows} and sum(rows.num_tokens for rows in parts) == length
 
 
 @BOTH

@@ -96,7 +96,7 @@ def row_case(axis):
 def width_norm_case(axis):
     """A rank has some of the heads of every token."""
     x, grad_y = drawn(TOKENS, HEADS, HEAD_DIM, seed=3), drawn(TOKENS, HEADS, HEAD_DIM, seed=4)
-    full, by_head, of_weight = WidthNorm(HEADS * HEAD_DIM).double(), Placement(cut=1), Placement(cut=0)
+    full, by_head, of_weight = WidthNorm(HEADS * HEAD_DIM, "auto").double(), Placement(cut=1), Placement(cut=0)
     with torch.no_grad():
         full.weight.copy_(drawn(HEADS * HEAD_DIM, seed=1))
     if axis is None:
@@ -104,7 +104,7 @@ def width_norm_case(axis):
         y = full(x)
         y.backward(grad_y)
         return results_of(y, x, full), {"y": by_head, "x": by_head, "weight": of_weight}
-    module = WidthNorm(HEADS * HEAD_DIM)
+    module = WidthNorm(HEADS * HEAD_DIM, "auto")
     module.weight = nn.Parameter(of_weight.local(full.weight.detach(), axis.rank, RANKS).clone())
     module.sum_over_heads = lambda part: total(part, axis)
     x = by_head.local(x, axis.rank, RANKS).clone().requires_grad_()

@@ -1,0 +1,151 @@
+"""Bytes that go to and from memory while operations of kernels/ run, counted without a GPU.
+
+    with Traffic() as traffic:
+        y = adaln_modulate(x, shift, scale, rows, 1e-6, via="triton")
+    traffic.bytes                              all of them
+    traffic.by_place["forward_kernel.x_LD"]    what this argument of this kernel gave or took
+
+Triton's interpreter runs a kernel program by program, and what it loads and stores passes through a few functions: lanes
+that a mask leaves out do not count, an address that several lanes read at once counts once. What PyTorch computes around
+the kernels counts too: what an operator reads and what it writes; views and empty tensors are free. Bytes are those of
+the dtype that tensors have, so bf16 tensors are the ones to give: the interpreter computes such numbers badly, but it
+takes the same ones.
+
+No cache is assumed. What a GPU reads again may come from its cache, so that a kernel moves these bytes at most.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+OURS = "megasora"  # the namespace of operators that launch kernels
+ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+OVERWRITE = ("copy_", "fill_", "zero_")  # do not read what they write to
+
+
+class Traffic:
+    """Counts while it is entered. Kernels must be interpreted: TRITON_INTERPRET=1, see kernels/launch.py."""
+
+    def __init__(self) -> None:
+        self.by_place: Counter[str] = Counter()  # bytes, by kernel and argument, or by operator of PyTorch
+        self.kernel: str | None = None  # at work
+        self.spans: dict[str, tuple[int, int]] = {}  # the first and last address of its arguments
+        self.stack = ExitStack()
+
+    @property
+    def bytes(self) -> int:
+        return self.by_place.total()
+
+    def __enter__(self) -> Traffic:
+        for owner, name, replacement in (
+            (GridExecutor, "__call__", self.launch),
+            (InterpreterBuilder, "create_masked_load", self.load),
+            (InterpreterBuilder, "create_masked_store", self.store),
+            (InterpreterBuilder, "create_atomic_rmw", self.atomic),
+        ):
+            method = passing(getattr(owner, name), replacement)
+            self.stack.enter_context(mock.patch.object(owner, name, method))
+        self.stack.enter_context(Operators(self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def launch(self, original: Callable, executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        given = [*zip(executor.arg_names, args, strict=False), *kwargs.items()]
+        self.spans = {name: span(x) for name, x in given if isinstance(x, Tensor)}
+        self.kernel = inspect.unwrap(executor.fn).__name__
+        try:
+            original(executor, *args, **kwargs)
+        finally:
+            self.kernel = None
+
+    def load(self, original: Callable, builder: InterpreterBuilder, ptrs: Any, mask: Any, *rest: Any, **named: Any):
+        self.count(ptrs, mask)
+        return original(builder, ptrs, mask, *rest, **named)
+
+    def store(
+        self, original: Callable, builder: InterpreterBuilder, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any
+    ):
+        self.count(ptrs, mask)
+        return original(builder, ptrs, value, mask, *rest, **named)
+
+    def atomic(
+        self, original: Callable, builder: InterpreterBuilder, op: Any, ptrs: Any, value: Any, mask: Any, *rest: Any
+    ):
+        self.count(ptrs, mask, times=2)  # read and written
+        return original(builder, op, ptrs, value, mask, *rest)
+
+    def count(self, ptrs: Any, mask: Any, times: int = 1) -> None:
+        addresses = np.sort(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)])
+        if not len(addresses):
+            return
+        holders = [(low, name) for name, (low, high) in self.spans.items() if low <= int(addresses[0]) <= high]
+        place = f"{self.kernel}.{max(holders)[1] if holders else '?'}"
+        distinct = 1 + int(np.count_nonzero(np.diff(addresses)))
+        self.by_place[place] += times * distinct * ptrs.get_element_ty().primitive_bitwidth // 8
+
+
+class Operators(TorchDispatchMode):
+    """Counts what PyTorch's operators read and write; looks into those of ours."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self.traffic = traffic
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        schema, kwargs = func._schema, kwargs or {}
+        if func.namespace == OURS:
+            with self:  # as if its body stood here: what it does beside launching kernels counts
+                return OPDEFS[schema.name]._init_fn(*args, **kwargs)
+        result = func(*args, **kwargs)
+        name = schema.name.partition("::")[2]
+        if self.traffic.kernel is not None or name in ALLOCATE:  # the interpreter looks at its arguments by operators
+            return result
+        given = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | kwargs
+        changed = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        if changed:
+            written = [x for key in changed for x in tensors(given[key])]
+            read = [x for key, value in given.items() if key not in changed or name not in OVERWRITE for x in tensors(value)]
+        else:
+            storages = {x.untyped_storage().data_ptr() for x in tensors(given)}
+            written = [x for x in tensors(result) if x.untyped_storage().data_ptr() not in storages]
+            read = tensors(given)
+        if written:
+            self.traffic.by_place[f"aten.{name}"] += sum(map(bytes_of, [*read, *written]))
+        return result
+
+
+def passing(original: Callable, replacement: Callable) -> Callable:
+    """A method that calls `replacement` with what it replaces before its own arguments."""
+    return lambda *args, **kwargs: replacement(original, *args, **kwargs)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def bytes_of(x: Tensor) -> int:
+    """Of the numbers that are in memory: what is spread by expanding counts once."""
+    return torch.Size(size if stride else 1 for size, stride in zip(x.shape, x.stride(), strict=True)).numel() * (
+        x.element_size() if x.numel() else 0
+    )
+
+
+def span(x: Tensor) -> tuple[int, int]:
+    """The addresses of its first and last byte."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() - 1

@@ -1,0 +1,104 @@
+"""Kernels as a GPU would run them, without one: compiled for A100 and H100, and read back from the machine code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megasora.kernels.launch import INTERPRETED
+from megasora.testing import compiled
+
+WIDTHS = "1152", "3072", "5120"
+HEAD_DIMS = "64", "96", "128"
+
+
+def without_interpreter(*command: object) -> subprocess.CompletedProcess:
+    """Python, in a process where kernels are compiled; skips where there is no compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, check=False, timeout=600
+    )
+    if "CUDA tools are not complete" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module", params=[80, 90])
+def kernels(request, tmp_path_factory) -> list[dict]:
+    """Of every operation, dtype, width and head dim."""
+    path = tmp_path_factory.mktemp("compiled") / f"{request.param}.json"
+    without_interpreter(
+        "-m", "megasora.testing.compiled", "--chip", request.param, "--dtype", "bf16", "fp32",
+        "--width", *WIDTHS, "--head-dim", *HEAD_DIMS, "--json", path,
+    )  # fmt: skip
+    return json.loads(path.read_text())
+
+
+def described(kernels: list[dict]) -> list[str]:
+    return [
+        f"{k['operation']}: {k['name']}, sm_{k['chip']}, {k['dtype']}, width {k['width']}, head dim {k['head_dim']}: "
+        f"{k['registers']} registers, {k['spilled']} bytes spilled, {k['shared']} shared"
+        for k in kernels
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_operation_compiles_and_keeps_its_numbers_in_registers(kernels):
+    assert {k["operation"] for k in kernels} == set(compiled.OPERATIONS)
+    assert {(k["dtype"], k["width"]) for k in kernels} == {(d, int(w)) for d in ("bf16", "fp32") for w in WIDTHS}
+    assert not described([k for k in kernels if k["spilled"]])
+    assert not described([k for k in kernels if k["shared"] > compiled.SHARED_LIMIT[k["chip"]]])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_activations_move_in_whole_16_bytes(kernels):
+    """A kernel that is given bf16 or fp32 activations moves 16 bytes to a thread at once, both ways."""
+    narrow = [k for k in kernels if k["name"] != "sum_of_runs_kernel"]  # its numbers are few
+    narrow = [k for k in narrow if "16" not in k["loads"] or "16" not in k["stores"]]
+    assert not described(narrow)
+
+
+SCRIPT = """
+import torch, triton, triton.language as tl
+from megasora.testing.compiled import compiling_for
+
+@triton.jit
+def copy_kernel(x, y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, tl.sort(tl.load(x + i, mask=i < n)) if BLOCK > 64 else tl.load(x + i, mask=i < n), mask=i < n)
+
+x = torch.arange(4096, dtype=torch.float32)
+y = torch.zeros_like(x)
+for chip in (80, 90):
+    with compiling_for(chip) as kernels:
+        copy_kernel[1,](x, y, 64, 64, num_warps=1)
+        copy_kernel[1,](x, y, 64, 64, num_warps=1)
+        copy_kernel[1,](x, y, 4096, 4096, num_warps=1, maxnreg=32)
+    small, large = kernels
+    assert f"x: *fp32, y: *fp32, n: i32, BLOCK=64" == small.specialisation, small
+    assert small.warps == 1 and small.loads == small.stores == {8: 1}, small
+    assert small.spilled == 0 and 0 < small.registers <= 32, small
+    assert large.spilled > 1024, large
+assert not y.any(), "nothing runs"
+"""
+
+
+def test_what_is_compiled_is_known_without_running_it(tmp_path):
+    """64 numbers are two a thread, 8 bytes; 4,096 sorted by one warp do not fit 32 registers a thread."""
+    path = tmp_path / "compile_a_copy.py"
+    path.write_text(SCRIPT)
+    without_interpreter(path)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled in this process")
+def test_a_process_that_interprets_says_that_it_cannot_compile():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"), compiled.compiling_for(90):
+        pass

@@ -1,0 +1,55 @@
+"""A model trained on Triton's kernels, in the interpreter where there is no GPU, against one trained in PyTorch."""
+
+import pytest
+import torch
+
+from megasora.config import Config, ModelConfig, TextConfig
+from megasora.data.pack import Record, make_batch
+from megasora.diffusion.flow import FlowMatching, velocity_error
+from megasora.model.dit import VideoDiT
+from megasora.text import build_text_encoder
+
+PATCH_DIM, STEPS = 6, 10
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DIALECTS = {
+    "DiT": {"modulation": "block", "qk_norm": "head"},
+    "Wan": {"modulation": "shared", "qk_norm": "width"},
+    "no norm, recompute": {"modulation": "block", "qk_norm": "none", "recompute": "attention"},
+}
+
+
+def make_pack():
+    """An image, two clips and some padding."""
+    records = []
+    for number, (grid, caption) in enumerate([((1, 3, 2), "an image"), ((3, 2, 2), "a red circle"), ((2, 2, 2), "")]):
+        draw = torch.Generator().manual_seed(number)
+        patches = torch.randn(grid[0] * grid[1] * grid[2], PATCH_DIM, generator=draw)
+        text = build_text_encoder(TextConfig()).encode([caption])[0]
+        records.append(Record(number, patches, grid, text, (16.0, 16.0, 4.0 * grid[0] - 3, 8.0), caption))
+    return make_batch(records, 30)
+
+
+def losses(kernels, dialect):
+    options = ModelConfig(width=24, depth=1, heads=2, kernels=kernels, **DIALECTS[dialect])
+    embedder = build_text_encoder(TextConfig()).build_embedder(24, options.text_depth, 2)
+    model = VideoDiT(options, PATCH_DIM, embedder)
+    model.initialise(0)
+    model.to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
+    objective, pack, found = FlowMatching(Config().objective, seed=0), make_pack().to(DEVICE), []
+    for step in range(STEPS):
+        noised, target, weight = objective.corrupt(pack, step)
+        error = velocity_error(model(noised), target, weight)
+        loss = error.error / error.tokens
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_losses_of_ten_steps_are_those_of_the_maths_in_pytorch(dialect):
+    expected = losses("torch", dialect)
+    assert losses("triton", dialect) == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < 0.9 * expected[0]  # it does learn something in them
