@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS := runs/demo runs/demo-long
+PYTHON := $(BIN)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
-.PHONY: help install demo demo-long test bench checks format clean
+.PHONY: help install demo demo-long test bench gpu checks format clean
 
 help:
 	@echo "make install     make .venv and install MegaSora in it, editable (every other target does this first)"
@@ -16,6 +17,8 @@ help:
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
 	@echo "make test        the test suite; GPU tests skip where there is no GPU"
 	@echo "make bench       what benchmarks/README.md shows: balance, memory, time of a step -> benchmarks/results/, 10 minutes"
+	@echo "make gpu         on a machine with a GPU: tests of kernels, then their speed -> benchmarks/results/, 10 minutes;"
+	@echo "                 PYTHON=python3 takes a python that has PyTorch for CUDA, and installs nothing"
 	@echo "make checks      ruff: lint and format, nothing is changed"
 	@echo "make format      ruff: fix what can be fixed, and format"
 	@echo "make clean       remove builds and caches; .venv, data/ and runs/ stay"
@@ -71,6 +74,15 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.balance --out benchmarks/results/balance.json
 	$(BIN)/python -m benchmarks.memory --out benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.json
+
+gpu: $(if $(filter $(BIN)/python,$(PYTHON)),$(INSTALLED))
+	@found=$$($(PYTHON) -c "import torch; print(torch.cuda.is_available())") || exit 1; \
+	if [ "$$found" = True ]; then \
+	  $(PYTHON) -m pytest tests/kernels tests/runs/test_gpu.py && \
+	  $(PYTHON) -m benchmarks.kernels --out benchmarks/results; \
+	else \
+	  echo "gpu: no GPU here, nothing is run and nothing written"; \
+	fi
 
 checks: $(INSTALLED)
 	$(BIN)/ruff check .

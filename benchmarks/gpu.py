@@ -1,9 +1,9 @@
 """Time on a GPU, and the limits that it is held against, measured in the same run.
 
 A pass is timed between two events on the GPU. Before the first, its level-2 cache is overwritten, so that inputs come
-from memory, and the GPU is given something to wait for, so that all launches of the pass are queued when it begins: what
-is timed is the GPU's work, not Python's. Several ways to compute one thing take turns (A B C A B C ...), after turns
-that are not counted; medians are reported.
+from memory, and the GPU is given something to wait for, so that all launches of the pass are queued when it begins:
+what is timed is the GPU's work, not Python's. Several ways to compute one thing take turns (A B C A B C ...), after
+turns that are not counted; medians are reported.
 
     copy      GB/s that a copy from memory to memory moves, reading and writing, 2 x 1 GiB
     matmul    TFLOP/s of an 8,192 x 8,192 x 8,192 product of normal numbers in bf16
@@ -56,6 +56,11 @@ class Clock:
         self.events.clear()
         return ms
 
+    def drop(self) -> None:
+        """After a pass that failed: what it timed, and the memory that it had."""
+        self.events.clear()
+        torch.cuda.empty_cache()
+
 
 @dataclass
 class Timed:
@@ -82,10 +87,9 @@ def take_turns(ways: Mapping[str, Way], clock: Clock, warm_up: int = 2) -> dict[
             ways[name](clock)
             return clock.take()
         except Exception as error:  # of a compiler, a library, the GPU's memory: the others go on
-            clock.events.clear()
             timed[name] = Timed(error=named(error))
-            torch.cuda.empty_cache()
-            return None
+        clock.drop()
+        return None
 
     for name in ways:
         for _ in range(warm_up):

@@ -16,17 +16,24 @@ import torch
 
 
 def surroundings() -> dict[str, object]:
-    """When, what code, and on what it was measured."""
+    """When, what code, and on what it was measured. A copy of the code without its history has no commit: None."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
+    try:
+        commit, changes = (
+            git("rev-parse", "HEAD"),
+            bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        )
+    except (OSError, subprocess.CalledProcessError):
+        commit, changes = None, None
     models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "commit": commit,
+        "uncommitted_changes": changes,
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

@@ -49,11 +49,16 @@ class TextConfig:
 @dataclass
 class DataConfig:
     shards: str = ""  # folder written by `megasora ingest`
+    mixture: dict[str, float] = field(default_factory=dict)  # instead: several such folders, each with its weight
     patch: list[int] = field(default_factory=lambda: [1, 1, 1])  # latents in a token: frames, rows, columns
     tokens_per_pack: int = 4096  # static length of one micro-batch
     packs_per_step: int = 8  # packs of all data-parallel ranks in one optimizer step
-    lookahead: int = 1024  # clips among which the one that fills a pack best is searched
-    prefetch: int = 2  # packs read ahead of the step
+    lookahead: int = 262_144  # clips of an epoch's order that are packed together; more are better balanced
+    split_long: bool = False  # a clip longer than a pack is split in time; false: it is refused
+    prefetch: int = 2  # steps read ahead
+    threads: int = 4  # that read and check clips side by side; 0: the one that reads ahead does
+    timeout: float = 300.0  # seconds after which the reading of a clip is given up
+    max_bad_fraction: float = 0.0  # damaged clips are left out until they are more of all than this; 0: none may be
 
 
 @dataclass
@@ -62,9 +67,21 @@ class IngestConfig:
     max_height: int = 4320  # pixels
     max_width: int = 7680  # pixels
     max_frames: int = 7200
-    max_clip_mib: int = 4096  # decoded size in memory
+    max_clip_mib: int = 65_536  # of all decoded frames, 3 bytes a pixel
+    memory_mib: int = 4096  # address space of a process that decodes
+    seconds: float = 1800.0  # that a clip may take to decode
     shard_mib: int = 256  # a shard is closed when it reaches this size
-    threads: int = 0  # decoders side by side; 0: one a core
+    clips_per_block: int = 1024  # consecutive clips that one process writes, complete or not at all
+    workers: int = 0  # processes that decode side by side; 0: one a core
+    fit_height: int = 0  # pixels; larger clips are scaled down to fit, in their aspect; 0: none is
+    fit_width: int = 0
+    fps: float = 0.0  # faster clips are brought down to this rate by leaving frames out; 0: none is
+    min_seconds: float = 0.0  # shorter videos are left out; images are not
+    max_seconds: float = 0.0  # longer videos are left out; 0: none
+    min_motion: float = 0.0  # mean change between frames, grey levels of 255; stiller videos are left out
+    min_contrast: float = 0.0  # mean standard deviation within a frame, grey levels; blank and black clips are left out
+    measure: bool = False  # motion, contrast and brightness into meta.json, also where no limit is set
+    scores: list[str] = field(default_factory=list)  # module:function, see megasora/ingest/stages.py
 
 
 @dataclass
@@ -393,8 +410,33 @@ def validate(config: Config) -> None:
     at_least("model.text_depth", m.text_depth, 0)
     for key in ("tokens_per_pack", "packs_per_step", "lookahead", "prefetch"):
         at_least(f"data.{key}", getattr(d, key), 1)
-    for key in ("max_height", "max_width", "max_frames", "max_clip_mib", "shard_mib"):
+    at_least("data.threads", d.threads, 0)
+    positive("data.timeout", d.timeout)
+    if not 0 <= d.max_bad_fraction < 1:
+        raise MegaSoraError(f"data.max_bad_fraction={d.max_bad_fraction} must be from 0 to below 1")
+    if d.shards and d.mixture:
+        raise MegaSoraError(
+            f"data.shards={d.shards} and data.mixture={d.mixture} are both set; name all folders in data.mixture"
+        )
+    for folder, weight in d.mixture.items():
+        positive(f"data.mixture[{folder}]", weight)
+    for key in ("max_height", "max_width", "max_frames", "max_clip_mib", "shard_mib", "clips_per_block"):
         at_least(f"ingest.{key}", getattr(config.ingest, key), 1)
+    for key in ("workers", "fit_height", "fit_width", "fps"):
+        at_least(f"ingest.{key}", getattr(config.ingest, key), 0)
+    for key in ("min_seconds", "max_seconds", "min_motion", "min_contrast"):
+        at_least(f"ingest.{key}", getattr(config.ingest, key), 0)
+    at_least("ingest.memory_mib", config.ingest.memory_mib, 512)
+    positive("ingest.seconds", config.ingest.seconds)
+    if 0 < config.ingest.max_seconds < config.ingest.min_seconds:
+        raise MegaSoraError(
+            f"ingest.max_seconds={config.ingest.max_seconds} must be at least "
+            f"ingest.min_seconds={config.ingest.min_seconds}, or 0 for no limit"
+        )
+    for name in config.ingest.scores:
+        module, colon, function = name.partition(":")
+        if not (colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise MegaSoraError(f"ingest.scores={config.ingest.scores}: '{name}' is not of the form module:function")
     if m.width % m.heads:
         legal = [n for n in range(1, m.width + 1) if m.width % n == 0 and (m.width // n) % 2 == 0]
         near = sorted(sorted(legal, key=lambda n: abs(n - m.heads))[:4])

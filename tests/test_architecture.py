@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megasora"
 
 # Ground first. A unit (a file or a folder of megasora/) imports lower floors only; none on its own.
 FLOORS = [
-    {"errors"},
+    {"errors", "stop"},
     {"config"},
     {"batch", "kernels"},
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},

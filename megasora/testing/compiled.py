@@ -44,7 +44,9 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memor
 TOKENS = 64  # of a problem that is compiled: kernels do not depend on it
 MOVES = {  # PTX: what moves numbers, with its width
     "load": re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)"),
-    "copy": re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)"),  # on its way while others work
+    "copy": re.compile(
+        r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)"
+    ),  # on its way while others work
     "store": re.compile(r"\bst\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)"),
 }
 
@@ -85,7 +87,7 @@ def obstacle() -> str | None:
         return "TRITON_INTERPRET is set: kernels are interpreted in this process"
     for tool in ("ptxas", "cuobjdump"):
         try:
-            getattr(triton.knobs.nvidia, tool).path  # noqa: B018: asking is what looks for it
+            getattr(triton.knobs.nvidia, tool)  # which looks for it
         except RuntimeError as error:
             return f"Triton's CUDA tools are not complete: {error}"
     return None

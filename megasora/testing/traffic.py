@@ -5,11 +5,11 @@
     traffic.bytes                              all of them
     traffic.by_place["forward_kernel.x_LD"]    what this argument of this kernel gave or took
 
-Triton's interpreter runs a kernel program by program, and what it loads and stores passes through a few functions: lanes
-that a mask leaves out do not count, an address that several lanes read at once counts once. What PyTorch computes around
-the kernels counts too: what an operator reads and what it writes; views and empty tensors are free. Bytes are those of
-the dtype that tensors have, so bf16 tensors are the ones to give: the interpreter computes such numbers badly, but it
-takes the same ones.
+Triton's interpreter runs a kernel program by program, and what it loads and stores passes through a few functions:
+lanes that a mask leaves out do not count, an address that several lanes read at once counts once. What PyTorch computes
+around the kernels counts too: what an operator reads and what it writes; views and empty tensors are free. Bytes are
+those of the dtype that tensors have, so bf16 tensors are the ones to give: the interpreter computes such numbers badly,
+but it takes the same ones.
 
 No cache is assumed. What a GPU reads again may come from its cache, so that a kernel moves these bytes at most.
 """
@@ -17,6 +17,7 @@ No cache is assumed. What a GPU reads again may come from its cache, so that a k
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,7 +25,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,19 +73,15 @@ class Traffic:
         finally:
             self.kernel = None
 
-    def load(self, original: Callable, builder: InterpreterBuilder, ptrs: Any, mask: Any, *rest: Any, **named: Any):
+    def load(self, original: Callable, builder: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         self.count(ptrs, mask)
         return original(builder, ptrs, mask, *rest, **named)
 
-    def store(
-        self, original: Callable, builder: InterpreterBuilder, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any
-    ):
+    def store(self, original: Callable, builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         self.count(ptrs, mask)
-        return original(builder, ptrs, value, mask, *rest, **named)
+        return original(builder, ptrs, value, mask, *rest)
 
-    def atomic(
-        self, original: Callable, builder: InterpreterBuilder, op: Any, ptrs: Any, value: Any, mask: Any, *rest: Any
-    ):
+    def atomic(self, original: Callable, builder: Any, op: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         self.count(ptrs, mask, times=2)  # read and written
         return original(builder, op, ptrs, value, mask, *rest)
 
@@ -118,8 +114,8 @@ class Operators(TorchDispatchMode):
         given = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | kwargs
         changed = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         if changed:
-            written = [x for key in changed for x in tensors(given[key])]
-            read = [x for key, value in given.items() if key not in changed or name not in OVERWRITE for x in tensors(value)]
+            written = tensors([given[key] for key in changed])
+            read = tensors([x for key, x in given.items() if key not in changed or name not in OVERWRITE])
         else:
             storages = {x.untyped_storage().data_ptr() for x in tensors(given)}
             written = [x for x in tensors(result) if x.untyped_storage().data_ptr() not in storages]
@@ -140,9 +136,8 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def bytes_of(x: Tensor) -> int:
     """Of the numbers that are in memory: what is spread by expanding counts once."""
-    return torch.Size(size if stride else 1 for size, stride in zip(x.shape, x.stride(), strict=True)).numel() * (
-        x.element_size() if x.numel() else 0
-    )
+    numbers = math.prod(size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True))
+    return numbers * x.element_size()
 
 
 def span(x: Tensor) -> tuple[int, int]:

@@ -15,11 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from megasora.kernels import attention as module
+from megasora.kernels import attention_packs
 from megasora.kernels.attention import (
-    CPU,
-    EFFICIENT,
-    FLASH,
-    PLAIN,
     Segments,
     attention,
     attention_backward,
@@ -27,10 +24,10 @@ from megasora.kernels.attention import (
     attention_reference,
     automatic,
     chosen_backend,
-    fixed_order,
-    library,
     obstacle,
 )
+from megasora.kernels.attention_buckets import CPU, EFFICIENT, FLASH, PLAIN, fixed_order
+from megasora.kernels.attention_packs import library
 from megasora.kernels.merge_partial_attention import merge_partial_attention
 
 # lengths of the segments' queries and keys; the first pack is self-attention
@@ -267,7 +264,7 @@ def way(request, monkeypatch, forget):
         key = {"flash2": "flash_attn.flash_attn_interface", "flash3": "flash_attn_interface"}[name]
         monkeypatch.setitem(sys.modules, key, module_of(functions))
     if name == "varlen":
-        monkeypatch.setattr(module, "aten", module_of(varlen(calls)))
+        monkeypatch.setattr(attention_packs, "aten", module_of(varlen(calls)))
     if name in module.VARLEN:
         monkeypatch.setattr(module, "obstacle", lambda *given: None)
     return SimpleNamespace(

@@ -1,0 +1,225 @@
+"""One transformer block on a GPU, forward and backward: the part of the GPU's matrix arithmetic that it has the use of.
+
+The block is the model's own (megasora/model/block.py), in bf16 and in the shapes of Wan: one clip over the whole pack,
+a caption of 512 tokens. MFU counts what megasora/model/flops.py counts, three times the forward pass, no recompute,
+divided by the time and by the FLOP/s of a large matrix product in the same run. The ways:
+
+    ours       model.kernels=triton
+    eager      model.kernels=torch: the same maths in PyTorch
+    compile    torch.compile of the references of kernels/ in the place of their operations: a block written plainly
+
+each with every model.recompute: none keeps all activations, attention all but self-attention's, full the input alone.
+Attention is the same in all of them. What the block is given is taken from a forward pass of a whole model around it,
+as the model gives it; what is made once a pack, not once a block, is so left out of the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from unittest import mock
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.gpu import Clock, take_turns
+from megasora.batch import VideoBatch
+from megasora.build import build_model, patch_dim
+from megasora.config import CodecConfig, Config, ModelConfig, RunConfig
+from megasora.data.pack import Record, make_batch
+from megasora.kernels.adaln_modulate import adaln_modulate_reference
+from megasora.kernels.gated_add import gated_add_reference
+from megasora.kernels.gated_residual_adaln import gated_residual_adaln_reference
+from megasora.kernels.qk_norm_rope3d import qk_norm_rope3d_reference
+from megasora.kernels.rms_norm import rms_norm_reference
+from megasora.kernels.rope3d import Rope
+from megasora.model import attention as model_attention
+from megasora.model import block as model_block
+from megasora.model.flops import pack_flops
+from megasora.testing.operations import Angles
+
+SHAPES = {  # width, heads, MLP width
+    "Wan-14B": (5120, 40, 13_824),
+    "Wan-1.3B": (1536, 12, 8_960),
+}
+GRIDS = {8_192: (8, 32, 32), 36_864: (36, 32, 32), 73_728: (72, 32, 32)}  # tokens: frames, rows, columns of them
+WORDS = 512
+RECOMPUTE = ("none", "attention", "full")
+KERNELS = {"ours": "triton", "eager": "torch", "compile": "torch"}
+PLAINLY: list[tuple[ModuleType, str, Callable]] = [  # operations that the model's files call, and the maths instead
+    (model_block, "adaln_modulate", lambda *given, via, **named: adaln_modulate_reference(*given, **named)),
+    (model_block, "gated_residual_adaln", lambda *given, via, **named: gated_residual_adaln_reference(*given, **named)),
+    (model_block, "gated_add", lambda *given, via: gated_add_reference(*given)),
+    (model_attention, "rms_norm", lambda x, weight, eps, *part, via: rms_norm_reference(x, weight, eps)),
+    (model_attention, "qk_norm_rope3d", lambda *given: qk_norm_rope3d_reference(*given[:-1])),  # the last is via
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    tokens: int
+    recompute: str
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.tokens} tokens, recompute {self.recompute}"
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    shape: str
+    tokens: int
+    recompute: str
+    way: str
+    flops: float  # forward and backward
+    ms: float | None  # both passes, median; None: see error
+    forward_ms: float | None
+    tflop_s: float | None
+    mfu: float | None  # of the matrix product's speed
+    held_gib: float | None  # by the forward pass for the backward pass
+    error: str | None = None
+
+
+def block_cases(quick: bool) -> Iterator[Case]:
+    """What matters most comes first."""
+    long = (36_864,) if quick else (36_864, 73_728, 8_192)
+    for shape in ("Wan-14B",) if quick else SHAPES:
+        for tokens in long:
+            for recompute in RECOMPUTE[:2] if quick else RECOMPUTE:
+                yield Case(shape, tokens, recompute)
+
+
+def config_of(case: Case, kernels: str, depth: int = 1) -> Config:
+    width, heads, hidden = SHAPES[case.shape]
+    model = ModelConfig(
+        width=width, depth=depth, heads=heads, mlp_ratio=hidden / width, modulation="shared", qk_norm="width",
+        text_depth=0, recompute=case.recompute, kernels=kernels,
+    )  # fmt: skip
+    return Config(run=RunConfig(dtype="bfloat16"), codec=CodecConfig(channels=64), model=model)
+
+
+def one_clip(config: Config, tokens: int) -> VideoBatch:
+    draw = torch.Generator().manual_seed(0)
+    patches_LP = torch.randn(tokens, patch_dim(config), generator=draw)
+    words = torch.randint(0, 257, (WORDS, 16), generator=draw)
+    record = Record(0, patches_LP, GRIDS[tokens], words, (512.0, 512.0, 4.0 * GRIDS[tokens][0], 24.0), "a caption")
+    return make_batch([record], tokens)
+
+
+def block_flops(case: Case) -> int:
+    """Forward and backward of one block: what a model of two has beyond a model of one."""
+    cu_segments, cu_text = torch.tensor([0, case.tokens]), torch.tensor([0, WORDS])
+    deep, shallow = (config_of(case, "torch", depth) for depth in (2, 1))
+    deep_flops, shallow_flops = (
+        pack_flops(config.model, patch_dim(config), cu_segments, cu_text) for config in (deep, shallow)
+    )
+    return deep_flops - shallow_flops
+
+
+Step = Callable[[], Tensor]  # the block's forward pass
+
+
+def build_block(case: Case, kernels: str, device: str) -> tuple[torch.nn.Module, tuple]:
+    """The block, and the arguments that its model calls it with; tensors among them want gradients as they did there.
+
+    The only function here that knows how a model calls its blocks: by place, hidden tokens first.
+    """
+    config = config_of(case, kernels)
+    with torch.device(device):
+        model = build_model(config, patch_dim(config)).bfloat16().train()
+    draw = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02, generator=draw)
+    block, caught = model.blocks["0"], []
+    hook = block.register_forward_pre_hook(lambda module, given: caught.append(given))
+    with torch.no_grad():
+        model(one_clip(config, case.tokens).to(device))
+    hook.remove()
+    return block, tuple(
+        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in caught[0]
+    )
+
+
+def step_of(block: Callable[..., Tensor], given: tuple, recompute: str) -> Step:
+    """The forward pass as the model does it. A list in `given` is where self-attention leaves its output."""
+    if recompute == "none":
+        return lambda: block(*given)
+
+    def step() -> Tensor:
+        fresh = (([] if isinstance(x, list) else x) for x in given)
+        return checkpoint(block, *fresh, use_reentrant=False, preserve_rng_state=False)
+
+    return step
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """The model's blocks are references alone in here: what a compiler sees whole, forward and backward."""
+    with ExitStack() as stack:
+        for owner, name, reference in PLAINLY:
+            stack.enter_context(mock.patch.object(owner, name, reference))
+        yield
+
+
+def with_angles(given: tuple) -> tuple:
+    """Cosines and sines in place of the Rope, which holds them as complex numbers: a compiler makes little of these."""
+    return tuple(Angles(x.cos.contiguous(), x.sin.contiguous()) if isinstance(x, Rope) else x for x in given)
+
+
+def turn_of(step: Step, leaves: list[Tensor], held: list[float]) -> Callable[[Clock], None]:
+    def turn(clock: Clock) -> None:
+        before = torch.cuda.memory_allocated()
+        out_LD = clock.time("forward", step)
+        held.append((torch.cuda.memory_allocated() - before) / 2**30)
+        grad_LD = torch.ones_like(out_LD)
+        clock.time("backward", lambda: torch.autograd.grad(out_LD, leaves, grad_LD, allow_unused=True))
+
+    return turn
+
+
+def measure_block(case: Case, matmul_tflop_s: float, clock: Clock) -> list[BlockResult]:
+    torch._dynamo.reset()
+    flops = block_flops(case)
+    ways, held = {}, {way: [] for way in KERNELS}
+    for way, kernels in KERNELS.items():
+        block, given = build_block(case, kernels, "cuda")
+        leaves = [x for x in (*given, *block.parameters()) if isinstance(x, Tensor) and x.requires_grad]
+        if way == "compile":
+            compiled = torch.compile(block, dynamic=False)
+            ways[way] = plainly()(turn_of(step_of(compiled, with_angles(given), case.recompute), leaves, held[way]))
+        else:
+            ways[way] = turn_of(step_of(block, given, case.recompute), leaves, held[way])
+    results = []
+    for way, times in take_turns(ways, clock, warm_up=1).items():
+        fields = dataclasses.asdict(case) | {"way": way, "flops": float(flops)}
+        if times.error is not None:
+            results.append(BlockResult(**fields, **dict.fromkeys(EMPTY), error=times.error))
+            continue
+        ms = sum(times.medians.values())
+        tflop_s = flops / ms / 1e9
+        measured = ms, times.medians["forward"], tflop_s, tflop_s / matmul_tflop_s, held[way][-1]
+        results.append(BlockResult(**fields, **dict(zip(EMPTY, measured, strict=True))))
+    return results
+
+
+EMPTY = ("ms", "forward_ms", "tflop_s", "mfu", "held_gib")  # fields that a way that failed has not
+
+
+def block_table(results: list[BlockResult]) -> Table:
+    table = Table(title="a block, forward and backward, bf16: MFU (ms, GiB held), by the matrix product of this run")
+    for name in ("shape", "tokens", "recompute", *KERNELS, "compile / ours, time"):
+        table.add_column(name, justify="left" if name in ("shape", "recompute") else "right")
+    for shape, tokens, recompute in dict.fromkeys((r.shape, r.tokens, r.recompute) for r in results):
+        found = {r.way: r for r in results if (r.shape, r.tokens, r.recompute) == (shape, tokens, recompute)}
+        cells = [
+            f"{r.mfu:.1%} ({r.ms:.1f}, {r.held_gib:.1f})" if r is not None and r.mfu is not None else "-"
+            for r in map(found.get, KERNELS)
+        ]
+        pair = [getattr(found.get(way), "ms", None) for way in ("compile", "ours")]
+        table.add_row(shape, f"{tokens:,}", recompute, *cells, "-" if None in pair else f"{pair[0] / pair[1]:.2f}")
+    return table

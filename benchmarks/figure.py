@@ -1,0 +1,123 @@
+"""What benchmarks.kernels measured, as a picture: python -m benchmarks.figure benchmarks/results/GPU.json
+
+Above: each operation and width at one number of tokens, forward and backward: the fraction of a plain copy's speed that
+each way reaches. Below: MFU of a block, by tokens and by what it recomputes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = {"ours": "#0072b2", "compile": "#e69f00", "eager": "#8a8a8a", "liger": "#009e73", "quack": "#cc79a7"}
+MARKS = {"ours": "o", "compile": "s", "eager": "^", "liger": "D", "quack": "v"}
+BAR = 0.26
+RECOMPUTE = ("none", "attention", "full")
+
+
+def draw(record: Mapping, path: Path) -> None:
+    """`record`: what is in the JSON file. Writes a PNG or SVG, as the name of `path` ends; parts that were not measured
+    are left empty."""
+    lines = operation_lines(record)
+    shapes = list(dict.fromkeys(b["shape"] for b in record.get("blocks", [])))
+    figure = Figure(figsize=(13, 4.6 + 0.19 * (len(lines) + 4)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[0.19 * (len(lines) + 4) + 0.8, 3.6])
+    both = above.subplots(1, 2, sharey=True)
+    draw_operations(both, record, lines)
+    if lines:
+        above.legend(*both[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(COLOURS), fontsize=9)
+    for axes, shape in zip(below.subplots(1, max(1, len(shapes)), sharey=True, squeeze=False)[0], shapes, strict=False):
+        draw_blocks(axes, record, shape)
+    gpu, limits = record["gpu"], record["limits"]
+    figure.suptitle(
+        f"{gpu['name']}: copy {limits['copy_gb_s']:,.0f} GB/s, matrix product {limits['matmul_tflop_s']:,.0f} TFLOP/s  "
+        f"({record['date'][:10]}, commit {(record['commit'] or 'unknown')[:7]})",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+
+
+def compared_tokens(record: Mapping) -> int | None:
+    """The pack in which the most ways were measured."""
+    found = [(o["tokens"], o["way"]) for o in record.get("operations", [])]
+    counts = {tokens: len({way for t, way in found if t == tokens}) for tokens, _ in found}
+    return max(counts, key=counts.get, default=None)
+
+
+def operation_lines(record: Mapping) -> list[tuple[str, int]]:
+    """Operation and width of each line of the picture, from above."""
+    here = [o for o in record.get("operations", []) if o["tokens"] == compared_tokens(record)]
+    names = list(dict.fromkeys(o["operation"] for o in here))
+    found = {(o["operation"], o["width"]) for o in here}
+    return sorted(found, key=lambda line: (names.index(line[0]), line[1]))
+
+
+def draw_operations(both: tuple[Axes, Axes], record: Mapping, lines: list[tuple[str, int]]) -> None:
+    tokens = compared_tokens(record)
+    for axes, direction in zip(both, ("forward", "backward"), strict=True):
+        points: dict[str, list[tuple[float, int]]] = {way: [] for way in COLOURS}
+        for o in record.get("operations", []):
+            if o["tokens"] == tokens and o["direction"] == direction and o["of_copy"] is not None:
+                points[o["way"]].append((o["of_copy"], lines.index((o["operation"], o["width"]))))
+        for way, where in points.items():
+            if where:
+                x, y = zip(*where, strict=True)
+                axes.scatter(x, y, s=34, color=COLOURS[way], marker=MARKS[way], label=way, zorder=3)
+        axes.axvline(1, color="black", linewidth=1)
+        names = [name for name, _ in lines]
+        for y in range(1, len(lines)):
+            if names[y] != names[y - 1]:
+                axes.axhline(y - 0.5, color="#cccccc", linewidth=0.8)
+        axes.set(
+            title=f"{direction}, {tokens or 0:,} tokens, bf16",
+            xlabel="least bytes by time, as a fraction of a copy's speed",
+            yticks=range(len(lines)),
+            yticklabels=[
+                f"{name}   {width}" if name not in names[:y] else str(width) for y, (name, width) in enumerate(lines)
+            ],
+            xlim=(0, 1.15),
+            ylim=(max(len(lines), 1) - 0.5, -0.5),
+        )
+        axes.tick_params(axis="y", labelsize=8, length=0)
+        axes.grid(axis="x", color="#e5e5e5")
+
+
+def draw_blocks(axes: Axes, record: Mapping, shape: str) -> None:
+    here = [b for b in record["blocks"] if b["shape"] == shape]
+    groups = sorted({(b["tokens"], b["recompute"]) for b in here}, key=lambda g: (g[0], RECOMPUTE.index(g[1])))
+    for place, way in enumerate(("ours", "compile", "eager")):
+        bars = [(groups.index((b["tokens"], b["recompute"])), b["mfu"]) for b in here if b["way"] == way and b["mfu"]]
+        if bars:
+            x, mfu = zip(*bars, strict=True)
+            at = [group + (place - 1) * BAR for group in x]
+            drawn = axes.bar(at, mfu, BAR * 0.92, color=COLOURS[way], label=way, zorder=3)
+            axes.bar_label(drawn, [f"{100 * m:.0f}" for m in mfu], fontsize=7, padding=1)
+    for group in range(1, len(groups)):
+        if groups[group][0] != groups[group - 1][0]:
+            axes.axvline(group - 0.5, color="#cccccc", linewidth=0.8)
+    axes.set(
+        title=f"{shape} block, forward and backward",
+        ylabel="MFU, of the matrix product",
+        xticks=range(len(groups)),
+        xticklabels=[f"{recompute}\n{tokens / 1024:.0f}K" for tokens, recompute in groups],
+        ylim=(0, 1),
+    )
+    axes.tick_params(axis="x", labelsize=8, length=0)
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.legend(loc="upper right", fontsize=8, ncols=3)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("record", type=Path, help="JSON file of benchmarks.kernels; the picture goes beside it")
+    path = parser.parse_args(arguments).record
+    draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

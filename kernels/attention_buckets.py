@@ -1,0 +1,221 @@
+"""Attention bucket by bucket: segments of similar lengths side by side, padded to the longest, in one batched call.
+
+The maths, and who uses it: attention.py. Here it is computed by PyTorch's scaled dot product kernels ("sdpa"), or by
+the equations as they stand ("plain"). Padding among the keys is masked by a bias of -inf; a query that is repeated as
+padding gets a log-sum-exp of +inf in the backward pass, so that its p, and with it its part in dk and dv, is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torch.utils.deterministic
+from torch import Tensor
+
+from megasora.kernels.launch import widened
+from megasora.kernels.segments import Bucket, Segments, Side, Tokens
+
+aten = torch.ops.aten
+
+LSE_ALIGNMENT = 32  # memory-efficient attention reads the log-sum-exp of so many queries at once
+BIAS_ALIGNMENT = 16  # and its bias in runs of so many keys
+
+
+@contextmanager
+def fixed_order(wanted: bool) -> Iterator[None]:
+    """PyTorch's GPU kernels add up in one order inside, where wanted; what was set before stands again afterwards."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # kernels overwrite what they allocate
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def aligned(x: Tensor) -> Tensor:
+    """GPU kernels read 16 bytes at once: a copy where `x` [..., K] does not let them, which is rare."""
+    fits = x.stride(-1) == 1 and all(s % 8 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+class BucketKernel(NamedTuple):
+    """What computes one bucket: q [g, N, mq, K], k, v [g, N, mk, K], lse [g, N, mq]; bias [g, N, mq, mk] of 0 and -inf,
+    which is added to the scores, or None.
+
+    forward(q, k, v, bias) -> out, lse        backward(grad_out, q, k, v, out, lse, bias) -> dq, dk, dv
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    in_any_order: bool  # the backward adds up as it comes, unless inside `fixed_order`
+
+
+def plain_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    scores = torch.matmul(q, k.mT) / math.sqrt(q.shape[-1])
+    return scores if bias is None else scores + bias
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    q_wide, k_wide, v_wide = widened(q, k, v)
+    scores = plain_scores(q_wide, k_wide, bias)
+    return torch.matmul(scores.softmax(-1), v_wide).to(q.dtype), scores.logsumexp(-1)
+
+
+def plain_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    g_wide, q_wide, k_wide, v_wide, out_wide = widened(grad_out, q, k, v, out)
+    p = (plain_scores(q_wide, k_wide, bias) - lse[..., None]).exp()
+    delta = (g_wide * out_wide).sum(-1, keepdim=True)
+    ds = p * (torch.matmul(g_wide, v_wide.mT) - delta) / math.sqrt(q.shape[-1])
+    gradients = torch.matmul(ds, k_wide), torch.matmul(ds.mT, q_wide), torch.matmul(p.mT, g_wide)
+    return tuple(x.to(q.dtype) for x in gradients)
+
+
+def cpu_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+
+
+def cpu_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias
+    )
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: None) -> tuple[Tensor, Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
+def flash_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    no_dropout = torch.empty(0, dtype=torch.int64, device=q.device)
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, no_dropout, no_dropout
+    )
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    out, lse, _, _ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, compute_log_sumexp=True)
+    return out, lse[..., : q.shape[2]]  # padded by the kernel
+
+
+def efficient_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    # As its forward pads it: exp(s - inf) = 0, so that queries which are not there have no part in dk and dv.
+    padded_lse = F.pad(lse, (0, -lse.shape[-1] % LSE_ALIGNMENT), value=math.inf).contiguous()
+    no_dropout = torch.empty(0, dtype=torch.int64, device=q.device)
+    return aten._scaled_dot_product_efficient_attention_backward(
+        grad_out, q, k, v, bias, out, padded_lse, no_dropout, no_dropout, 0.0, [True, True, True, False]
+    )[:3]
+
+
+PLAIN = BucketKernel(plain_forward, plain_backward, False)
+CPU = BucketKernel(cpu_forward, cpu_backward, False)
+FLASH = BucketKernel(flash_forward, flash_backward, True)
+EFFICIENT = BucketKernel(efficient_forward, efficient_backward, True)
+
+
+def bucket_kernel(backend: str, q: Tensor, is_padded: bool) -> BucketKernel:
+    """For queries [..., K] of a bucket whose keys are padded or not."""
+    if backend == "plain":
+        return PLAIN
+    if q.device.type == "cpu":
+        return CPU
+    is_flash = not is_padded and q.dtype != torch.float32 and q.shape[-1] <= 256
+    return FLASH if is_flash else EFFICIENT
+
+
+def key_bias(bucket: Bucket, dtype: torch.dtype, num_heads: int) -> Tensor | None:
+    """[g, N, mq, mk]: 0 at keys, -inf at their padding; None without padding."""
+    real = bucket.keys.real
+    if real is None:
+        return None
+    num_segments, mk = real.shape
+    stored = torch.zeros(num_segments, 1, 1, mk + -mk % BIAS_ALIGNMENT, dtype=dtype, device=real.device)
+    bias = stored[..., :mk].masked_fill_(~real[:, None, None], -math.inf)
+    return bias.expand(num_segments, num_heads, bucket.queries.shape[1], mk)
+
+
+def by_head(side: Side, x: Tensor) -> Tensor:
+    """[L, N, K] -> [g, N, m, K]"""
+    return side.take(x).transpose(1, 2)
+
+
+def by_token(side: Side, x: Tensor) -> tuple[Tokens, Tensor]:
+    """The real ones of [g, N, m, ...], and whose they are."""
+    return side.real_tokens, side.real_of(x.transpose(1, 2))
+
+
+def buckets_forward(backend: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    outs, lses = [], []
+    for bucket in segments.buckets:
+        q_b, k_b, v_b = by_head(bucket.queries, q), by_head(bucket.keys, k), by_head(bucket.keys, v)
+        bias = key_bias(bucket, q.dtype, q.shape[1])
+        out_b, lse_b = bucket_kernel(backend, q, bias is not None).forward(q_b, k_b, v_b, bias)
+        outs.append(by_token(bucket.queries, out_b))
+        lses.append(by_token(bucket.queries, lse_b))
+    lse_like = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return assembled(outs, q, 0.0), assembled(lses, lse_like, -math.inf)
+
+
+def buckets_backward(
+    backend: str,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Segments,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dqs, dks, dvs = [], [], []
+    grad_out, out = grad_out.contiguous(), out.contiguous()  # what the kernels assume
+    for bucket in segments.buckets:
+        q_b, k_b, v_b = by_head(bucket.queries, q), by_head(bucket.keys, k), by_head(bucket.keys, v)
+        grad_b, out_b = by_head(bucket.queries, grad_out), by_head(bucket.queries, out)
+        lse_b = bucket.queries.take(lse)
+        if bucket.queries.real is not None:  # a repeated query must not count twice: p = exp(s - inf) = 0
+            lse_b = lse_b.masked_fill(~bucket.queries.real[..., None], math.inf)
+        bias = key_bias(bucket, q.dtype, q.shape[1])
+        kernel = bucket_kernel(backend, q, bias is not None)
+        with fixed_order(deterministic and kernel.in_any_order):
+            dq_b, dk_b, dv_b = kernel.backward(grad_b, q_b, k_b, v_b, out_b, lse_b.transpose(1, 2), bias)
+        dqs.append(by_token(bucket.queries, dq_b))
+        dks.append(by_token(bucket.keys, dk_b))
+        dvs.append(by_token(bucket.keys, dv_b))
+    return tuple(assembled(parts, like, 0.0, deterministic) for parts, like in ((dqs, q), (dks, k), (dvs, v)))
+
+
+def assembled(parts: list[tuple[Tokens, Tensor]], like: Tensor, fill: float, deterministic: bool = True) -> Tensor:
+    """What belongs to some tokens, [count, ...] each, in one tensor of the shape and dtype of `like`, else `fill`."""
+    if len(parts) == 1:
+        tokens, x = parts[0]
+        if tokens.start == 0 and tokens.count == len(like):
+            return x.contiguous()
+    result = torch.full(like.shape, fill, dtype=like.dtype, device=like.device)
+    for tokens, x in parts:
+        tokens.put(x, result, deterministic)
+    return result

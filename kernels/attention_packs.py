@@ -1,0 +1,168 @@
+"""Attention of a whole pack in one call, by the variable-length kernels of flash-attn 3 and 2 and of PyTorch itself.
+
+The maths, and who uses it: attention.py. These kernels take lengths without gaps: a Varlen (segments.py) orders the
+segments by their queries and fills gaps by segments without keys, whose output and gradient are set to 0 here, as
+libraries leave there what they like. They are imported when first asked for; nobody needs to have them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megasora.kernels.attention_buckets import aligned, assembled, fixed_order
+from megasora.kernels.segments import Varlen
+
+aten = torch.ops.aten
+
+
+class VarlenKernel(NamedTuple):
+    """What computes a pack: q [Lq, N, K], k, v [n, N, K] of the keys of a Varlen, lse [N, Lq] in fp32.
+
+    forward(q, k, v, varlen) -> out, lse
+    backward(grad_out, q, k, v, out, lse, varlen, deterministic) -> dq, dk, dv
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@functools.cache
+def library(name: str) -> ModuleType | str:
+    """A module that need not be there, or why it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:  # built for another PyTorch, it raises any of them
+        return f"{name} cannot be imported ({error})"
+
+
+FLASH3 = "flash_attn_interface"
+FLASH2 = "flash_attn.flash_attn_interface"
+
+
+def flash3_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+    # By position, in which all versions agree; the early ones give no defaults.
+    no_cache = (None,) * 4  # k_new, v_new, qv, out
+    lengths = varlen.cu_q, varlen.cu_k, None, None, None, varlen.max_q, varlen.max_k
+    no_pages = (None,) * 9  # nor rotation, nor scales of fp8
+    scale, causal = 1 / math.sqrt(q.shape[-1]), False
+    return library(FLASH3)._flash_attn_forward(q, k, v, *no_cache, *lengths, *no_pages, scale, causal)[:2]
+
+
+def flash3_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, varlen: Varlen, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = like_contiguous(q, k, v)
+    lengths = varlen.cu_q, varlen.cu_k, None, None, varlen.max_q, varlen.max_k
+    scale, causal = 1 / math.sqrt(q.shape[-1]), False
+    library(FLASH3)._flash_attn_backward(
+        grad_out, q, k, v, out, lse, *lengths, *gradients, scale, causal, deterministic=deterministic
+    )
+    return gradients
+
+
+def flash2_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+    lengths = varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k
+    scale, causal = 1 / math.sqrt(q.shape[-1]), False
+    return library(FLASH2)._flash_attn_varlen_forward(q, k, v, *lengths, 0.0, scale, causal)[:2]
+
+
+def flash2_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, varlen: Varlen, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = like_contiguous(q, k, v)
+    library(FLASH2)._flash_attn_varlen_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *gradients,
+        varlen.cu_q,
+        varlen.cu_k,
+        varlen.max_q,
+        varlen.max_k,
+        dropout_p=0.0,
+        softmax_scale=1 / math.sqrt(q.shape[-1]),
+        causal=False,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=deterministic,
+    )
+    return gradients
+
+
+def like_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
+def varlen_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+    lengths = varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k
+    return aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False)[:2]
+
+
+def varlen_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, varlen: Varlen, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lengths = varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k
+    no_dropout = torch.empty(0, dtype=torch.int64, device=q.device)
+    with fixed_order(deterministic):
+        return aten._flash_attention_backward(grad_out, q, k, v, out, lse, *lengths, 0.0, False, no_dropout, no_dropout)
+
+
+VARLEN = {
+    "flash3": VarlenKernel(flash3_forward, flash3_backward),
+    "flash2": VarlenKernel(flash2_forward, flash2_backward),
+    "varlen": VarlenKernel(varlen_forward, varlen_backward),
+}
+
+
+def pack_forward(kernel: VarlenKernel, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None) -> tuple[Tensor, Tensor]:
+    if varlen is None:
+        return torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
+    out, lse = kernel.forward(aligned(q), aligned(varlen.keys.take(k)), aligned(varlen.keys.take(v)), varlen)
+    if varlen.keyless is not None:  # libraries leave there what they like
+        out.index_fill_(0, varlen.keyless, 0.0)
+        lse.index_fill_(1, varlen.keyless, -math.inf)
+    return out, lse.T
+
+
+def pack_backward(
+    kernel: VarlenKernel,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    varlen: Varlen | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if varlen is None:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    inputs = (aligned(x) for x in (grad_out, q, varlen.keys.take(k), varlen.keys.take(v), out))
+    dq, dk, dv = kernel.backward(*inputs, lse.T.contiguous(), varlen, deterministic)
+    if varlen.keyless is not None:
+        dq.index_fill_(0, varlen.keyless, 0.0)
+    return dq, *(assembled([(varlen.keys, x)], like, 0.0, deterministic) for x, like in ((dk, k), (dv, v)))
+
+
+def missing(name: str) -> str | None:
+    found = library(name)
+    return found if isinstance(found, str) else None
+
+
+def outdated(name: str, oldest: tuple[int, int]) -> str | None:
+    version = library(name).__version__
+    is_old = tuple(map(int, version.split(".")[:2])) < oldest
+    return f"{name} is {version}, it needs {oldest[0]}.{oldest[1]} or newer" if is_old else None

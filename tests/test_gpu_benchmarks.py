@@ -1,0 +1,262 @@
+"""The benchmarks of kernels and blocks, without a GPU: what is counted, what is shown, and that turns are taken."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import blocks, figure, gpu, kernels, tune
+from benchmarks.blocks import BlockResult, Case
+from benchmarks.kernels import AttentionResult, OperationResult
+from megasora.kernels.launch import Launch
+from megasora.testing.operations import OPERATIONS, Size
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@no_gpu
+@pytest.mark.parametrize("options", [[], ["--tune"], ["--quick"]])
+def test_without_a_gpu_it_says_so_and_writes_nothing(options, tmp_path, capsys):
+    kernels.main([*options, "--out", str(tmp_path / "results")])
+    said = capsys.readouterr().out
+    assert "no GPU here" in said and "make gpu" in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---- turns
+
+
+class Ticks:
+    """A clock on which every pass takes as many milliseconds as its function gives."""
+
+    def __init__(self):
+        self.seen, self.ms, self.dropped = [], {}, 0
+
+    def time(self, name, function):
+        self.ms[name] = function()
+
+    def take(self):
+        ms, self.ms = self.ms, {}
+        return ms
+
+    def drop(self):
+        self.dropped += 1
+        self.ms = {}
+
+
+def test_ways_take_turns_and_one_that_fails_leaves_the_others():
+    clock, order = Ticks(), []
+
+    def way(name, times, last=None):
+        given = iter(times)
+
+        def turn(clock):
+            order.append(name)
+            if last is not None and order.count(name) > last:
+                raise torch.cuda.OutOfMemoryError("16 GiB")
+            ms = next(given)
+            clock.time("forward", lambda: ms)
+            clock.time("backward", lambda: 2 * ms)
+
+        return turn
+
+    fast, broken, dying = way("fast", [900, 800, 3, 1, 2]), way("broken", [], last=0), way("dying", [9] * 9, last=3)
+    timed = gpu.take_turns({"fast": fast, "broken": broken, "dying": dying}, clock)
+    assert order == ["fast", "fast", "broken", "dying", "dying", "fast", "dying", "fast", "dying", "fast"]
+    assert timed["fast"].medians == {"forward": 2, "backward": 4}
+    assert timed["fast"].error is None
+    assert (timed["broken"].error, timed["dying"].error) == ("out of memory", "out of memory")
+    assert not timed["dying"].ms and clock.dropped == 2
+
+
+def test_the_search_keeps_the_best_of_each_field():
+    tried = []
+
+    def score(launches):
+        tried.extend(launches)
+        return [abs(math.log2(x.tile / 4096)) + x.stages + (math.inf if x.numbers == 8 else 1) for x in launches]
+
+    best, ratio = tune.search(score, Launch(tile=2048, numbers=16, stages=3))
+    assert best == Launch(tile=4096, numbers=16, stages=1)
+    assert ratio == pytest.approx((4 / 5) * (2 / 4))
+    assert len(set(tried)) < 4 * 3 * 4 / 2  # not all combinations
+
+
+def test_every_operation_that_has_tables_is_tuned_by_them():
+    found = {operation: list(tune.tables(module)) for operation, module in tune.FILES.items()}
+    assert all(found.values()) and set(found) <= set(OPERATIONS)
+
+
+# ---- numbers
+
+
+def test_least_bytes_are_those_of_performance_notes():
+    size = Size(tokens=64, width=256, head_dim=64, row=32)
+    numbers = {  # bytes for each number of an activation, forward and backward
+        "adaln_modulate": (4, 6), "gated_residual_adaln": (8, 12), "gated_residual_norm": (8, 12),
+        "residual_adaln": (8, 8), "gated_add": (6, 6), "rope3d": (4, 4),
+        "qk_norm_rope3d, head": (2 * 4, 2 * 6 + 4), "qk_norm_rope3d, width": (2 * 4, 2 * 6 + 4),  # and v's
+        "rms_norm": (4, 6), "merge_partial_attention": (10,),
+    }  # fmt: skip
+    assert numbers.keys() == OPERATIONS.keys()
+    for name, build in OPERATIONS.items():
+        least = build(size, torch.bfloat16, "cpu").least_bytes
+        assert tuple(least.values()) == tuple(n * 64 * 256 for n in numbers[name]), name
+
+
+def test_attention_of_one_clip_is_as_much_arithmetic_as_the_pack():
+    for _, lengths, heads in kernels.attention_cases(quick=False):
+        whole = round(sum(n * n for n in lengths) ** 0.5)
+        pack, one = (kernels.attention_flops(clips, heads, 128)["backward"] for clips in (lengths, [whole]))
+        assert pack == pytest.approx(one, rel=1e-3)
+    assert kernels.attention_flops([3, 5], 2, 7)["forward"] == 2 * 2 * 2 * 7 * (9 + 25)
+
+
+def test_flops_of_a_block_are_the_formula_of_performance_notes():
+    d, ff, s, words = 5120, 13_824, 36_864, 512
+    linear = 4 * d * d + 2 * d * ff + 2 * d * d + 2 * d * d * words / s
+    expected = 3 * s * 2 * (linear + 2 * s * d + 2 * words * d)
+    assert blocks.block_flops(Case("Wan-14B", s, "none")) == pytest.approx(expected, rel=1e-12)
+    for shape, (width, _, hidden) in blocks.SHAPES.items():
+        model = blocks.config_of(Case(shape, 8192, "none"), "torch").model
+        assert int(width * model.mlp_ratio) == hidden
+    assert all(math.prod(grid) == tokens for tokens, grid in blocks.GRIDS.items())
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> None:
+    monkeypatch.setitem(blocks.SHAPES, "tiny", (32, 2, 64))
+    monkeypatch.setitem(blocks.GRIDS, 24, (2, 3, 4))
+    monkeypatch.setattr(blocks, "WORDS", 5)
+
+
+def output_and_gradients(kernel: str, recompute: str, change=lambda given: given) -> list[Tensor]:
+    """Of a tiny block in fp32, for all that it is given and its weights; what has no part in it is left out."""
+    block, given = blocks.build_block(Case("tiny", 24, recompute), kernel, "cpu")
+    block = block.float()
+    given = tuple(x.detach().float().requires_grad_() if is_leaf(x) else x for x in given)
+    leaves = [x for x in (*given, *block.parameters()) if is_leaf(x)]
+    out = blocks.step_of(block, change(given), recompute)()
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    gradients = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
+    return [out, *(x for x in gradients if x is not None)]
+
+
+def is_leaf(x) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+@no_gpu
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_a_block_does_the_same_however_it_recomputes(kernel):
+    expected = output_and_gradients(kernel, "none")
+    assert expected[0].abs().max() > 0 and len(expected) > 20
+    for recompute in ("attention", "full"):
+        found = output_and_gradients(kernel, recompute)
+        assert len(found) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@no_gpu
+@pytest.mark.usefixtures("tiny")
+def test_all_ways_to_compute_a_block_agree():
+    expected = output_and_gradients("torch", "none")
+    with blocks.plainly():
+        plain = output_and_gradients("torch", "none", blocks.with_angles)
+    for found in (plain, output_and_gradients("triton", "none")):
+        for a, b in zip(found, expected, strict=True):
+            assert float((a - b).abs().max()) <= 2e-5 * float(b.abs().max())
+
+
+@no_gpu
+@pytest.mark.usefixtures("tiny")
+def test_a_block_written_plainly_calls_no_operation_of_ours(monkeypatch):
+    called = []
+    for owner, name, _ in blocks.PLAINLY:
+        monkeypatch.setattr(owner, name, lambda *given, **named: called.append(1))
+    with blocks.plainly():
+        output_and_gradients("torch", "none", blocks.with_angles)
+    assert not called
+
+
+# ---- what is shown
+
+
+def made_up_record() -> dict:
+    """As benchmarks.kernels writes it, with some of it missing."""
+    operations, speed = [], {"ours": 0.95, "compile": 0.7, "eager": 0.2, "liger": 0.5}
+    for i, operation in enumerate(kernels.TIMED):
+        for j, width in enumerate(kernels.WIDTHS):
+            for tokens in (kernels.TOKENS, 4096):
+                for way in ("ours", "eager") if tokens == 4096 else speed:
+                    if way == "liger" and operation != "rms_norm":
+                        continue
+                    for direction in ("forward", "backward")[: 1 if operation.startswith("merge") else 2]:
+                        of_copy = speed[way] - 0.03 * j - 0.01 * i - 0.1 * (direction == "backward")
+                        result = OperationResult(operation, tokens, width, way, direction, 0.5, 2e3, of_copy, 1e9)
+                        operations.append(vars(result))
+    failed = OperationResult("rope3d", kernels.TOKENS, 5120, "quack", "both", None, None, None, 1e9, "out of memory")
+    results = []
+    for case in blocks.block_cases(quick=False):
+        for way, mfu in (("ours", 0.56), ("compile", 0.44), ("eager", 0.31)):
+            if (case.tokens, way) == (73_728, "eager"):
+                results.append(BlockResult(*vars(case).values(), way, 1e14, *[None] * 5, error="out of memory"))
+            else:
+                mfu -= 0.04 * blocks.RECOMPUTE.index(case.recompute)
+                results.append(BlockResult(*vars(case).values(), way, 1e14, 200.0, 70.0, 400.0, mfu, 12.0))
+    passes = {"forward": 500.0, "backward": 400.0}
+    packs = [AttentionResult("heavy tail", 65_536, 40, 128, 17, 20_000, 30_000, passes, passes, dict(passes))]
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789",
+        "gpu": {"name": "NVIDIA H100 80GB HBM3"},
+        "limits": {"copy_gb_s": 2900.0, "matmul_tflop_s": 720.0},
+        "operations": [*operations, vars(failed)],
+        "attention": [vars(pack) for pack in packs],
+        "blocks": [vars(result) for result in results],
+    }
+
+
+def text_of(table) -> list[list[str]]:
+    return [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_tables_show_what_was_measured():
+    record = made_up_record()
+    operations = [OperationResult(**o) for o in record["operations"]]
+    lines = text_of(kernels.operation_table(kernels.TOKENS, operations))
+    assert lines[0][:5] == ["adaln_modulate", "5120", "95% | 85%", "20% | 10%", "70% | 60%"][:2] + lines[0][2:5]
+    assert {"95% | 85%", "70% | 60%", "20% | 10%"} <= set(lines[0])
+    assert lines[0][-2:] == ["0.500 | 0.500", "1.00 | 1.00"]
+    small = text_of(kernels.operation_table(4096, operations))
+    assert len(small) == len(kernels.TIMED) * len(kernels.WIDTHS) and small[0][-1] == "- | -"
+    table = text_of(blocks.block_table([BlockResult(**b) for b in record["blocks"]]))
+    assert table[0] == ["Wan-14B", "36,864", "none", "56.0% (200.0, 12.0)", "31.0% (200.0, 12.0)",
+                        "44.0% (200.0, 12.0)", "1.00"]  # fmt: skip
+    assert [row[4] for row in table if row[1] == "73,728"] == ["-"] * 6
+    packs = text_of(kernels.attention_table([AttentionResult(**a) for a in record["attention"]]))
+    assert packs[0][-3:-1] == ["500 | 400", "500 | 400"]
+
+
+@pytest.mark.parametrize("missing", [(), ("blocks",), ("operations", "attention")])
+def test_a_picture_is_drawn_of_what_there_is(missing, tmp_path):
+    record = {name: value for name, value in made_up_record().items() if name not in missing}
+    figure.draw(record, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert len(figure.operation_lines(record)) == (0 if missing == ("operations", "attention") else 36)
+
+
+def test_results_are_in_the_file_as_they_come(tmp_path):
+    path = kernels.record_path(tmp_path / "results", "NVIDIA H100 80GB HBM3")
+    assert path == tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
+    assert kernels.record_path(tmp_path / "mine.json", "any") == tmp_path / "mine.json"
+    record = kernels.Record(path, {"date": "today"})
+    record.put("limits", {"copy_gb_s": 1.0})
+    for number in range(3):
+        record.add("operations", {"number": number}, {"number": -number})
+        assert len(json.loads(path.read_text())["operations"]) == 2 * number + 2
+    assert json.loads(path.read_text()).keys() == {"date", "limits", "operations"}
+    kernels.Record(None, {}).add("operations", {})  # nowhere
