@@ -28,7 +28,20 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for, row_stride
-from megasora.kernels.rows import Rows, load_row_vector, load_vector, sum_of_runs
+from megasora.kernels.rows import (
+    Rows,
+    chunks_of,
+    load_chunks,
+    load_row_vector,
+    load_vector,
+    plus,
+    scaled,
+    store_chunk,
+    store_sums,
+    sum_of_runs,
+    times,
+    zero_chunks,
+)
 
 FORWARD: Table = {"any": Launch()}
 BACKWARD: Table = {"any": Launch()}
@@ -114,85 +127,126 @@ def backward_torch(
 
 
 @triton.jit
-def norm_tokens(x, inside, D, eps, LAYER: tl.constexpr):
-    """n, mean (of "layer") and 1 / sqrt(...) of tokens [T, BLOCK_D], 0 outside."""
-    mean = tl.sum(x, 1) / D
-    if LAYER:
-        x = tl.where(inside, x - mean[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-    return x * inverse[:, None], mean, inverse
+def total(chunks):
+    """[T, 1]: the sum of each token's numbers."""
+    together = chunks[0]
+    for c in tl.static_range(1, len(chunks)):
+        together += chunks[c]
+    return tl.sum(together, 1, keep_dims=True)
 
 
 @triton.jit
-def norm_again(x, kept_SL, token, real, inside, REAL, LAYER: tl.constexpr):
-    """n of tokens [T, BLOCK_D] and 1 / sqrt(...), from what the forward kept of them."""
+def less_mean(chunks, mean, D):
+    """x - mean, and 0 beyond the width."""
+    less = ()
+    for c in tl.static_range(len(chunks)):
+        d = c * chunks[c].shape[1] + tl.arange(0, chunks[c].shape[1])[None]
+        less += (tl.where(d < D, chunks[c] - mean, 0.0),)
+    return less
+
+
+@triton.jit
+def norm_tokens(xs, D, eps, LAYER: tl.constexpr):
+    """n of tokens, and their mean (of "layer") and 1 / sqrt(...), [T, 1]."""
+    mean = total(xs) / D
     if LAYER:
-        mean = tl.load(kept_SL + token, mask=real, other=0.0)
+        xs = less_mean(xs, mean, D)
+    inverse = tl.rsqrt(total(times(xs, xs)) / D + eps)
+    return scaled(xs, inverse), mean, inverse
+
+
+@triton.jit
+def store_kept(kept_SL, token, mean, inverse, real, REAL, LAYER: tl.constexpr):
+    if LAYER:
+        tl.store(kept_SL + token, mean, mask=real)
         kept_SL += REAL
-        x = tl.where(inside, x - mean[:, None], 0.0)
-    inverse = tl.load(kept_SL + token, mask=real, other=0.0)
-    return x * inverse[:, None], inverse
+    tl.store(kept_SL + token, inverse, mask=real)
 
 
 @triton.jit
-def norm_gradient(a, n, inverse, D, LAYER: tl.constexpr):
-    """dx from a = dn and n."""
-    along = tl.sum(a * n, 1) / D
-    dx = a - n * along[:, None]
+def norm_again(xs, kept_SL, token, real, REAL, D, LAYER: tl.constexpr):
+    """n of tokens and 1 / sqrt(...), from what the forward kept of them."""
     if LAYER:
-        dx -= (tl.sum(a, 1) / D)[:, None]
-    return dx * inverse[:, None]
+        xs = less_mean(xs, tl.load(kept_SL + token, mask=real, other=0.0), D)
+        kept_SL += REAL
+    inverse = tl.load(kept_SL + token, mask=real, other=0.0)
+    return scaled(xs, inverse), inverse
+
+
+@triton.jit
+def norm_gradient(dys, factors, ns, inverse, D, LAYER: tl.constexpr):
+    """dx, with a = dy factor = dn."""
+    a = times(dys, factors)
+    along = total(times(a, ns)) / D
+    dxs = ()
+    if LAYER:
+        mean = total(a) / D
+        for c in tl.static_range(len(ns)):
+            dxs += ((a[c] - mean - ns[c] * along) * inverse,)
+    else:
+        for c in tl.static_range(len(ns)):
+            dxs += ((a[c] - ns[c] * along) * inverse,)
+    return dxs
+
+
+@triton.jit
+def factor_and_offset(
+    shift_RD, scale_RD, weight_D, bias_D, row, shift_stride, scale_stride, R, D, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    """y = n factor + offset, chunks [1, BLOCK]."""
+    weight, bias = load_vector(weight_D, D, 1.0, C, BLOCK), load_vector(bias_D, D, 0.0, C, BLOCK)
+    scale = load_row_vector(scale_RD, row, scale_stride, R, D, C, BLOCK)
+    shift = load_row_vector(shift_RD, row, shift_stride, R, D, C, BLOCK)
+    factors, offsets = (), ()
+    for c in tl.static_range(C):
+        factors += ((1 + scale[c]) * weight[c],)
+        offsets += ((1 + scale[c]) * bias[c] + shift[c],)
+    return factors, offsets
 
 
 @triton.jit
 def forward_kernel(
     x_LD, shift_RD, scale_RD, weight_D, bias_D, start_Q, row_Q, y_LD, kept_SL,
     x_stride, shift_stride, scale_stride, R, REAL, D, eps,
-    LAYER: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    LAYER: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    run, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+    run = tl.program_id(0)
     row, start, end = tl.load(row_Q + run), tl.load(start_Q + run), tl.load(start_Q + run + 1)
-    weight, bias = load_vector(weight_D, d, D, 1.0), load_vector(bias_D, d, D, 0.0)
-    factor = 1 + load_row_vector(scale_RD, row, scale_stride, R, d, D)
-    offset = bias * factor + load_row_vector(shift_RD, row, shift_stride, R, d, D)
-    factor *= weight
+    factors, offsets = factor_and_offset(
+        shift_RD, scale_RD, weight_D, bias_D, row, shift_stride, scale_stride, R, D, C, BLOCK
+    )
     for first in tl.range(start, end, T, num_stages=STAGES):
-        token = first + tl.arange(0, T)
-        inside, real = (token < end)[:, None] & (d < D)[None], (token < end) & (row < R)
-        at = token.to(tl.int64)[:, None]
-        x = tl.load(x_LD + at * x_stride + d[None], mask=inside & real[:, None], other=0.0).to(tl.float32)
-        n, mean, inverse = norm_tokens(x, inside, D, eps, LAYER)
-        y = tl.where(real[:, None], n * factor[None] + offset[None], 0.0)
-        tl.store(y_LD + at * D + d[None], y.to(y_LD.dtype.element_ty), mask=inside)
-        if LAYER:
-            tl.store(kept_SL + token, mean, mask=real)
-        tl.store(kept_SL + token + (REAL if LAYER else 0), inverse, mask=real)
+        token = first + tl.arange(0, T)[:, None]
+        at, inside, real = token.to(tl.int64), token < end, (token < end) & (row < R)
+        xs = load_chunks(x_LD + at * x_stride, real, D, C, BLOCK)
+        ns, mean, inverse = norm_tokens(xs, D, eps, LAYER)
+        for c in tl.static_range(C):
+            store_chunk(y_LD + at * D, c, tl.where(real, ns[c] * factors[c] + offsets[c], 0.0), inside, D)
+        store_kept(kept_SL, token, mean, inverse, real, REAL, LAYER)
 
 
 @triton.jit
 def backward_kernel(
     grad_LD, x_LD, scale_RD, weight_D, kept_SL, start_Q, row_Q, dx_LD, grad_runs_QD, along_runs_QD,
     grad_stride, x_stride, scale_stride, R, REAL, D,
-    LAYER: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    LAYER: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    run, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+    run = tl.program_id(0)
     row, start, end = tl.load(row_Q + run), tl.load(start_Q + run), tl.load(start_Q + run + 1)
-    factor = (1 + load_row_vector(scale_RD, row, scale_stride, R, d, D)) * load_vector(weight_D, d, D, 1.0)
-    grads, alongs = tl.zeros([T, BLOCK_D], tl.float32), tl.zeros([T, BLOCK_D], tl.float32)
+    factors, _ = factor_and_offset(None, scale_RD, weight_D, None, row, 0, scale_stride, R, D, C, BLOCK)
+    grads, alongs = zero_chunks(T, C, BLOCK), zero_chunks(T, C, BLOCK)
     for first in tl.range(start, end, T, num_stages=STAGES):
-        token = first + tl.arange(0, T)
-        inside, real = (token < end)[:, None] & (d < D)[None], (token < end) & (row < R)
-        at, loaded = token.to(tl.int64)[:, None], inside & real[:, None]
-        x = tl.load(x_LD + at * x_stride + d[None], mask=loaded, other=0.0).to(tl.float32)
-        dy = tl.load(grad_LD + at * grad_stride + d[None], mask=loaded, other=0.0).to(tl.float32)
-        n, inverse = norm_again(x, kept_SL, token, real, inside, REAL, LAYER)
-        dx = norm_gradient(dy * factor[None], n, inverse, D, LAYER)
-        tl.store(dx_LD + at * D + d[None], dx.to(dx_LD.dtype.element_ty), mask=inside)
-        grads += dy
-        alongs += dy * n
-    to = run.to(tl.int64) * D + d
-    tl.store(grad_runs_QD + to, tl.sum(grads, 0), mask=d < D)
-    tl.store(along_runs_QD + to, tl.sum(alongs, 0), mask=d < D)
+        token = first + tl.arange(0, T)[:, None]
+        at, inside, real = token.to(tl.int64), token < end, (token < end) & (row < R)
+        xs = load_chunks(x_LD + at * x_stride, real, D, C, BLOCK)
+        dys = load_chunks(grad_LD + at * grad_stride, real, D, C, BLOCK)
+        ns, inverse = norm_again(xs, kept_SL, token, real, REAL, D, LAYER)
+        dxs = norm_gradient(dys, factors, ns, inverse, D, LAYER)
+        for c in tl.static_range(C):
+            store_chunk(dx_LD + at * D, c, dxs[c], inside, D)
+        grads, alongs = plus(grads, dys), plus(alongs, times(dys, ns))
+    store_sums(grad_runs_QD, run, grads, D)
+    store_sums(along_runs_QD, run, alongs, D)
 
 
 @torch.library.custom_op("megasora::adaln_modulate", mutates_args=())
@@ -211,12 +265,12 @@ def forward_triton(
 ) -> tuple[Tensor, Tensor]:
     x_LD, shift_RD, scale_RD, weight_D, bias_D = map(dense, (x_LD, shift_RD, scale_RD, weight_D, bias_D))
     y_LD, kept_SL = empty_forward(x_LD, num_real, norm)
-    launch, block = launch_for(FORWARD, x_LD.device), triton.next_power_of_2(x_LD.shape[1])
+    launch, cut = launch_for(FORWARD, x_LD.device), chunks_of(x_LD.shape[1])
     if len(row_Q):
         forward_kernel[(len(row_Q),)](
             x_LD, shift_RD, scale_RD, weight_D, bias_D, start_Q, row_Q, y_LD, kept_SL,
             x_LD.stride(0), row_stride(shift_RD), row_stride(scale_RD), num_rows, num_real, x_LD.shape[1], eps,
-            norm == "layer", launch.vectors(block), block, launch.stages, num_warps=launch.warps(block),
+            norm == "layer", launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
         )  # fmt: skip
     return y_LD, kept_SL
 
@@ -246,12 +300,12 @@ def backward_triton(
     num_rows, width = len(first_run_R) - 1, x_LD.shape[1]
     dx_LD = x_LD.new_empty(x_LD.shape)
     runs_2QD = x_LD.new_empty(2, len(row_Q), width, dtype=torch.float32)
-    launch, block = launch_for(BACKWARD, x_LD.device), triton.next_power_of_2(width)
+    launch, cut = launch_for(BACKWARD, x_LD.device), chunks_of(width)
     if len(row_Q):
         backward_kernel[(len(row_Q),)](
             grad_LD, x_LD, scale_RD, weight_D, kept_SL, start_Q, row_Q, dx_LD, *runs_2QD,
             grad_LD.stride(0), x_LD.stride(0), row_stride(scale_RD), num_rows, kept_SL.shape[1], width,
-            len(kept_SL) == 2, launch.vectors(block), block, launch.stages, num_warps=launch.warps(block),
+            len(kept_SL) == 2, launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
         )  # fmt: skip
     return dx_LD, *(sum_of_runs(runs_QD, first_run_R) for runs_QD in runs_2QD)
 

@@ -20,7 +20,18 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for, row_stride
-from megasora.kernels.rows import Rows, load_row_vector, sum_of_runs
+from megasora.kernels.rows import (
+    Rows,
+    chunks_of,
+    load_chunks,
+    load_row_vector,
+    plus,
+    store_chunk,
+    store_sums,
+    sum_of_runs,
+    times,
+    zero_chunks,
+)
 
 FORWARD: Table = {"any": Launch()}
 BACKWARD: Table = {"any": Launch()}
@@ -49,52 +60,51 @@ def backward_torch(grad_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Ro
 @triton.jit
 def forward_kernel(
     x_LD, branch_LD, gate_RD, start_Q, row_Q, y_LD, x_stride, branch_stride, gate_stride, R, D,
-    T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    run, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+    run = tl.program_id(0)
     row, start, end = tl.load(row_Q + run), tl.load(start_Q + run), tl.load(start_Q + run + 1)
-    gate = load_row_vector(gate_RD, row, gate_stride, R, d, D)
+    gates = load_row_vector(gate_RD, row, gate_stride, R, D, C, BLOCK)
     for first in tl.range(start, end, T, num_stages=STAGES):
-        token = first + tl.arange(0, T)
-        inside = (token < end)[:, None] & (d < D)[None]
-        at = token.to(tl.int64)[:, None]
-        x = tl.load(x_LD + at * x_stride + d[None], mask=inside, other=0.0).to(tl.float32)
-        branch = tl.load(branch_LD + at * branch_stride + d[None], mask=inside & (row < R), other=0.0).to(tl.float32)
-        y = x + gate[None] * branch
-        tl.store(y_LD + at * D + d[None], y.to(y_LD.dtype.element_ty), mask=inside)
+        token = first + tl.arange(0, T)[:, None]
+        at, inside = token.to(tl.int64), token < end
+        xs = load_chunks(x_LD + at * x_stride, inside, D, C, BLOCK)
+        branches = load_chunks(branch_LD + at * branch_stride, inside & (row < R), D, C, BLOCK)
+        for c in tl.static_range(C):
+            store_chunk(y_LD + at * D, c, xs[c] + gates[c] * branches[c], inside, D)
 
 
 @triton.jit
 def backward_kernel(
     grad_LD, branch_LD, gate_RD, start_Q, row_Q, dbranch_LD, gate_runs_QD,
     grad_stride, branch_stride, gate_stride, R, D,
-    T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    run, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+    run = tl.program_id(0)
     row, start, end = tl.load(row_Q + run), tl.load(start_Q + run), tl.load(start_Q + run + 1)
-    gate = load_row_vector(gate_RD, row, gate_stride, R, d, D)
-    dgate = tl.zeros([T, BLOCK_D], tl.float32)
+    gates = load_row_vector(gate_RD, row, gate_stride, R, D, C, BLOCK)
+    dgates = zero_chunks(T, C, BLOCK)
     for first in tl.range(start, end, T, num_stages=STAGES):
-        token = first + tl.arange(0, T)
-        inside = (token < end)[:, None] & (d < D)[None]
-        at, real = token.to(tl.int64)[:, None], inside & (row < R)
-        dy = tl.load(grad_LD + at * grad_stride + d[None], mask=real, other=0.0).to(tl.float32)
-        branch = tl.load(branch_LD + at * branch_stride + d[None], mask=real, other=0.0).to(tl.float32)
-        tl.store(dbranch_LD + at * D + d[None], (dy * gate[None]).to(dbranch_LD.dtype.element_ty), mask=inside)
-        dgate += dy * branch
-    tl.store(gate_runs_QD + run.to(tl.int64) * D + d, tl.sum(dgate, 0), mask=d < D)
+        token = first + tl.arange(0, T)[:, None]
+        at, inside, real = token.to(tl.int64), token < end, (token < end) & (row < R)
+        dys = load_chunks(grad_LD + at * grad_stride, real, D, C, BLOCK)
+        branches = load_chunks(branch_LD + at * branch_stride, real, D, C, BLOCK)
+        for c in tl.static_range(C):
+            store_chunk(dbranch_LD + at * D, c, dys[c] * gates[c], inside, D)
+        dgates = plus(dgates, times(dys, branches))
+    store_sums(gate_runs_QD, run, dgates, D)
 
 
 @torch.library.custom_op("megasora::gated_add", mutates_args=())
 def forward_triton(x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, start_Q: Tensor, row_Q: Tensor) -> Tensor:
     x_LD, branch_LD, gate_RD = map(dense, (x_LD, branch_LD, gate_RD))
     y_LD, width = x_LD.new_empty(x_LD.shape), x_LD.shape[1]
-    launch, block = launch_for(FORWARD, x_LD.device), triton.next_power_of_2(width)
+    launch, cut = launch_for(FORWARD, x_LD.device), chunks_of(width)
     if len(row_Q):
         forward_kernel[(len(row_Q),)](
             x_LD, branch_LD, gate_RD, start_Q, row_Q, y_LD,
             x_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD), width,
-            launch.vectors(block), block, launch.stages, num_warps=launch.warps(block),
+            launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
         )  # fmt: skip
     return y_LD
 
@@ -111,12 +121,12 @@ def backward_triton(
     grad_LD, branch_LD, gate_RD = map(dense, (grad_LD, branch_LD, gate_RD))
     dbranch_LD, width = branch_LD.new_empty(branch_LD.shape), branch_LD.shape[1]
     gate_runs_QD = grad_LD.new_empty(len(row_Q), width, dtype=torch.float32)
-    launch, block = launch_for(BACKWARD, grad_LD.device), triton.next_power_of_2(width)
+    launch, cut = launch_for(BACKWARD, grad_LD.device), chunks_of(width)
     if len(row_Q):
         backward_kernel[(len(row_Q),)](
             grad_LD, branch_LD, gate_RD, start_Q, row_Q, dbranch_LD, gate_runs_QD,
             grad_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD), width,
-            launch.vectors(block), block, launch.stages, num_warps=launch.warps(block),
+            launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
         )  # fmt: skip
     return dbranch_LD, sum_of_runs(gate_runs_QD, first_run_R)
 

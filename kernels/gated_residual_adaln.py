@@ -29,14 +29,27 @@ from megasora.kernels.adaln_modulate import (
     adaln_modulate_reference,
     check_norm,
     empty_forward,
+    factor_and_offset,
     norm_again,
     norm_gradient,
     norm_tokens,
+    store_kept,
     vector_gradients,
 )
 from megasora.kernels.gated_add import check_branch, gated_add_reference
 from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for, row_stride
-from megasora.kernels.rows import Rows, load_row_vector, load_vector, sum_of_runs
+from megasora.kernels.rows import (
+    Rows,
+    chunks_of,
+    load_chunks,
+    load_row_vector,
+    plus,
+    store_chunk,
+    store_sums,
+    sum_of_runs,
+    times,
+    zero_chunks,
+)
 
 FORWARD: Table = {"any": Launch()}
 BACKWARD: Table = {"any": Launch()}
@@ -107,33 +120,31 @@ def backward_torch(
 def forward_kernel(
     x_LD, branch_LD, gate_RD, shift_RD, scale_RD, weight_D, bias_D, start_Q, row_Q, y_LD, z_LD, kept_SL,
     x_stride, branch_stride, gate_stride, shift_stride, scale_stride, R, REAL, D, eps,
-    LAYER: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    LAYER: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    run, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+    run = tl.program_id(0)
     row, start, end = tl.load(row_Q + run), tl.load(start_Q + run), tl.load(start_Q + run + 1)
-    weight, bias = load_vector(weight_D, d, D, 1.0), load_vector(bias_D, d, D, 0.0)
-    factor = 1 + load_row_vector(scale_RD, row, scale_stride, R, d, D)
-    offset = bias * factor + load_row_vector(shift_RD, row, shift_stride, R, d, D)
-    factor *= weight
-    gate = load_row_vector(gate_RD, row, gate_stride, R, d, D)
+    factors, offsets = factor_and_offset(
+        shift_RD, scale_RD, weight_D, bias_D, row, shift_stride, scale_stride, R, D, C, BLOCK
+    )
+    gates = load_row_vector(gate_RD, row, gate_stride, R, D, C, BLOCK)
     for first in tl.range(start, end, T, num_stages=STAGES):
-        token = first + tl.arange(0, T)
-        inside, real = (token < end)[:, None] & (d < D)[None], (token < end) & (row < R)
-        at, loaded = token.to(tl.int64)[:, None], inside & real[:, None]
-        x = tl.load(x_LD + at * x_stride + d[None], mask=inside, other=0.0).to(tl.float32)
+        token = first + tl.arange(0, T)[:, None]
+        at, inside, real = token.to(tl.int64), token < end, (token < end) & (row < R)
+        xs = load_chunks(x_LD + at * x_stride, inside, D, C, BLOCK)
         if gate_RD is None:
-            update = tl.load(branch_LD + at * branch_stride + d[None], mask=inside, other=0.0).to(tl.float32)
+            updates = load_chunks(branch_LD + at * branch_stride, inside, D, C, BLOCK)
         else:
-            branch = tl.load(branch_LD + at * branch_stride + d[None], mask=loaded, other=0.0).to(tl.float32)
-            update = gate[None] * branch
-        y = (x + update).to(y_LD.dtype.element_ty)
-        tl.store(y_LD + at * D + d[None], y, mask=inside)
-        n, mean, inverse = norm_tokens(y.to(tl.float32), inside, D, eps, LAYER)
-        z = tl.where(real[:, None], n * factor[None] + offset[None], 0.0)
-        tl.store(z_LD + at * D + d[None], z.to(z_LD.dtype.element_ty), mask=inside)
-        if LAYER:
-            tl.store(kept_SL + token, mean, mask=real)
-        tl.store(kept_SL + token + (REAL if LAYER else 0), inverse, mask=real)
+            updates = times(load_chunks(branch_LD + at * branch_stride, real, D, C, BLOCK), gates)
+        ys = ()
+        for c in tl.static_range(C):
+            y = (xs[c] + updates[c]).to(y_LD.dtype.element_ty)
+            store_chunk(y_LD + at * D, c, y, inside, D)
+            ys += (y.to(tl.float32),)
+        ns, mean, inverse = norm_tokens(ys, D, eps, LAYER)
+        for c in tl.static_range(C):
+            store_chunk(z_LD + at * D, c, tl.where(real, ns[c] * factors[c] + offsets[c], 0.0), inside, D)
+        store_kept(kept_SL, token, mean, inverse, real, REAL, LAYER)
 
 
 @triton.jit
@@ -141,35 +152,33 @@ def backward_kernel(
     grad_y_LD, grad_z_LD, y_LD, branch_LD, gate_RD, scale_RD, weight_D, kept_SL, start_Q, row_Q,
     dx_LD, dbranch_LD, grad_runs_QD, along_runs_QD, gate_runs_QD,
     grad_y_stride, grad_z_stride, y_stride, branch_stride, gate_stride, scale_stride, R, REAL, D,
-    LAYER: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    LAYER: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    run, d = tl.program_id(0), tl.arange(0, BLOCK_D)
+    run = tl.program_id(0)
     row, start, end = tl.load(row_Q + run), tl.load(start_Q + run), tl.load(start_Q + run + 1)
-    factor = (1 + load_row_vector(scale_RD, row, scale_stride, R, d, D)) * load_vector(weight_D, d, D, 1.0)
-    gate = load_row_vector(gate_RD, row, gate_stride, R, d, D)
-    grads, alongs = tl.zeros([T, BLOCK_D], tl.float32), tl.zeros([T, BLOCK_D], tl.float32)
-    dgate = tl.zeros([T, BLOCK_D], tl.float32)
+    factors, _ = factor_and_offset(None, scale_RD, weight_D, None, row, 0, scale_stride, R, D, C, BLOCK)
+    gates = load_row_vector(gate_RD, row, gate_stride, R, D, C, BLOCK)
+    grads, alongs, dgates = zero_chunks(T, C, BLOCK), zero_chunks(T, C, BLOCK), zero_chunks(T, C, BLOCK)
     for first in tl.range(start, end, T, num_stages=STAGES):
-        token = first + tl.arange(0, T)
-        inside, real = (token < end)[:, None] & (d < D)[None], (token < end) & (row < R)
-        at, loaded = token.to(tl.int64)[:, None], inside & real[:, None]
-        y = tl.load(y_LD + at * y_stride + d[None], mask=loaded, other=0.0).to(tl.float32)
-        dz = tl.load(grad_z_LD + at * grad_z_stride + d[None], mask=loaded, other=0.0).to(tl.float32)
-        dy = tl.load(grad_y_LD + at * grad_y_stride + d[None], mask=inside, other=0.0).to(tl.float32)
-        n, inverse = norm_again(y, kept_SL, token, real, inside, REAL, LAYER)
-        dx = dy + norm_gradient(dz * factor[None], n, inverse, D, LAYER)
-        tl.store(dx_LD + at * D + d[None], dx.to(dx_LD.dtype.element_ty), mask=inside)
-        grads += dz
-        alongs += dz * n
+        token = first + tl.arange(0, T)[:, None]
+        at, inside, real = token.to(tl.int64), token < end, (token < end) & (row < R)
+        ys = load_chunks(y_LD + at * y_stride, real, D, C, BLOCK)
+        dzs = load_chunks(grad_z_LD + at * grad_z_stride, real, D, C, BLOCK)
+        dys = load_chunks(grad_y_LD + at * grad_y_stride, inside, D, C, BLOCK)
+        ns, inverse = norm_again(ys, kept_SL, token, real, REAL, D, LAYER)
+        dxs = plus(dys, norm_gradient(dzs, factors, ns, inverse, D, LAYER))
+        for c in tl.static_range(C):
+            store_chunk(dx_LD + at * D, c, dxs[c], inside, D)
+        grads, alongs = plus(grads, dzs), plus(alongs, times(dzs, ns))
         if gate_RD is not None:
-            branch = tl.load(branch_LD + at * branch_stride + d[None], mask=loaded, other=0.0).to(tl.float32)
-            tl.store(dbranch_LD + at * D + d[None], (dx * gate[None]).to(dbranch_LD.dtype.element_ty), mask=inside)
-            dgate += dx * branch
-    to = run.to(tl.int64) * D + d
-    tl.store(grad_runs_QD + to, tl.sum(grads, 0), mask=d < D)
-    tl.store(along_runs_QD + to, tl.sum(alongs, 0), mask=d < D)
+            branches = load_chunks(branch_LD + at * branch_stride, real, D, C, BLOCK)
+            for c in tl.static_range(C):
+                store_chunk(dbranch_LD + at * D, c, dxs[c] * gates[c], inside, D)
+            dgates = plus(dgates, times(dxs, branches))
+    store_sums(grad_runs_QD, run, grads, D)
+    store_sums(along_runs_QD, run, alongs, D)
     if gate_RD is not None:
-        tl.store(gate_runs_QD + to, tl.sum(dgate, 0), mask=d < D)
+        store_sums(gate_runs_QD, run, dgates, D)
 
 
 @torch.library.custom_op("megasora::gated_residual_adaln", mutates_args=())
@@ -192,12 +201,12 @@ def forward_triton(
     vectors = gate_RD, shift_RD, scale_RD = tuple(map(dense, (gate_RD, shift_RD, scale_RD)))
     z_LD, kept_SL = empty_forward(x_LD, num_real, norm)
     y_LD, width = x_LD.new_empty(x_LD.shape), x_LD.shape[1]
-    launch, block = launch_for(FORWARD, x_LD.device), triton.next_power_of_2(width)
+    launch, cut = launch_for(FORWARD, x_LD.device), chunks_of(width)
     if len(row_Q):
         forward_kernel[(len(row_Q),)](
             *tokens, *vectors, dense(weight_D), dense(bias_D), start_Q, row_Q, y_LD, z_LD, kept_SL,
             *map(row_stride, tokens + vectors), num_rows, num_real, width, eps,
-            norm == "layer", launch.vectors(block), block, launch.stages, num_warps=launch.warps(block),
+            norm == "layer", launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
         )  # fmt: skip
     return y_LD, z_LD, kept_SL
 
@@ -226,12 +235,12 @@ def backward_triton(
     dx_LD = y_LD.new_empty(y_LD.shape)
     dbranch_LD = branch_LD.new_empty(branch_LD.shape) if gated else None
     runs = [y_LD.new_empty(len(row_Q), width, dtype=torch.float32) for _ in range(3 if gated else 2)]
-    launch, block = launch_for(BACKWARD, y_LD.device), triton.next_power_of_2(width)
+    launch, cut = launch_for(BACKWARD, y_LD.device), chunks_of(width)
     if len(row_Q):
         backward_kernel[(len(row_Q),)](
             *strided, dense(weight_D), kept_SL, start_Q, row_Q, dx_LD, dbranch_LD, *runs, *[None] * (3 - len(runs)),
             *map(row_stride, strided), num_rows, kept_SL.shape[1], width,
-            len(kept_SL) == 2, launch.vectors(block), block, launch.stages, num_warps=launch.warps(block),
+            len(kept_SL) == 2, launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
         )  # fmt: skip
     grad_RD, along_RD, *dgate_RD = (sum_of_runs(runs_QD, first_run_R) for runs_QD in runs)
     return [dx_LD, grad_RD, along_RD, dbranch_LD, *dgate_RD] if gated else [dx_LD, grad_RD, along_RD]

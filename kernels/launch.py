@@ -10,6 +10,7 @@ may choose differently, and then sum differently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -22,18 +23,23 @@ VIAS = ("auto", "triton", "torch")
 
 
 class Launch(NamedTuple):
-    """How a kernel is cut: a program works on a tile of numbers at a time, whole vectors of `block` numbers each."""
+    """How a kernel is cut: a program works on a tile at a time, of whole vectors of `count` x `block` numbers each."""
 
     tile: int = 2048  # numbers of a tile, if one vector is not longer
     numbers: int = 16  # that a thread holds of a tile; sets the warps
     stages: int = 3  # tiles in a loop that are on their way from memory at once
 
-    def vectors(self, block: int) -> int:
-        """In a tile."""
-        return max(1, self.tile // block)
+    def vectors(self, *size: int) -> int:
+        """In a tile; a power of two. `size`: numbers of a vector, as factors."""
+        return power_of_two(self.tile // math.prod(size))
 
-    def warps(self, block: int) -> int:
-        return min(16, max(1, self.vectors(block) * block // (32 * self.numbers)))
+    def warps(self, *size: int) -> int:
+        return min(16, power_of_two(self.vectors(*size) * math.prod(size) // (32 * self.numbers)))
+
+
+def power_of_two(n: int) -> int:
+    """The largest that is not above `n`; 1 at least."""
+    return 1 << max(1, n).bit_length() - 1
 
 
 Table = Mapping[str, Launch]  # chip, or "any": a chip without an entry is cut as "any"

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megasora.kernels import rms_norm
+from megasora.kernels import rms_norm, rows
 from megasora.kernels.launch import Launch, Table, check_device, chosen, launch_for, widened
 from megasora.kernels.rope3d import (
     Rope,
@@ -44,12 +44,12 @@ from megasora.kernels.rope3d import (
     turn_pairs,
     turn_torch,
 )
-from megasora.kernels.rows import RUN
 
 FORWARD: Table = {"any": Launch(tile=1024, numbers=8)}
 BACKWARD: Table = {"any": Launch(tile=1024, numbers=8)}
 FORWARD_CHUNKS = 5  # tiles that hold all heads of a token: 6, 12, 20, 24 and 40 heads leave no gap
 BACKWARD_CHUNKS = 3  # fewer, as registers hold their gradients and sums of the weight as well
+REGISTERS = {"width": 128, "head": 112}  # of a thread at most in the backward pass: 16 warps share a multiprocessor then
 NORMS = ("head", "width", "none")
 
 
@@ -374,7 +374,7 @@ def backward_triton(
     grads = [heads_dense(x) for x in (dq_LNK, dk_LNK, dv_LNK)]
     qkv_L3NK = heads_dense(qkv_L3NK)
     num_tokens, num_heads, head_dim = dq_LNK.shape
-    run = max(size for tokens, size in RUN.items() if num_tokens >= tokens)
+    run = max(size for tokens, size in rows.RUN.items() if num_tokens >= tokens)
     num_runs = triton.cdiv(num_tokens, run)
     dqkv_L3NK, dweights_2QW = empty_backward(dq_LNK, norm, num_runs)
     strides = [x.stride(0) for x in grads] + ([0, 0] if qkv_L3NK is None else list(qkv_L3NK.stride()[:2]))
@@ -385,7 +385,7 @@ def backward_triton(
             *grads, qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW,
             *strides, num_tokens, run, eps,
             norm, *first_pairs(split), num_heads, head_dim, *tile, triton.cdiv(num_heads, tile[1]),
-            num_warps=launch.warps(tile[1] * tile[2]),
+            num_warps=launch.warps(tile[1] * tile[2]), maxnreg=REGISTERS.get(norm),
         )  # fmt: skip
     return dqkv_L3NK, dweights_2QW.sum(1)
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megasora.kernels import rows
 from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for, widened
-from megasora.kernels.rows import RUN
 
 FORWARD: Table = {"any": Launch(tile=1024, numbers=8)}
 BACKWARD: Table = {"any": Launch(tile=1024, numbers=8)}
@@ -234,7 +234,7 @@ def backward_triton(
     """dx, and dw in fp32; `alongs`: sum dy w x r of whole vectors, where they are not those of x."""
     width = x.shape[-1]
     num_vectors = x.numel() // max(width, 1)
-    run = max(number for at_least, number in RUN.items() if num_vectors >= at_least)
+    run = max(number for at_least, number in rows.RUN.items() if num_vectors >= at_least)
     num_runs = triton.cdiv(num_vectors, run)
     dx, dweight_QD = x.new_empty(x.shape), x.new_empty(num_runs, width, dtype=torch.float32)
     if x.numel():

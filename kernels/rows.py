@@ -85,25 +85,95 @@ class Rows:
                 raise ValueError(f"{name} {tuple(vector.shape)} must be [R, D] = {self.num_rows, x_LD.shape[1]}")
 
 
-@triton.jit
-def load_vector(pointer, d, D, other: tl.constexpr):
-    """A vector [D] in fp32, or `other` everywhere where there is none."""
-    if pointer is None:
-        vector = tl.full(d.shape, other, tl.float32)
-    else:
-        vector = tl.load(pointer + d, mask=d < D, other=other).to(tl.float32)
-    return vector
+CHUNKS = 6  # of a width, at most: their number sets the size of the compiled code
+
+
+def chunks_of(width: int) -> tuple[int, int]:
+    """(C, BLOCK): a width as C chunks of BLOCK numbers, a power of two, with as few beyond the width as can be.
+
+    5,120 is 5 x 1,024 and 1,536 3 x 512, where one block would be 8,192 and 2,048: registers for nothing.
+    """
+    cuts = [(-(-width // block), block) for block in (1 << n for n in range(4, 15)) if -(-width // block) <= CHUNKS]
+    return min(cuts, key=lambda cut: (cut[0] * cut[1], cut[0]))
 
 
 @triton.jit
-def load_row_vector(pointer, row, stride, R, d, D):
-    """The vector of `row` in fp32; zeros for padding, which is in row R, and where there are none."""
+def load_chunks(x, there, D, C: tl.constexpr, BLOCK: tl.constexpr):
+    """C chunks [T, BLOCK] in fp32, 0 beyond the width and where not `there`; `x` [T, 1] points to the first numbers."""
+    chunks = ()
+    for c in tl.static_range(C):
+        d = c * BLOCK + tl.arange(0, BLOCK)[None]
+        chunks += (tl.load(x + d, mask=there & (d < D), other=0.0).to(tl.float32),)
+    return chunks
+
+
+@triton.jit
+def store_chunk(y, c: tl.constexpr, chunk, there, D):
+    d = c * chunk.shape[1] + tl.arange(0, chunk.shape[1])[None]
+    tl.store(y + d, chunk.to(y.dtype.element_ty), mask=there & (d < D))
+
+
+@triton.jit
+def zero_chunks(T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    chunks = ()
+    for _ in tl.static_range(C):
+        chunks += (tl.zeros([T, BLOCK], tl.float32),)
+    return chunks
+
+
+@triton.jit
+def load_vector(pointer, D, other: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Chunks [1, BLOCK] of a vector, or of `other` where there is none."""
     if pointer is None:
-        vector = tl.zeros(d.shape, tl.float32)
+        chunks = ()
+        for _ in tl.static_range(C):
+            chunks += (tl.full([1, BLOCK], other, tl.float32),)
     else:
-        inside = (d < D) & (row < R)
-        vector = tl.load(pointer + row.to(tl.int64) * stride + d, mask=inside, other=0.0).to(tl.float32)
-    return vector
+        chunks = load_chunks(pointer, True, D, C, BLOCK)
+    return chunks
+
+
+@triton.jit
+def load_row_vector(pointer, row, stride, R, D, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Chunks [1, BLOCK] of the vector of `row`; zeros for padding, which is in row R, and where there are none."""
+    if pointer is None:
+        chunks = zero_chunks(1, C, BLOCK)
+    else:
+        chunks = load_chunks(pointer + row.to(tl.int64) * stride, row < R, D, C, BLOCK)
+    return chunks
+
+
+@triton.jit
+def times(xs, ys):
+    """Products, chunk by chunk."""
+    products = ()
+    for c in tl.static_range(len(xs)):
+        products += (xs[c] * ys[c],)
+    return products
+
+
+@triton.jit
+def scaled(xs, factor):
+    """Chunks times one number a token."""
+    products = ()
+    for c in tl.static_range(len(xs)):
+        products += (xs[c] * factor,)
+    return products
+
+
+@triton.jit
+def plus(xs, ys):
+    sums = ()
+    for c in tl.static_range(len(xs)):
+        sums += (xs[c] + ys[c],)
+    return sums
+
+
+@triton.jit
+def store_sums(runs_QD, run, chunks, D):
+    """The sum over the tokens of a run, [T, BLOCK] each chunk, to its place."""
+    for c in tl.static_range(len(chunks)):
+        store_chunk(runs_QD + run.to(tl.int64) * D, c, tl.sum(chunks[c], 0, keep_dims=True), True, D)
 
 
 @triton.jit
