@@ -92,8 +92,8 @@ def test_a_block_holds_what_its_backward_needs_and_nothing_else(dialect, mode):
         "full": length * 2 * d,
         "attention": length * (4 * d + 4 * heads),  # with the log-sum-exp of each head
         "none": length * (34 * d + 4 * r.mlp_hidden)
-        + length * (2 * 2 * 4 + 2 * 2)  # means and deviations: of two modulated norms, and of one in bf16
-        + length * 3 * 4 * norms  # of q, k, and q of the cross-attention
+        + length * 3 * 2 * 4  # means and deviations of three norms
+        + length * 4 * norms  # deviations of q of the cross-attention; those of q and k are computed again
         + length * 2 * 4 * heads  # log-sum-exp
         + words * (3 * 2 * d + 4 * norms)  # k and v of the caption, k normed, its deviations
         + 6 * 2 * d  # shift, scale and gate of a row

@@ -43,8 +43,8 @@ def part_of_sum(ctx, grad):
     return collectives.my_part(grad, ctx.axis) * ctx.axis.size, None
 
 
-def norm_of_own_squares(ctx, x, weight, eps, size, total, original=RMSNorm.forward):
-    y = original(ctx, x, weight, eps, size, None)
+def norm_of_own_squares(ctx, x, weight, eps, size, total, via, original=RMSNorm.forward):
+    y = original(ctx, x, weight, eps, size, None, via)
     ctx.total = total
     return y
 
