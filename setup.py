@@ -34,6 +34,7 @@ setup(
         "triton; sys_platform == 'linux'",
         "deepspeed",
         "webdataset",
+        "fsspec",
         "omegaconf",
         "safetensors",
         "av",

@@ -49,7 +49,7 @@ FORWARD: Table = {"any": Launch(tile=1024, numbers=8)}
 BACKWARD: Table = {"any": Launch(tile=1024, numbers=8)}
 FORWARD_CHUNKS = 5  # tiles that hold all heads of a token: 6, 12, 20, 24 and 40 heads leave no gap
 BACKWARD_CHUNKS = 3  # fewer, as registers hold their gradients and sums of the weight as well
-REGISTERS = {"width": 128, "head": 112}  # of a thread at most in the backward pass: 16 warps share a multiprocessor then
+BACKWARD_REGISTERS = 128  # of a thread, at most: 16 warps share a multiprocessor then, each with 3 KiB on the way
 NORMS = ("head", "width", "none")
 
 
@@ -385,7 +385,7 @@ def backward_triton(
             *grads, qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW,
             *strides, num_tokens, run, eps,
             norm, *first_pairs(split), num_heads, head_dim, *tile, triton.cdiv(num_heads, tile[1]),
-            num_warps=launch.warps(tile[1] * tile[2]), maxnreg=REGISTERS.get(norm),
+            num_warps=launch.warps(tile[1] * tile[2]), maxnreg=BACKWARD_REGISTERS,
         )  # fmt: skip
     return dqkv_L3NK, dweights_2QW.sum(1)
 

@@ -1,4 +1,4 @@
-"""`megasora ingest|shards|train|sample|report|checkpoint|doctor`: what each reads and writes is in its --help."""
+"""`megasora ingest|shards|train|status|sample|report|checkpoint|doctor`: its --help says what each reads and writes."""
 
 from __future__ import annotations
 
@@ -43,18 +43,30 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command("ingest", ingest, "Clips and captions to shards.", INGEST)
     p.add_argument(
-        "clips", type=Path, metavar="CLIPS", help="folder of .mp4 .mov .mkv .webm .avi .png .jpg .webp files"
+        "clips", type=Path, metavar="CLIPS",
+        help="folder of .mp4 .mov .mkv .webm .avi .png .jpg .webp files, a list of these (.txt, .jsonl), or tars",
+    )  # fmt: skip
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write; new, empty, or of the same ingest"
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist or be empty")
+    p.add_argument("--part", metavar="I/N", help="the I-th of N parts, as 1/8; default: as torchrun or Slurm say")
     p.add_argument("--config", type=Path, metavar="YAML", help="configuration of the run that the shards are for")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. ingest.missing_caption=skip")
 
     p = command("shards", shards, "What is in a folder of shards.", SHARDS)
-    p.add_argument("dir", type=Path, metavar="DIR")
+    p.add_argument("dir", metavar="DIR", help="folder, or a url that fsspec opens, as s3://bucket/shards")
+    p = p.add_mutually_exclusive_group()
+    p.add_argument("--budget", type=int, metavar="TOKENS", help="also print the padding in packs of so many tokens")
+    p.add_argument("--verify", action="store_true", help="read every byte and name what is damaged; exit code 2 if any")
+    p.add_argument("--show", nargs=2, metavar=("ID", "FILE"), help="draw the clip with this sample id into FILE (.png)")
 
     p = command("train", train, "Train a run in this process, or go on with it.", TRAIN)
     p.add_argument("config", metavar="YAML")
     p.add_argument("overrides", nargs="*", metavar="key=value")
+
+    p = command("status", status, "Where a run is, alive or dead.", STATUS)
+    p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument("--watch", action="store_true", help="refresh until it has ended")
 
     p = command("sample", sample, "A prompt to a video.", SAMPLE)
     p.add_argument("run", type=Path, metavar="RUN", help="run folder with a checkpoint")
@@ -90,15 +102,20 @@ def build_parser() -> argparse.ArgumentParser:
 INGEST = """\
 Reads every clip below CLIPS at its native size and length, never cropped or resized. A caption is NAME.txt, the key
 "caption" of NAME.json, or a line {"file": "NAME.mp4", "caption": "..."} of captions.jsonl. Clips below CLIPS/val are
-held out for validation. Writes WebDataset tars, an index beside each, and dataset.json; then prints a table of what was
-taken and what was rejected, and why.
+held out for validation. CLIPS may also be a list: .txt, a path a line, or .jsonl, {"file": ..., "caption": ...,
+"start": seconds, "end": seconds} a line; or raw WebDataset tars: a .tar, a folder of them, or a quoted pattern.
+Writes WebDataset tars, an index beside each, and dataset.json; then prints a table of what was taken and what was
+rejected, and why. The same command goes on where an earlier one was stopped. Several processes share the work under
+torchrun, as a Slurm array, or each with its --part; the last one writes dataset.json.
 
 example: megasora ingest data/clips --out data/shards codec.channels=64"""
 
 SHARDS = """\
 Reads dataset.json and the indices; prints clips, tokens and sizes of each split and a histogram of tokens a clip.
+--verify holds every byte against its checksum and the counts, and prints a line for each record that is damaged.
+--show decodes a clip, writes a contact sheet of it to FILE (.png), and prints its caption and its facts.
 
-example: megasora shards data/shards"""
+example: megasora shards data/shards --budget 4096"""
 
 TRAIN = """\
 Reads a configuration, key=value overrides and data.shards; writes the run folder run.dir: config.yaml, metrics.jsonl (a
@@ -106,6 +123,12 @@ line a step; times in seconds), validation.jsonl, checkpoints/. The same command
 On several processes: torchrun --nproc-per-node N -m megasora.train YAML [key=value ...]
 
 example: megasora train configs/demo.yaml run.dir=runs/demo data.shards=data/shards"""
+
+STATUS = """\
+Reads the folder RUN; prints state, step, loss, tokens a second, MFU, the last checkpoint, and for each launch when and
+where it began and how it ended. Works from any machine that sees the folder; nothing is asked of the run itself.
+
+example: megasora status runs/demo --watch"""
 
 SAMPLE = """\
 Reads the newest checkpoint of RUN; writes FILE (H.264 mp4, or PNG for one frame), FILE.sheet.png (a contact sheet) and
@@ -140,24 +163,61 @@ def ingest(options: argparse.Namespace) -> int:
     from megasora.config import load
 
     config = load(options.config, options.overrides)
-    from megasora.ingest import ingest
+    import os
 
-    ingest(options.clips, options.out, config)
-    print(f"shards in {options.out}")
+    from megasora.ingest import ingest
+    from megasora.ingest.division import Part
+
+    part = Part.parse(options.part) if options.part else Part.of_environment(os.environ)
+    if ingest(options.clips, options.out, config, part):
+        print(f"shards in {options.out}")
     return 0
 
 
 def shards(options: argparse.Namespace) -> int:
-    from megasora.observe.shards import describe_shards
+    from megasora.observe.shards import describe_shards, verify_shards
 
-    describe_shards(options.dir)
+    if options.show:
+        show_clip(options.dir, *options.show)
+    elif options.verify:
+        return EXIT_ERROR if verify_shards(options.dir) else 0
+    else:
+        describe_shards(options.dir, options.budget)
     return 0
+
+
+def show_clip(folder: str, sample_id: str, file: str) -> None:
+    import json
+
+    from megasora.data.video import write_image
+    from megasora.observe.shards import decode_clip, preview
+    from megasora.sampling.sheet import contact_sheet
+
+    out = Path(file)
+    if not sample_id.isdecimal() or out.suffix != ".png":
+        raise MegaSoraError(f"--show {sample_id} {file}: give a sample id, a whole number, and the name of a .png file")
+    if not out.parent.is_dir():
+        raise MegaSoraError(f"--show {file}: there is no folder {out.parent}; make it first")
+    frames, facts = decode_clip(folder, int(sample_id))
+    tiles, zoom = preview(frames)
+    title = f"{sample_id}: {facts['caption']}"[:120]
+    write_image(contact_sheet([(title, tiles)], len(tiles), zoom), out, comment=json.dumps(facts))
+    for key, value in facts.items():
+        print(f"{key:>14}  {json.dumps(value, ensure_ascii=False)}")  # in quotes: a caption is no code of a terminal
+    print(f"drawn into {out}")
 
 
 def train(options: argparse.Namespace) -> int:
     from megasora.train import main
 
     return main([options.config, *options.overrides])
+
+
+def status(options: argparse.Namespace) -> int:
+    from megasora.observe.status import show_status
+
+    show_status(options.run, options.watch)
+    return 0
 
 
 def sample(options: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ class RunConfig:
     threads: int = 0  # CPU threads of torch in a process; 0: cores / processes
     debug_parallel: bool = False  # compare, by hashes, what ranks must have in common
     debug_every: int = 100  # steps between two such comparisons; the first is at step 0
+    hang_seconds: float = 540.0  # a run that has not moved for so long is ended: a step, a save, a validation
 
 
 @dataclass
@@ -49,7 +50,8 @@ class TextConfig:
 @dataclass
 class DataConfig:
     shards: str = ""  # folder written by `megasora ingest`
-    mixture: dict[str, float] = field(default_factory=dict)  # instead: several such folders, each with its weight
+    mixture: list[str] = field(default_factory=list)  # instead of it: several such folders ...
+    weights: list[float] = field(default_factory=list)  # ... and how often clips of each are seen, relatively
     patch: list[int] = field(default_factory=lambda: [1, 1, 1])  # latents in a token: frames, rows, columns
     tokens_per_pack: int = 4096  # static length of one micro-batch
     packs_per_step: int = 8  # packs of all data-parallel ranks in one optimizer step
@@ -398,6 +400,7 @@ def validate(config: Config) -> None:
         raise MegaSoraError(f"run.seed={config.run.seed} must be from 0 to below 2^63")
     at_least("run.threads", config.run.threads, 0)
     at_least("run.debug_every", config.run.debug_every, 1)
+    positive("run.hang_seconds", config.run.hang_seconds)
     at_least("model.recompute_blocks", m.recompute_blocks, 0)
     if m.recompute_blocks > m.depth:
         raise MegaSoraError(f"model.recompute_blocks={m.recompute_blocks} must be at most model.depth={m.depth}")
@@ -418,8 +421,12 @@ def validate(config: Config) -> None:
         raise MegaSoraError(
             f"data.shards={d.shards} and data.mixture={d.mixture} are both set; name all folders in data.mixture"
         )
-    for folder, weight in d.mixture.items():
-        positive(f"data.mixture[{folder}]", weight)
+    if len(d.weights) != len(d.mixture) or len(set(d.mixture)) != len(d.mixture):
+        raise MegaSoraError(
+            f"data.weights={d.weights} must be one number for each of data.mixture={d.mixture}, none twice"
+        )
+    for folder, weight in zip(d.mixture, d.weights, strict=True):
+        positive(f"data.weights of {folder}", weight)
     for key in ("max_height", "max_width", "max_frames", "max_clip_mib", "shard_mib", "clips_per_block"):
         at_least(f"ingest.{key}", getattr(config.ingest, key), 1)
     for key in ("workers", "fit_height", "fit_width", "fps"):

@@ -1,23 +1,32 @@
-"""`python -m megasora.train CONFIG [key=value ...]`, alone or under torchrun: trains a run, or goes on with it."""
+"""`python -m megasora.train [--check] CONFIG [key=value ...]`, alone or under torchrun: a run begins, or goes on.
+
+It ends with a code of megasora/errors.py. torchrun itself ends with 1 then, whatever the code: RUN/exit.json has ours.
+--check stops where the run would begin: it finds what is wrong in seconds, on one process, and prints run.dir.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megasora.config import Config, differences, load
-from megasora.errors import MegaSoraError
+from megasora.errors import CONFIGURATION, CRASH, DONE, STOPPED, MegaSoraError
+from megasora.stop import StopSignal
 
 if TYPE_CHECKING:
+    from megasora.data.mixture import Mixture
     from megasora.parallel.world import World
 
 # what may change between two launches of one run without changing what is trained
 FREE_KEYS = (
-    "run.dir", "run.device", "run.threads", "data.shards", "data.prefetch", "ingest", "checkpoint", "validation",
-    "sample", "evaluation", "wandb", "run.debug_parallel", "run.debug_every",
+    "run.dir", "run.device", "run.threads", "data.shards", "data.mixture", "data.prefetch",
+    "data.threads", "data.timeout", "data.max_bad_fraction", "ingest", "checkpoint", "validation",
+    "sample", "evaluation", "wandb", "run.debug_parallel", "run.debug_every", "run.hang_seconds",
 )  # fmt: skip
 OTHERS_WAIT_SECONDS = 5.0  # in which the main process has told what is wrong
 
@@ -31,18 +40,38 @@ def main(arguments: list[str] | None = None) -> int:
                 "\n\nExample: torchrun --nproc-per-node 2 -m megasora.train configs/demo.yaml run.dir=runs/demo",
             )
             return 0 if arguments else 2
+        only_check = arguments[0] == "--check"
+        arguments = arguments[only_check:]
+        if not arguments:
+            raise MegaSoraError("--check: give the configuration that shall be checked, e.g. configs/demo.yaml")
         config = load(arguments[0], arguments[1:])
         check_run_folder(config)
         check_parallel(config)
         check_data(config)
-        train(config)
-        return 0
-    except (MegaSoraError, OSError) as error:  # no space, no permission: the system's words name the file
-        rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:  # let the main process say it: the launcher ends the others as soon as one is gone
-            time.sleep(OTHERS_WAIT_SECONDS)
-        print(f"megasora: error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
-        return 2
+    except (MegaSoraError, OSError) as error:  # no permission: the system's words name the file
+        return tell(error, getattr(error, "exit_code", CONFIGURATION))
+    if only_check:
+        print(config.run.dir)
+        return DONE
+    try:
+        with StopSignal() as stop:
+            train(config, stop)
+        return DONE
+    except (MegaSoraError, OSError) as error:  # no space: the system's words name the file
+        return tell(error, getattr(error, "exit_code", CRASH))
+
+
+def tell(error: Exception, code: int) -> int:
+    """One line on standard error, from one process if it can be; gives back the code."""
+    rank = int(os.environ.get("RANK", "0"))
+    if code == STOPPED:
+        if rank == 0:
+            print(f"megasora: stopped on request, {error}", file=sys.stderr, flush=True)
+        return code
+    if rank > 0:  # let the main process say it: the launcher ends the others as soon as one is gone
+        time.sleep(OTHERS_WAIT_SECONDS)
+    print(f"megasora: error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
+    return code
 
 
 def check_run_folder(config: Config) -> None:
@@ -74,28 +103,51 @@ def check_data(config: Config) -> None:
     """Everything about the data that can be known before a process group or a weight exists."""
     from megasora.build import patch_dim
     from megasora.codec import build_codec
-    from megasora.data.loader import PackLoader
-    from megasora.data.shards import Shards, check_fingerprints
+    from megasora.data.mixture import open_mixture
+    from megasora.data.shards import check_fingerprints
     from megasora.text import build_text_encoder
 
-    if not config.data.shards:
+    if not config.data.shards and not config.data.mixture:
         raise MegaSoraError(
             "data.shards is not set; give the folder that `megasora ingest` wrote: data.shards=data/shards"
         )
-    folder = Path(config.data.shards)
-    shards = Shards.open(folder, "train")
-    encoder = build_text_encoder(config.text)
-    check_fingerprints(
-        shards.manifest, folder, build_codec(config.codec).fingerprint, encoder.fingerprint, list(config.data.patch)
-    )
-    if shards.manifest.patch_dim != patch_dim(config):
-        raise MegaSoraError(f"{folder} has tokens of {shards.manifest.patch_dim} numbers, this run {patch_dim(config)}")
-    PackLoader(shards, config.data, config.run.seed, None)
+    clips = open_mixture(config.data, "train")
+    open_mixture(config.data, "val")
+    manifest, folder = clips.manifest, clips.datasets[0].folder
+    codec, encoder = build_codec(config.codec), build_text_encoder(config.text)
+    check_fingerprints(manifest, folder, codec.fingerprint, encoder.fingerprint, list(config.data.patch))
+    if manifest.patch_dim != patch_dim(config):
+        raise MegaSoraError(f"{folder} has tokens of {manifest.patch_dim} numbers, this run {patch_dim(config)}")
+    check_same_data(config, clips)
 
 
-def train(config: Config) -> None:
+def check_same_data(config: Config, clips: Mixture) -> None:
+    """The clips of a run are those that it began with: a cursor is a place in a plan that is made of them."""
+    from megasora.checkpoint.store import CheckpointStore
+    from megasora.trainer import STATE_FILE
+
+    newest = CheckpointStore(Path(config.run.dir) / "checkpoints").newest()
+    if newest is None:
+        return
+    try:
+        saved = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # damaged: what is wrong is told when the checkpoint is loaded
+    ours = clips.identity()
+    changed = [f"{key}: {saved.get(key)} -> {value}" for key, value in ours.items() if saved.get(key) != value]
+    if changed:
+        raise MegaSoraError(
+            f"{newest} was trained on other clips ({'; '.join(changed)}); give the shards and weights that the run "
+            "began with, or choose another run.dir"
+        )
+
+
+def train(config: Config, stop: StopSignal) -> None:
     import torch
 
+    from megasora.observe.launches import begin_launch, note_exit
+    from megasora.observe.rank_log import rank_log
+    from megasora.observe.watchdog import Watchdog
     from megasora.parallel.mesh import build_mesh
     from megasora.parallel.world import join_world
     from megasora.trainer import Trainer
@@ -103,7 +155,24 @@ def train(config: Config) -> None:
     with join_world(config.run.device) as world:
         torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
         check_same_configuration(config, world)
-        Trainer(config, world, build_mesh(config.parallel, world.device.type)).run()
+        run = Path(config.run.dir)
+        if world.is_main:
+            begin_launch(run, world.size)
+        world.barrier()  # from here on exit.json is of this launch
+        watchdog = Watchdog(run, world.rank, world.size, config.run.hang_seconds, stop.requested)
+        with rank_log(run, world.rank), watchdog.watching():
+            try:
+                mesh = build_mesh(config.parallel, world.device.type)
+                Trainer(config, world, mesh, stop.requested, watchdog.moved).run()
+            except (MegaSoraError, OSError) as error:
+                note_exit(run, getattr(error, "exit_code", CRASH), str(error), world.rank)
+                raise
+            except Exception as error:
+                traceback.print_exc()  # into the log of this process
+                note_exit(run, CRASH, f"{type(error).__name__}: {error}".splitlines()[0], world.rank)
+                sys.exit(CRASH)
+            if world.is_main:
+                note_exit(run, DONE, f"{config.run.steps} steps", world.rank)
 
 
 def check_same_configuration(config: Config, world: World) -> None:

@@ -14,6 +14,7 @@ import math
 import platform
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from torch import Tensor
 import megasora
 from megasora.batch import VideoBatch
 from megasora.checkpoint.store import CheckpointStore, remove_parts, verify, write_whole
-from megasora.config import Config, to_yaml
-from megasora.data.loader import Cursor, PackLoader, Step
-from megasora.data.pack import make_batch, plan_epoch
-from megasora.data.shards import Shards
+from megasora.config import Config, ModelConfig, to_yaml
+from megasora.data.loader import PackLoader, Step
+from megasora.data.mixture import open_mixture
+from megasora.data.pack import make_batch
+from megasora.data.packing import pack_clips
+from megasora.data.plan import Cursor
 from megasora.diffusion.flow import FlowMatching, velocity_error
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, NonFiniteError, StopRequested
 from megasora.model.flops import pack_flops
 from megasora.observe.metrics import JsonLines, ProgressLine, WandbLog
 from megasora.observe.stopwatch import Stopwatch
@@ -47,12 +50,22 @@ EMA_FILE, MODEL_FILE, STATE_FILE = "ema.safetensors", "model.safetensors", "stat
 
 
 class Trainer:
-    def __init__(self, config: Config, world: World, mesh: Mesh):
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        mesh: Mesh,
+        stop_requested: Callable[[], bool] = lambda: False,
+        moved: Callable[[str], None] = lambda to: None,
+    ):
+        """`stop_requested`: asked at every step; where it says so on any rank, all save and stop after that step.
+        `moved`: told what comes next.
+        """
         self.config, self.world, self.mesh, self.run_dir = config, world, mesh, Path(config.run.dir)
+        self.stop_requested, self.stopping, self.moved = stop_requested, False, moved
         encoder = build_text_encoder(config.text)
         self.encode = None if encoder.precomputed else (lambda caption: encoder.encode([caption])[0])
-        folder = Path(config.data.shards)
-        self.train_split, self.val_split = Shards.open(folder, "train"), Shards.open(folder, "val")
+        self.train_clips, self.val_clips = (open_mixture(config.data, split) for split in ("train", "val"))
         self.objective = FlowMatching(config.objective, config.run.seed)
         self.engine = parallelize(config, world, mesh)
         self.fragments = self.engine.fragments()
@@ -60,10 +73,11 @@ class Trainer:
         self.store = CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.step, cursor = self.resume()
         self.loader = PackLoader(
-            self.train_split,
+            self.train_clips,
             config.data,
             config.run.seed,
             self.encode,
+            attention_length(config.model, self.train_clips.manifest.patch_dim),
             mesh.data.rank,
             mesh.data.size,
             cursor,
@@ -88,8 +102,10 @@ class Trainer:
         if self.step == 0:
             self.validate()
         watch, warned = Stopwatch(self.world.device), None
+        self.moved(f"the loader, for step {self.step + 1}")
         for work in self.loader:
             watch.lap("data")
+            self.moved(f"step {self.step + 1}")
             line = self.train_step(work, watch)
             self.cursor, self.step = work.after, self.step + 1
             times = watch.read()
@@ -105,12 +121,13 @@ class Trainer:
             last = self.step == config.run.steps
             if last or self.step % config.validation.every == 0:
                 self.validate()
-            if last or self.step % config.checkpoint.every == 0:
+            if last or self.stopping or self.step % config.checkpoint.every == 0:
                 self.save()
-            if last:
+            if last or self.stopping:
                 break
             watch.lap("apart")  # validation and saving are not part of a step
             watch.read()
+            self.moved(f"the loader, for step {self.step + 1}")
         if main:
             self.progress.close()
             self.wandb.close()
@@ -118,6 +135,8 @@ class Trainer:
                 self.progress.say(self.wandb.warning)
             self.metrics.close()
             self.validations.close()
+        if self.step < config.run.steps:
+            raise StopRequested(f"saved after step {self.step}; the same command goes on from there")
 
     def share(self, pack: VideoBatch) -> VideoBatch:
         return share_pack(pack, self.config, self.mesh)
@@ -146,20 +165,34 @@ class Trainer:
         speaks = self.mesh.model.rank == 0 and self.mesh.context.rank == 0  # for one pack, among those that share it
         flops = sum(self.flops(pack) for pack in work.packs) if self.peak_flops and speaks else 0.0
         sent = self.engine.attention.take_bytes_sent() if self.engine.attention is not None else 0
-        totals = torch.stack((error, *(torch.tensor(float(x), dtype=torch.float64) for x in (flops, sent))))
+        numbers = (flops, sent, self.stop_requested(), self.note_damage(work) if speaks else 0)
+        totals = torch.stack((error, *(torch.tensor(float(x), dtype=torch.float64) for x in numbers)))
         totals = self.world.sum(totals).cpu()
+        self.stopping = bool(totals[3] > 0)
         loss_value = float(totals[0]) / self.mesh.tensor.size / tokens  # tensor peers have each computed all of it
         if not math.isfinite(loss_value) or not math.isfinite(norm):
             saved = self.step // config.checkpoint.every * config.checkpoint.every
-            raise MegaSoraError(
+            raise NonFiniteError(
                 f"step {self.step}: loss {loss_value}, gradient norm {norm}; nothing was saved after step {saved}; "
                 f"lower optim.rate={config.optim.rate}"
             )
         watch.lap("optimizer")
         line = {"step": self.step + 1, "loss": loss_value, "grad_norm": norm, "rate": rate, "flops": float(totals[1])}
+        if config.data.max_bad_fraction > 0:
+            line["damaged_clips"] = int(totals[4])
         if self.mesh.context.is_split:  # mean of the ranks, forward and backward
             line["context_mib_sent"] = round(float(totals[2]) / self.world.size / 2**20, 4)
         return line
+
+    def note_damage(self, work: Step) -> int:
+        """Writes a line of damaged.jsonl for each clip that was left out of these packs, and counts them."""
+        if work.damaged:
+            lines = JsonLines(self.run_dir / "damaged.jsonl")  # appended to by several processes, whole lines each
+            for error in work.damaged:
+                facts = {"shard": error.path, "offset": error.offset, "sample_id": error.sample_id}
+                lines.write({"step": self.step + 1, **facts, "what": str(error)})
+            lines.close()
+        return len(work.damaged)
 
     def compare_ranks(self, packs: list[VideoBatch], noised: list[VideoBatch]) -> None:
         """The debug guard; raises on all ranks where two that must agree do not."""
@@ -182,7 +215,7 @@ class Trainer:
         return line
 
     def flops(self, batch: VideoBatch) -> float:
-        patch_dim, text_dim = batch.patches_LP.shape[1], self.train_split.manifest.text_dim or None
+        patch_dim, text_dim = batch.patches_LP.shape[1], self.train_clips.manifest.text_dim or None
         return pack_flops(self.config.model, patch_dim, batch.cu_segments, batch.cu_text, text_dim=text_dim)
 
     def describe(self, parameters: int) -> None:
@@ -194,13 +227,13 @@ class Trainer:
             "parameters": parameters,
             "device": str(self.world.device), "machine": platform.processor() or platform.machine(),
             "torch": torch.__version__, "megasora": megasora.__version__,
-            "clips": len(self.train_split), "validation_clips": len(self.val_split),
+            "clips": len(self.train_clips), "validation_clips": len(self.val_clips),
         }  # fmt: skip
         write_whole(self.run_dir / "run.json", json.dumps(facts, indent=1) + "\n")
         tokens = self.config.data.tokens_per_pack * self.config.data.packs_per_step
         processes = f"{self.world.size} processes" + (f" ({arranged})" if arranged else "")
         self.progress.say(
-            f"{parameters / 1e6:.2f}M parameters, {len(self.train_split):,} clips, {processes} on {self.world.device}, "
+            f"{parameters / 1e6:.2f}M parameters, {len(self.train_clips):,} clips, {processes} on {self.world.device}, "
             f"{tokens:,} tokens a step, from step {self.step} to {self.config.run.steps}"
         )
 
@@ -208,17 +241,18 @@ class Trainer:
 
     def validate(self) -> None:
         """The loss by timestep bin on held-out clips, always with the same noise: only the weights change it."""
-        count = len(self.val_split)
+        count = len(self.val_clips)
         if self.config.validation.clips:
             count = min(count, self.config.validation.clips)
         if count == 0:
             return
         config, bins, data = self.config, self.config.validation.bins, self.mesh.data
-        packs = plan_epoch(self.val_split.tokens()[:count], config.data.tokens_per_pack, count, 0, 0)
+        self.moved(f"the validation after step {self.step}")
+        packs = pack_clips(self.val_clips.tokens_N[:count], config.data.tokens_per_pack)
         sums = torch.zeros(bins, 2, dtype=torch.float64)
         for first in range(0, len(packs), data.size):  # every rank asks the model equally often: it may be one of many
             number = first + data.rank
-            records = [self.val_split.read(i, self.encode) for i in packs[min(number, len(packs) - 1)]]
+            records = [self.val_clips.read(int(i), self.encode) for i in packs[min(number, len(packs) - 1)]]
             batch = self.share(make_batch(records, config.data.tokens_per_pack)).to(self.world.device)
             levels = [self.objective.at_level(batch, (i + 0.5) / bins, stream=i) for i in range(bins)]
             predictions = self.engine.predict([noised for noised, _, _ in levels])
@@ -241,6 +275,7 @@ class Trainer:
 
     def save(self) -> None:
         """Every rank writes its part; the main one makes the save visible once all of them have."""
+        self.moved(f"the save after step {self.step}")
         if self.world.is_main:
             self.store.begin(self.step)
         self.world.barrier()
@@ -255,7 +290,7 @@ class Trainer:
         if self.world.is_main:
             state = {
                 "step": self.step, "cursor": dataclasses.asdict(self.cursor), "layout": self.layout(),
-                "ema_updates": self.ema.updates,
+                "ema_updates": self.ema.updates, "data": self.train_clips.identity(),
             }  # fmt: skip
             write_whole(part / STATE_FILE, json.dumps(state) + "\n")
             self.store.commit(self.step)
@@ -286,6 +321,14 @@ class Trainer:
     def layout(self) -> dict[str, Any]:
         """What a checkpoint can be resumed by."""
         return {"processes": self.world.size, **dataclasses.asdict(self.config.parallel)}
+
+
+def attention_length(config: ModelConfig, patch_dim: int) -> int:
+    """Tokens of a clip whose attention to itself costs as much as all else: of a + b l + c l^2 FLOPs, b / c."""
+    text = torch.tensor([0, 0])
+    one, two, three = (pack_flops(config, patch_dim, torch.tensor([0, l]), text) for l in (1, 2, 3))
+    c = (three - 2 * two + one) // 2
+    return (two - one - 3 * c) // c
 
 
 def peak_memory(device: torch.device) -> int:

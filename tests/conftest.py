@@ -15,7 +15,7 @@ if not torch.cuda.is_available():  # read when Triton is imported: its kernels t
     os.environ["TRITON_INTERPRET"] = "1"
 
 TINY = [  # a model that trains in milliseconds, with every mechanism on
-    "run.seed=3", "data.tokens_per_pack=256", "data.packs_per_step=2", "data.lookahead=16", "model.width=32",
+    "run.seed=3", "data.tokens_per_pack=256", "data.packs_per_step=2", "model.width=32",
     "model.depth=2", "model.heads=2", "codec.channels=24", "optim.rate=1e-3", "optim.warmup=5", "optim.ema=0.9",
     "validation.clips=8", "validation.bins=3", "wandb.mode=disabled", "run.threads=1", "sample.steps=2",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ HELP = {  # command -> what its help must say of what is read and written, and i
     "ingest": ["Reads every clip below CLIPS", "NAME.txt", "captions.jsonl", "Writes WebDataset tars", "--out DIR"],
     "shards": ["Reads dataset.json", "prints clips, tokens and sizes"],
     "train": ["Reads a configuration", "writes the run folder", "metrics.jsonl", "in seconds", "torchrun"],
+    "status": ["Reads the folder RUN", "tokens a second", "last checkpoint", "--watch"],
     "sample": ["Reads the newest checkpoint", "writes FILE", "--prompt", "--image", "pixels", "frames a second"],
     "report": ["Reads the metrics", "writes RUN/report.html", "report.json"],
     "checkpoint": ["import-wan", "reads a model of Wan as diffusers saves it"],
@@ -281,7 +282,7 @@ def test_a_full_disk_is_one_line(clips, tmp_path, capsys, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megasora.data.shards.os.fsync", full)
+    monkeypatch.setattr("megasora.data.blocks.os.fsync", full)
     refuse(["ingest", clips, "--out", tmp_path / "shards"], capsys, tmp_path, "No space left on device")
 
 

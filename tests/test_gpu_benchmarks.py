@@ -168,7 +168,7 @@ def test_all_ways_to_compute_a_block_agree():
         plain = output_and_gradients("torch", "none", blocks.with_angles)
     for found in (plain, output_and_gradients("triton", "none")):
         for a, b in zip(found, expected, strict=True):
-            assert float((a - b).abs().max()) <= 2e-5 * float(b.abs().max())
+            assert (a - b).detach().abs().max() <= 1e-4 * b.detach().abs().max()
 
 
 @no_gpu
@@ -241,12 +241,12 @@ def test_tables_show_what_was_measured():
     assert packs[0][-3:-1] == ["500 | 400", "500 | 400"]
 
 
-@pytest.mark.parametrize("missing", [(), ("blocks",), ("operations", "attention")])
+@pytest.mark.parametrize("missing", [(), ("operations", "blocks")])
 def test_a_picture_is_drawn_of_what_there_is(missing, tmp_path):
     record = {name: value for name, value in made_up_record().items() if name not in missing}
     figure.draw(record, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
-    assert len(figure.operation_lines(record)) == (0 if missing == ("operations", "attention") else 36)
+    assert len(figure.operation_lines(record)) == (0 if missing else 36)
 
 
 def test_results_are_in_the_file_as_they_come(tmp_path):

@@ -16,7 +16,8 @@ from megasora.data.patches import unpatchify
 from megasora.data.shards import MANIFEST, Shards, read_manifest
 from megasora.data.video import write_image, write_video
 from megasora.errors import MegaSoraError
-from megasora.ingest import find_clips, ingest
+from megasora.ingest import ingest
+from megasora.ingest.sources import find_clips
 
 
 def make_video(path: Path, shade: int = 100, frames: int = 5, height: int = 16, width: int = 24) -> Path:
@@ -36,7 +37,7 @@ def make_still(path: Path, shade: int = 100, caption: str | None = "a still") ->
 
 
 def settings(*overrides: str) -> Config:
-    return load(None, ["codec.channels=24", "ingest.threads=2", *overrides])
+    return load(None, ["codec.channels=24", "ingest.workers=1", *overrides])
 
 
 def captions(folder: Path, split: str = "train") -> list[str]:
@@ -48,6 +49,10 @@ def sources(folder: Path, split: str = "train") -> dict[str, int]:
     """File name -> sample id."""
     shards = Shards.open(folder, split)
     return {shards.meta(i)["source"]: shards.entries[i].sample_id for i in range(len(shards))}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def everything_below(folder: Path) -> list[str]:
@@ -74,7 +79,7 @@ def test_captions_come_from_txt_json_and_jsonl(tmp_path):
     (clips / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     near = json.dumps({"file": "e.png", "caption": "from\u2028the nearer table"}, ensure_ascii=False)
     (clips / "deep" / "captions.jsonl").write_text(near, encoding="utf-8")
-    found = {source.path.name: source.caption for source in find_clips(clips)}
+    found = {source.media.path.name: source.caption for source in find_clips(clips)}
     assert found == {
         "a.png": "from a text file",
         "b.png": "from a json file",
@@ -179,11 +184,9 @@ def test_native_size_length_and_rate_are_kept_and_the_folder_val_is_held_out(tmp
 
 
 def test_two_ingests_of_one_folder_make_the_same_bytes(clips, tmp_path):
-    for name, threads in (("one", 1), ("two", 3)):
-        ingest(clips, tmp_path / name, settings("ingest.missing_caption=empty", f"ingest.threads={threads}"))
-    files = everything_below(tmp_path / "one")
-    assert files == everything_below(tmp_path / "two")
-    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+    for name, workers in (("one", 1), ("two", 3)):
+        ingest(clips, tmp_path / name, settings("ingest.missing_caption=empty", f"ingest.workers={workers}"))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_large_folders_are_written_as_several_tars(tmp_path):
@@ -192,7 +195,7 @@ def test_large_folders_are_written_as_several_tars(tmp_path):
         make_video(clips / f"{i}.mp4", height=128, width=256, frames=29)
     config = settings("ingest.missing_caption=empty", "ingest.shard_mib=1", "codec.channels=192")
     manifest = ingest(clips, tmp_path / "shards", config)
-    assert manifest.splits["train"]["shards"] == [f"train-00000{i}.tar" for i in range(3)]
+    assert list(manifest.splits["train"]["shards"]) == [f"train-000000-00{i}.tar" for i in range(3)]
     assert list(sources(tmp_path / "shards")) == ["0.mp4", "1.mp4", "2.mp4"]
 
 
@@ -222,7 +225,7 @@ def test_hidden_files_and_other_files_are_no_clips(tmp_path):
     make_still(tmp_path / "clips" / ".b.png")
     (tmp_path / "clips" / "notes.md").write_text("# notes")
     (tmp_path / "clips" / "folder.mp4").mkdir()
-    assert [source.path.name for source in find_clips(tmp_path / "clips")] == ["a.png"]
+    assert [source.media.path.name for source in find_clips(tmp_path / "clips")] == ["a.png"]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -244,9 +247,8 @@ def test_a_broken_clip_is_counted_with_its_reason_and_the_others_are_kept(tmp_pa
     assert captions(tmp_path / "shards") == ["clip 0", "clip 3"]
     shown = capsys.readouterr().out
     assert "unreadable" in shown and "empty file" in shown
-    assert everything_below(tmp_path)[-3:] == [
-        f"shards/{n}" for n in (MANIFEST, "train-000000.index.jsonl", "train-000000.tar")
-    ]
+    files = ["blocks", "blocks/000000.json", MANIFEST, "ingest.json"]
+    assert everything_below(tmp_path / "shards") == [*files, "train-000000-000.index.npy", "train-000000-000.tar"]
 
 
 def test_sample_ids_stay_when_another_clip_breaks(tmp_path):
@@ -331,25 +333,22 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
 
     make_still(tmp_path / "clips" / "a.png")
     before = everything_below(tmp_path)
-    monkeypatch.setattr("megasora.data.shards.os.fsync", full)
+    monkeypatch.setattr("megasora.data.blocks.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         ingest(tmp_path / "clips", tmp_path / "shards", settings())
     assert everything_below(tmp_path) == before
 
 
-def test_an_interrupted_ingest_leaves_nothing_and_the_next_one_succeeds(tmp_path, monkeypatch):
+def test_an_ingest_interrupted_in_its_first_block_leaves_nothing(tmp_path, monkeypatch):
     make_still(tmp_path / "clips" / "a.png")
     before = everything_below(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("megasora.ingest.Manifest", interrupt)  # the last thing but the renaming
+        patch.setattr("megasora.data.blocks.BlockWriter.commit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ingest(tmp_path / "clips", tmp_path / "shards", settings())
     assert everything_below(tmp_path) == before
-    (tmp_path / ".shards.part").mkdir()  # as a kill leaves it
-    (tmp_path / ".shards.part" / "val-000000.tar").write_bytes(b"half")
     ingest(tmp_path / "clips", tmp_path / "shards", settings())
     assert captions(tmp_path / "shards") == ["a still"]
-    assert not (tmp_path / ".shards.part").exists() and not (tmp_path / "shards" / "val-000000.tar").exists()
 
 
 def interrupt(*_):

@@ -4,31 +4,17 @@ Blocks of (factors) pixels and the three colours go through an orthonormal 4-D D
 red - blue, and green against both); the lowest `channels` frequencies are kept, each divided by the size that its
 frequency has in ordinary video, so that latents have about unit variance. Like the causal video VAEs, the first frame
 is a latent of its own (a block in which it stands still) and every further `factors[0]` frames are one: an image is a
-clip of one frame, and 1 + 4k frames become 1 + k latents.
+clip of one frame, and 1 + 4k frames become 1 + k latents. Frames become latents in `dct_stream.py`.
 """
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
 from torch import Tensor
 
+from megasora.codec.dct_stream import COLOR_FREQUENCY, LEVEL, POWER, SLOPE, DCTStream, dct_basis, kept_coefficients
 from megasora.config import CodecConfig
-from megasora.errors import MegaSoraError
-
-# standard deviation of an orthonormal coefficient over the block's number of pixels^0.5, as a function of frequency:
-# LEVEL / (1 + SLOPE * f)^POWER, f in cycles a block along each axis, root of the sum of squares
-LEVEL, SLOPE, POWER = 0.5, 2.0, 2.0
-COLOR_FREQUENCY = 0.5  # one step in colour counts as this many cycles
-
-
-def dct_basis(n: int) -> Tensor:
-    """float64 [n, n]: row f is the orthonormal DCT-II vector of frequency f / 2 cycles."""
-    f, x = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)[None]
-    basis = torch.cos(math.pi * (x + 0.5) * f / n) * math.sqrt(2 / n)
-    basis[0] /= math.sqrt(2)
-    return basis
 
 
 class DCTCodec:
@@ -37,19 +23,13 @@ class DCTCodec:
     def __init__(self, config: CodecConfig):
         self.factors = tuple(config.factors)
         self.channels = config.channels
-        pt, ph, pw = self.factors
-        axes = torch.meshgrid(*(torch.arange(n) for n in (3, pt, ph, pw)), indexing="ij")
-        color, t, h, w = (a.flatten() for a in axes)
-        frequency = torch.sqrt((color * COLOR_FREQUENCY) ** 2 + (t / 2) ** 2 + (h / 2) ** 2 + (w / 2) ** 2)
-        # ties are broken by the coefficient's number, so the order is the same everywhere
-        order = torch.tensor(sorted(range(len(frequency)), key=lambda i: (round(float(frequency[i]), 6), i)))
-        kept = order[: self.channels]
-        bases = [dct_basis(n) for n in (3, pt, ph, pw)]
-        full = torch.einsum("ac,bt,dh,ew->abdecthw", *bases).reshape(3 * pt * ph * pw, 3, pt, ph, pw)
-        scale = LEVEL * math.sqrt(3 * pt * ph * pw) / (1 + SLOPE * frequency[kept].double()) ** POWER
-        self.basis = (full[kept]).flatten(1).float()  # [C, 3*pt*ph*pw], rows orthonormal
-        self.scale = scale.float()
-        self.still = t[kept] == 0  # the coefficients that a standing block has
+        self.stream = DCTStream(config)
+        kept, scale = kept_coefficients(config)
+        vectors = [dct_basis(n)[numbers] for n, numbers in zip((3, *self.factors), kept.T, strict=True)]
+        basis = np.einsum("kc,kt,kh,kw->kcthw", *vectors).reshape(self.channels, -1)
+        self.basis = torch.from_numpy(basis).float()  # [C, 3*pt*ph*pw], rows orthonormal
+        self.scale = torch.from_numpy(scale).float()
+        self.still = torch.from_numpy(kept[:, 1] == 0)  # the coefficients that a standing block has
 
     @property
     def fingerprint(self) -> str:
@@ -68,17 +48,9 @@ class DCTCodec:
 
         Raises MegaSoraError where height or width is no multiple of the factors: see `data.patches.pad_frames`.
         """
-        pt, ph, pw = self.factors
-        f, _, height, width = frames_TCHW.shape
-        if height % ph or width % pw:
-            raise MegaSoraError(f"frames of {height}x{width} pixels are no multiple of codec.factors={ph}x{pw}")
-        latent_t = self.latent_frames(f)
-        index = torch.cat((torch.zeros(pt - 1, dtype=torch.long), torch.arange(f)))
-        index = torch.cat((index, index[-1:].expand(latent_t * pt - len(index))))
-        basis, scale = self.basis.to(frames_TCHW), self.scale.to(frames_TCHW)
-        blocks = frames_TCHW[index].view(latent_t, pt, 3, height // ph, ph, width // pw, pw)
-        blocks = blocks.permute(0, 3, 5, 2, 1, 4, 6).flatten(3)  # [T, h, w, 3*pt*ph*pw]
-        return ((blocks @ basis.T) / scale).permute(3, 0, 1, 2).contiguous()
+        frames = frames_TCHW.detach().permute(0, 2, 3, 1).to("cpu", torch.float32).contiguous().numpy()
+        latents = torch.from_numpy(np.stack(list(self.stream.encode(frames))))
+        return latents.permute(3, 0, 1, 2).contiguous().to(frames_TCHW)
 
     def decode(self, latents_CTHW: Tensor) -> Tensor:
         """latents [C, T, h, w] -> frames [1 + (T-1) factors[0], 3, H, W]."""

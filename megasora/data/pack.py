@@ -1,17 +1,10 @@
-"""Records (clips ready for the model) to one pack, and which clips go into which pack.
-
-The plan of an epoch is made from token counts alone: shuffled by (seed, epoch), then packs are filled in that order;
-the gap that the next clip in line does not fit is filled by the largest that fits among the `lookahead` clips in line.
-Nothing is cut, every clip is in exactly one pack.
-"""
+"""Records (clips ready for the model) to one pack."""
 
 from __future__ import annotations
 
-import bisect
-from collections import deque
+import functools
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,28 +13,35 @@ from megasora.batch import VideoBatch, grid_coords
 
 @dataclass(frozen=True)
 class Record:
-    """One clip as it is trained on."""
+    """One clip as it is trained on, or a run of its tokens."""
 
     sample_id: int
     patches_LP: Tensor  # [l, P]
-    grid: tuple[int, int, int]  # latent frames, rows, columns of tokens; l is their product
+    grid: tuple[int, int, int]  # latent frames, rows, columns of tokens of the clip; its tokens are their product
     text_SE: Tensor  # [S_i, E]
     native: tuple[float, float, float, float]  # height, width (pixels), frames, frames a second
     caption: str = ""
+    start: int = 0  # which token of the clip `patches_LP` begins with
 
 
 def make_batch(records: list[Record], tokens_per_pack: int) -> VideoBatch:
-    """One pack, clean: a row a segment at t = 0. Raises ValueError where the clips do not fit."""
-    used = sum(len(r.patches_LP) for r in records)
-    if used > tokens_per_pack:
-        raise ValueError(f"clips of {used} tokens do not fit a pack of {tokens_per_pack}")
-    padding = tokens_per_pack - used
-    patches = torch.cat([r.patches_LP.float() for r in records])
-    coords = torch.cat([grid_coords(r.grid) for r in records])
-    cu = torch.tensor([0, *(len(r.patches_LP) for r in records)]).cumsum(0).to(torch.int32)
+    """One pack, clean: a row a segment at t = 0. Patches stay in the precision in which they are stored.
+
+    Raises ValueError where there is no clip, or where they do not fit.
+    """
+    lengths = [len(r.patches_LP) for r in records]
+    if not records or sum(lengths) > tokens_per_pack:
+        raise ValueError(f"{len(records)} clips of {sum(lengths)} tokens do not fit a pack of {tokens_per_pack}")
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    dtype = functools.reduce(torch.promote_types, (r.patches_LP.dtype for r in records))
+    patches = torch.zeros(tokens_per_pack, records[0].patches_LP.shape[1], dtype=dtype)
+    coords = torch.zeros(tokens_per_pack, 3, dtype=torch.int32)
+    for record, first, length in zip(records, cu.tolist(), lengths, strict=False):
+        patches[first : first + length] = record.patches_LP
+        coords[first : first + length] = grid_coords(record.grid)[record.start : record.start + length]
     return VideoBatch(
-        patches_LP=torch.nn.functional.pad(patches, (0, 0, 0, padding)),
-        coords_L3=torch.nn.functional.pad(coords, (0, 0, 0, padding)),
+        patches_LP=patches,
+        coords_L3=coords,
         grids_G3=torch.tensor([r.grid for r in records]),
         cu_segments=cu,
         cu_rows=cu,
@@ -52,55 +52,5 @@ def make_batch(records: list[Record], tokens_per_pack: int) -> VideoBatch:
         drop_text_G=torch.tensor([not r.caption.strip() for r in records]),
         native_G4=torch.tensor([r.native for r in records], dtype=torch.float32),
         sample_ids_G=torch.tensor([r.sample_id for r in records]),
-        starts_G=torch.zeros(len(records), dtype=torch.int64),
+        starts_G=torch.tensor([r.start for r in records]),
     )
-
-
-def plan_epoch(tokens: np.ndarray, budget: int, lookahead: int, seed: int, epoch: int) -> list[list[int]]:
-    """Packs of one epoch: lists of clip numbers (places in `tokens`), each of at most `budget` tokens.
-
-    A pure function of its arguments. `tokens`: int [n], each at most `budget` (checked by the caller, with names).
-    """
-    order = np.random.default_rng((seed, epoch)).permutation(len(tokens))
-    line = deque(int(i) for i in order)
-    waiting: list[tuple[int, int]] = []  # (tokens, place in the shuffled order) of the clips in view, sorted
-    arrived: deque[tuple[int, int]] = deque()  # the same clips, in order of arrival; taken ones are skipped
-    taken = np.zeros(len(order), dtype=bool)
-    seen = 0
-
-    def see_more() -> None:
-        nonlocal seen
-        while line and len(waiting) < lookahead:
-            entry = (int(tokens[line.popleft()]), seen)
-            seen += 1
-            bisect.insort(waiting, entry)
-            arrived.append(entry)
-
-    def take(entry: tuple[int, int]) -> int:
-        waiting.pop(bisect.bisect_left(waiting, entry))
-        taken[entry[1]] = True
-        return int(order[entry[1]])
-
-    packs = []
-    see_more()
-    while waiting:
-        pack, room = [], budget
-        while waiting:
-            while taken[arrived[0][1]]:
-                arrived.popleft()
-            first = arrived[0]
-            if first[0] > room:
-                break
-            pack.append(take(first))
-            room -= first[0]
-            see_more()
-        while True:  # the gap: the largest clip in view that fits, again and again
-            place = bisect.bisect_right(waiting, (room, len(order)))
-            if place == 0:
-                break
-            entry = waiting[place - 1]
-            pack.append(take(entry))
-            room -= entry[0]
-            see_more()
-        packs.append(pack)
-    return packs

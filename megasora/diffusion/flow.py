@@ -81,7 +81,8 @@ def noise_batch(
     first_L = place_L * even(batch.patches_LP.shape[1])
     noise_LP = noise.normal(keys_G[segment_L].to(device), first_L.to(device), batch.patches_LP.shape[1])
     t_L = t_rows[owner_of_tokens(cu_rows, length)]
-    weight_L = (t_L > 0) & (torch.arange(length) < batch.num_tokens)
+    is_clip_L = batch.sample_ids_G[segment_L] >= 0  # what stands for clips that could not be read is none
+    weight_L = (t_L > 0) & (torch.arange(length) < batch.num_tokens) & is_clip_L
     t_L1 = t_L[:, None].float().to(device)
     x_LP = batch.patches_LP.float()
     noised = dataclasses.replace(

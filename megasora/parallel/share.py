@@ -57,7 +57,7 @@ def take_share(batch: VideoBatch, plan: PackPlan, ring_rank: int, slice_rank: in
         drop_text_G=batch.drop_text_G[segments],
         native_G4=batch.native_G4[segments],
         sample_ids_G=batch.sample_ids_G[segments],
-        starts_G=starts,
+        starts_G=batch.starts_G[segments] + starts,
         plan=plan,
     )
 

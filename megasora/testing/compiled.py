@@ -1,4 +1,4 @@
-"""Kernels compiled for a GPU that is not there: python -m megasora.testing.compiled [--chip 90] [--width 3072] ...
+"""Kernels compiled for a GPU that is not there: python -m megasora.testing.compiled [--chip 90] [--size 3072x128]
 
     with compiling_for(90) as kernels:
         adaln_modulate(x, shift, scale, rows, 1e-6, via="triton")       CPU tensors; what comes out means nothing
@@ -161,12 +161,16 @@ def launch_all(operation: str, dtype: torch.dtype, size: Size) -> None:
         backward_pass()
 
 
+def size_of(text: str) -> Size:
+    width, head_dim = map(int, text.split("x"))
+    return Size(TOKENS, width, head_dim)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--chip", type=int, nargs="+", choices=SHARED_LIMIT, default=[90])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
-    parser.add_argument("--width", type=int, nargs="+", default=[3072])
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="those that divide a width")
+    parser.add_argument("--size", type=size_of, nargs="+", default=[size_of("3072x128")], metavar="WIDTHxHEAD_DIM")
     parser.add_argument("--operation", choices=OPERATIONS, nargs="+", default=list(OPERATIONS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="file for every number")
     options = parser.parse_args(arguments)
@@ -177,14 +181,12 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for chip in options.chip:
         with compiling_for(chip) as kernels:
-            for case in product(options.operation, options.dtype, options.width, options.head_dim):
-                operation, dtype, width, head_dim = case
-                if width % head_dim:
-                    continue
+            for operation, dtype, size in product(options.operation, options.dtype, options.size):
                 known = len(kernels)
-                launch_all(operation, DTYPES[dtype], Size(TOKENS, width, head_dim))
-                fields = {"operation": operation, "chip": chip, "dtype": dtype, "width": width, "head_dim": head_dim}
-                results += [fields | asdict(kernel) for kernel in kernels[known:]]
+                launch_all(operation, DTYPES[dtype], size)
+                sizes = {"width": size.width, "head_dim": size.head_dim}
+                case = {"operation": operation, "chip": chip, "dtype": dtype} | sizes
+                results += [case | asdict(kernel) for kernel in kernels[known:]]
     Console(width=160).print(table_of(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from megasora.codec import build_codec
-from megasora.codec.dct import DCTCodec, dct_basis
+from megasora.codec.dct import DCTCodec
+from megasora.codec.dct_stream import dct_basis
 from megasora.config import CodecConfig
 from megasora.data.patches import frames_to_float
 from megasora.errors import MegaSoraError
@@ -24,7 +26,7 @@ def random_frames(count, height=8, width=12, dtype=torch.float32):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 def test_basis_is_orthonormal_and_starts_with_the_mean(n):
-    basis = dct_basis(n)
+    basis = torch.from_numpy(dct_basis(n))
     torch.testing.assert_close(basis @ basis.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-14)
     torch.testing.assert_close(basis[0], torch.full((n,), n**-0.5, dtype=torch.float64), rtol=1e-14, atol=0)
 
@@ -59,6 +61,39 @@ def test_latents_survive_decoding_and_encoding(factors, channels):
     z = torch.randn(channels, 4, 3, 2, generator=torch.Generator().manual_seed(0))
     z[~codec.still, 0] = 0  # the first latent stands still
     torch.testing.assert_close(codec.encode(codec.decode(z)), z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("factors", "channels"), [((4, 8, 8), 48), ((2, 4, 4), 96), ((1, 2, 2), 7)])
+def test_latents_are_the_product_of_the_blocks_with_the_basis(factors, channels):
+    """The transform in two steps against its definition."""
+    codec = make(factors, channels)
+    pt, ph, pw = factors
+    frames = random_frames(1 + 2 * pt, 16, 24)
+    repeated = torch.cat([frames[:1]] * (pt - 1) + [frames])
+    blocks = repeated.view(3, pt, 3, 16 // ph, ph, 24 // pw, pw).permute(0, 3, 5, 2, 1, 4, 6).flatten(3)
+    expected = (blocks.double() @ codec.basis.double().T / codec.scale.double()).permute(3, 0, 1, 2)
+    torch.testing.assert_close(codec.encode(frames).double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+@pytest.mark.parametrize("size", [(16, 24), (104, 2400)])  # the second in several chunks
+def test_a_stream_of_frames_gives_the_bits_of_the_whole_clip(count, size):
+    codec = make((4, 8, 8), 48)
+    frames = random_frames(count, *size)
+    whole = codec.encode(frames).permute(1, 2, 3, 0).contiguous()
+    runs = list(codec.stream.encode(frame.permute(1, 2, 0).numpy() for frame in frames))
+    assert len(runs) == codec.latent_frames(count)
+    assert all(np.array_equal(run, latent.numpy()) for run, latent in zip(runs, whole, strict=True))
+
+
+def test_bytes_are_encoded_as_the_floats_that_they_stand_for():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 24, 3), dtype=np.uint8)
+    codec = make((4, 8, 8), 192)
+    of_floats = codec.encode(frames_to_float(torch.from_numpy(pixels))).permute(1, 2, 3, 0)
+    of_bytes = torch.from_numpy(np.stack(list(codec.stream.encode(pixels))))
+    torch.testing.assert_close(of_bytes, of_floats, rtol=1e-5, atol=5e-6)
+    mirrored = list(codec.stream.encode(pixels[:, :, ::-1]))  # memory in another order
+    assert np.array_equal(mirrored, list(codec.stream.encode(np.ascontiguousarray(pixels[:, :, ::-1]))))
 
 
 def test_an_image_is_a_clip_of_one_frame():

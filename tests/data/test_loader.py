@@ -1,51 +1,66 @@
-"""The loader's order is a pure function of (seed, epoch, cursor): ranks share it out, a resume goes on in it."""
+"""What a step trains on is a pure function of (seed, step): not of ranks, threads, stops, or kills."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import multiprocessing
+import os
+import signal
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megasora.config import DataConfig
-from megasora.data.loader import PackLoader
+from megasora.data.blocks import BlockWriter, write_manifest
+from megasora.data.loader import NO_CLIP, PackLoader
+from megasora.data.mixture import Mixture, open_mixture
 from megasora.data.pack import Record
-from megasora.data.shards import Entry, Manifest, Shards
-from megasora.errors import MegaSoraError
+from megasora.data.plan import Cursor, Plan
+from megasora.data.shards import Entry, Index, Manifest, Shards
+from megasora.data.tar import DamagedTar
+from megasora.errors import DataError, MegaSoraError
 
 CLIPS, BUDGET, STEPS = 50, 64, 40
-CONFIG = DataConfig(tokens_per_pack=BUDGET, packs_per_step=4, lookahead=8, prefetch=2)
+CONFIG = DataConfig(tokens_per_pack=BUDGET, packs_per_step=4, lookahead=20, prefetch=2, threads=0)
+LENGTHS = [1 + (7 * i) % 40 for i in range(CLIPS)]
 
 
 class Memory(Shards):
     """Shards without files: clip i has id 100 + i and holds its own number everywhere."""
 
+    damaged: frozenset[int] = frozenset()
+
     def read(self, number: int, encode) -> Record:
         entry = self.entries[number]
+        if number in self.damaged:
+            raise DamagedTar("shards/train-000000-000.tar", 512 * number, "the record is damaged", entry.sample_id)
         patches = torch.full((entry.tokens, 2), float(number))
         return Record(entry.sample_id, patches, entry.grid, encode("ab"), entry.native, "ab")
 
-    def meta(self, number: int) -> dict:
-        return {"source": f"clip-{number}.mp4"}
 
-
-def make_shards(lengths: list[int], split: str = "train") -> Memory:
-    entries = [Entry(100 + i, (1, 1, n), (8.0, 8.0 * n, 1.0, 0.0), {}) for i, n in enumerate(lengths)]
+def make_clips(lengths=tuple(LENGTHS), damaged=(), kind=Memory) -> Mixture:
+    entries = Index.of([Entry(100 + i, (1, 1, n), (8.0, 8.0 * n, 1.0, 0.0), {}) for i, n in enumerate(lengths)])
     manifest = Manifest("codec", "text", [1, 1, 1], 2, {}, {})
-    return Memory(Path("shards"), split, manifest, entries, [0] * len(entries), ["train-000000.tar"])
+    shards = kind(Path("shards"), "train", manifest, entries, [0] * len(entries), ["train-000000-000.tar"])
+    shards.damaged = frozenset(damaged)
+    return Mixture([shards], [1.0], BUDGET, False)
 
 
 def encode(caption: str) -> torch.Tensor:
     return torch.zeros(1, 16, dtype=torch.int64)
 
 
-def make_loader(shards=None, config=CONFIG, seed=7, rank=0, ranks=1, cursor=None, encode=encode) -> PackLoader:
-    lengths = [1 + (7 * i) % 40 for i in range(CLIPS)]
-    return PackLoader(make_shards(lengths) if shards is None else shards, config, seed, encode, rank, ranks, cursor)
+def make_loader(clips=None, rank=0, ranks=1, cursor=None, encode=encode, seed=7, **changes) -> PackLoader:
+    config = dataclasses.replace(CONFIG, **changes)
+    return PackLoader(clips or make_clips(), config, seed, encode, 30, rank, ranks, cursor)
 
 
 def ids(step) -> list[list[int]]:
@@ -57,60 +72,64 @@ def first(loader: PackLoader, count: int) -> list:
     return list(itertools.islice(loader.steps(), count))
 
 
+def ledger(steps_of_ranks: list[list]) -> list[list[list[int]]]:
+    """Of each step the packs of all ranks, in no order."""
+    return [sorted(pack for step in steps for pack in ids(step)) for steps in zip(*steps_of_ranks, strict=True)]
+
+
+# ---- exactly once
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_all_ranks_together_read_what_one_rank_reads(ranks):
     alone = first(make_loader(), STEPS)
     shares = [first(make_loader(rank=r, ranks=ranks), STEPS) for r in range(ranks)]
+    assert ledger(shares) == ledger([alone])
     for step, *parts in zip(alone, *shares, strict=True):
-        woven = [ids(parts[i % ranks])[i // ranks] for i in range(CONFIG.packs_per_step)]
-        assert woven == ids(step)
-        for part in parts:
-            assert (part.real_tokens, part.after) == (step.real_tokens, step.after)
+        assert {len(part.packs) for part in parts} == {CONFIG.packs_per_step // ranks}
+        assert {(part.real_tokens, part.after) for part in parts} == {(step.real_tokens, step.after)}
         assert step.real_tokens == sum(batch.num_tokens for batch in step.packs)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5, 17, 39])  # within an epoch, at its end, over its end
-def test_a_resume_at_any_step_continues_the_uninterrupted_sequence(stop):
-    whole = first(make_loader(), STEPS)
-    resumed = first(make_loader(cursor=whole[stop - 1].after), STEPS - stop)
-    assert [ids(step) for step in resumed] == [ids(step) for step in whole[stop:]]
-    assert [step.after for step in resumed] == [step.after for step in whole[stop:]]
+@given(
+    launches=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([0, 1, 4]), st.integers(1, 5)),
+        min_size=1,
+        max_size=5,
+    ),
+    lengths=st.lists(st.integers(1, BUDGET), min_size=1, max_size=80),
+    lookahead=st.integers(1, 100),
+)
+@settings(max_examples=25, deadline=None)
+def test_no_sequence_of_ranks_threads_and_stops_changes_the_ledger(launches, lengths, lookahead):
+    clips, settings = make_clips(lengths), {"packs_per_step": 12, "lookahead": lookahead}
+    whole = ledger([first(make_loader(clips, **settings), sum(count for _, _, count in launches))])
+    pieces, cursor = [], None
+    for ranks, threads, count in launches:
+        parts = [
+            first(make_loader(clips, rank, ranks, cursor, threads=threads, **settings), count) for rank in range(ranks)
+        ]
+        assert len({part[-1].after for part in parts}) == 1
+        pieces, cursor = pieces + ledger(parts), parts[0][-1].after
+    assert pieces == whole
 
 
-def test_a_resume_on_another_number_of_ranks_continues_the_same_sequence():
-    whole = first(make_loader(), STEPS)
-    shares = [first(make_loader(rank=r, ranks=2, cursor=whole[9].after), 5) for r in range(2)]
-    for step, even, odd in zip(whole[10:15], *shares, strict=True):
-        assert ids(step)[0::2] == ids(even) and ids(step)[1::2] == ids(odd)
+def test_a_cursor_survives_json():
+    after = first(make_loader(), 17)[-1].after
+    assert Cursor(**json.loads(json.dumps(dataclasses.asdict(after)))) == after != Cursor()
 
 
-def test_an_epoch_holds_every_clip_once_and_the_next_has_another_order():
-    loader = make_loader()
-    per_epoch = [len(loader.plan(epoch)) for epoch in range(3)]
-    packs = [pack for step in first(loader, STEPS) for pack in ids(step)]
-    epochs = []
-    for length in per_epoch:
-        epochs.append(list(itertools.chain(*packs[:length])))
-        packs = packs[length:]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(100, 100 + CLIPS))
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_another_seed_is_another_order_and_the_same_seed_the_same():
-    orders = [[ids(step) for step in first(make_loader(seed=seed), 4)] for seed in (7, 8, 7)]
-    assert orders[0] == orders[2] != orders[1]
-
-
-def test_what_is_read_ahead_is_what_is_read_when_asked():
-    steps = make_loader().__iter__()
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_what_is_read_ahead_is_what_is_read_when_asked(threads):
+    steps = iter(make_loader(threads=threads))
     ahead = [ids(next(steps)) for _ in range(STEPS)]
     steps.close()
     assert ahead == [ids(step) for step in first(make_loader(), STEPS)]
 
 
-def test_a_pack_holds_the_clips_that_its_sample_ids_name():
-    for step in first(make_loader(), 5):
+@pytest.mark.parametrize("threads", [0, 4])
+def test_a_pack_holds_the_clips_that_its_sample_ids_name(threads):
+    for step in first(make_loader(threads=threads), 5):
         for batch in step.packs:
             assert len(batch.patches_LP) == BUDGET
             for i, sample_id in enumerate(batch.sample_ids_G.tolist()):
@@ -119,11 +138,108 @@ def test_a_pack_holds_the_clips_that_its_sample_ids_name():
             assert not batch.patches_LP[batch.num_tokens :].any()
 
 
-def loader_threads() -> int:
-    return Counter(thread.name for thread in threading.enumerate())["pack-loader"]
+def test_a_rank_gets_its_share_of_each_of_its_packs():
+    marked = PackLoader(
+        make_clips(), CONFIG, 7, encode, 30, share=lambda pack: ("share of", pack.sample_ids_G.tolist())
+    )
+    for step, plain in zip(first(marked, 5), first(make_loader(), 5), strict=True):
+        assert ids(step) == ids(plain) and step.shares == [("share of", pack) for pack in ids(step)]
+        assert plain.shares == plain.packs
 
 
-def test_an_error_of_the_reading_thread_is_raised_where_the_packs_are_used():
+def test_packs_that_cannot_be_shared_out_evenly_are_refused():
+    with pytest.raises(MegaSoraError, match="data.packs_per_step=4 must be a multiple of the 3"):
+        make_loader(ranks=3)
+
+
+# ---- real files, real processes
+
+
+def write_shards(folder: Path, clips: int, lengths=LENGTHS) -> Path:
+    """Small tars of clips whose patches are their number."""
+    with BlockWriter(folder, 0, 4096) as writer:
+        for i in range(clips):
+            n = lengths[i % len(lengths)]
+            patches, native = torch.full((n, 2), float(i)), (8.0, 8.0 * n, 1.0, 0.0)
+            record = Record(i, patches, (1, 1, n), torch.zeros(1, 1), native, f"clip {i}")
+            writer.add("train", record, {"source": f"{i}.png", "sha256": "0" * 64})
+        writer.commit({}, {})
+    write_manifest(folder, "codec", "text", [1, 1, 1], 1, {"name": "none"})
+    return folder
+
+
+def run_rank(folder: str, out: str, rank: int, ranks: int, threads: int, after: dict, stop: int) -> None:
+    """One process of a run: writes what each step trained on, and is killed after `stop` steps, reading ahead."""
+    config = dataclasses.replace(CONFIG, shards=folder, packs_per_step=12, threads=threads)
+    loader = PackLoader(open_mixture(config, "train"), config, 7, encode, 30, rank, ranks, Cursor(**after))
+    with open(out, "w") as file:
+        for number, step in enumerate(loader, 1):
+            for batch in step.packs:
+                for i, sample_id in enumerate(batch.sample_ids_G.tolist()):
+                    assert (batch.patches_LP[batch.cu_segments[i] : batch.cu_segments[i + 1]] == sample_id).all()
+            file.write(json.dumps({"packs": ids(step), "after": dataclasses.asdict(step.after)}) + "\n")
+            file.flush()
+            if number == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_processes(folder, tmp_path, launches) -> list:
+    """The ledger of a run that was launched with (ranks, threads), and killed after so many steps, again and again."""
+    fork = multiprocessing.get_context("fork")
+    found, after = [], {}
+    for number, (ranks, threads, stop) in enumerate(launches):
+        outs = [str(tmp_path / f"ledger-{number}-{rank}") for rank in range(ranks)]
+        jobs = [
+            fork.Process(target=run_rank, args=(str(folder), out, rank, ranks, threads, after, stop))
+            for rank, out in enumerate(outs)
+        ]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(60)
+            assert job.exitcode == -signal.SIGKILL
+        lines = [[json.loads(line) for line in Path(out).read_text().splitlines()] for out in outs]
+        found += [sorted(pack for line in step for pack in line["packs"]) for step in zip(*lines, strict=True)]
+        (after,) = {json.dumps(line[-1]["after"]) for line in lines}
+        after = json.loads(after)
+    return found
+
+
+def test_processes_that_are_killed_and_launched_in_other_numbers_train_on_the_same(tmp_path):
+    folder = write_shards(tmp_path / "shards", 300)
+    assert len(list(folder.glob("*.tar"))) > 4
+    whole = run_processes(folder, tmp_path, [(1, 0, 24)])
+    launches = [(4, 0, 5), (2, 1, 7), (3, 4, 1), (1, 4, 4), (12, 1, 7)]
+    assert run_processes(folder, tmp_path, launches) == whole
+    seen = np.bincount([i for step in whole for pack in step for i in pack], minlength=300)
+    assert seen.sum() > 2 * 300 and seen.max() - seen.min() <= 1
+
+
+def test_fewer_shards_than_ranks_work(tmp_path):
+    folder = write_shards(tmp_path / "shards", 3, [5])
+    assert len(list(folder.glob("*.tar"))) < 12
+    config = dataclasses.replace(CONFIG, shards=str(folder), packs_per_step=12)
+    parts = [first(PackLoader(open_mixture(config, "train"), config, 7, encode, 30, rank, 12), 3) for rank in range(12)]
+    seen = np.bincount([i for step in ledger(parts) for pack in step for i in pack])
+    assert len(seen) == 3 and seen.max() - seen.min() <= 1
+
+
+# ---- threads
+
+
+def loader_threads() -> set[str]:
+    return {t.name for t in threading.enumerate() if t.name.startswith(("pack-loader", "clip-reader"))}
+
+
+def wait_until_no_threads() -> None:
+    deadline = time.monotonic() + 5
+    while loader_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not loader_threads()
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_an_error_of_a_reading_thread_is_raised_where_the_packs_are_used(threads):
     calls = itertools.count()
 
     def fail_later(caption: str) -> torch.Tensor:
@@ -133,28 +249,30 @@ def test_an_error_of_the_reading_thread_is_raised_where_the_packs_are_used():
 
     good = 0
     with pytest.raises(MegaSoraError, match="tar 3 is damaged"):
-        for _ in make_loader(encode=fail_later):
+        for _ in make_loader(encode=fail_later, threads=threads):
             good += 1
     assert 1 <= good < STEPS
-    assert loader_threads() == 0
+    wait_until_no_threads()
 
 
-def test_leaving_the_iterator_ends_its_thread():
+@pytest.mark.parametrize("threads", [0, 3])
+def test_leaving_the_iterator_ends_its_threads(threads):
     for leave_after in (0, 1, 5):
-        steps = iter(make_loader())
+        steps = iter(make_loader(threads=threads))
         for _ in range(leave_after):
             next(steps)
-        assert loader_threads() == (leave_after > 0)  # a generator starts when it is first asked
+        assert bool(loader_threads()) == (leave_after > 0)  # a generator starts when it is first asked
         steps.close()
-        assert loader_threads() == 0
+        wait_until_no_threads()
 
 
-def test_no_more_steps_are_read_ahead_than_asked_for():
+@pytest.mark.parametrize("threads", [0, 3])
+def test_no_more_steps_are_read_ahead_than_asked_for(threads):
     read = []
-    loader = make_loader(encode=lambda caption: (read.append(1), encode(caption))[1])
+    loader = make_loader(encode=lambda caption: (read.append(1), encode(caption))[1], threads=threads)
     steps = iter(loader)
     next(steps)
-    most = 1 + CONFIG.prefetch + 1  # taken, queued, and the one in the hands of the thread
+    most = 1 + CONFIG.prefetch + 1 + (threads > 0)  # taken, queued, in the hands of the thread, and of the readers
     clips = sum(len(pack) for step in first(make_loader(), most) for pack in ids(step))
     deadline = time.monotonic() + 10
     while len(read) < clips and time.monotonic() < deadline:
@@ -164,44 +282,159 @@ def test_no_more_steps_are_read_ahead_than_asked_for():
     steps.close()
 
 
-def test_a_clip_longer_than_a_pack_is_refused_with_its_name_and_the_numbers():
-    with pytest.raises(MegaSoraError) as refusal:
-        make_loader(make_shards([3, 65, 64]))
-    for word in ("data.tokens_per_pack=64", "65 tokens", "sample 101", "clip-1.mp4", "raise it"):
+def test_threads_read_side_by_side():
+    together = threading.Barrier(4)  # nobody is done before four have begun
+
+    def read(caption: str) -> torch.Tensor:
+        together.wait(10)
+        return encode(caption)
+
+    steps = make_loader(make_clips([BUDGET // 2] * 64), encode=read, threads=4).steps()
+    assert len(next(steps).packs) == 4
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_read_that_hangs_is_given_up_and_named(threads):
+    release, calls = threading.Event(), itertools.count()
+
+    def hang_later(caption: str) -> torch.Tensor:
+        if next(calls) == 40:
+            release.wait(20)
+        return encode(caption)
+
+    start, good = time.monotonic(), 0
+    with pytest.raises(DataError) as refusal:
+        for _ in make_loader(encode=hang_later, threads=threads, timeout=0.4):
+            good += 1
+    assert good >= 1 and time.monotonic() - start < 5
+    for word in ("shards/train-000000-000.tar", "sample 1", "data.timeout=0.4"):
         assert word in str(refusal.value)
-    assert len(first(make_loader(make_shards([3, 64])), 1)) == 1  # a clip as long as a pack is not too long
+    release.set()
+    wait_until_no_threads()
 
 
-def test_an_empty_split_is_refused_by_its_name():
-    with pytest.raises(MegaSoraError, match="data.shards=shards has no clip in its val split"):
-        make_loader(make_shards([], "val"))
+def test_a_step_that_takes_long_is_no_read_that_hangs():
+    steps = iter(make_loader(timeout=0.3))
+    next(steps)
+    time.sleep(0.8)
+    assert next(steps).packs
+    steps.close()
 
 
-def test_packs_that_cannot_be_shared_out_evenly_are_refused():
-    with pytest.raises(MegaSoraError, match="data.packs_per_step=4 must be a multiple of the 3"):
-        make_loader(ranks=3)
+# ---- damage
+
+BAD = (3, 17, 40)
 
 
-def test_the_cursor_moves_by_the_packs_of_a_step_through_the_epochs():
-    steps = first(make_loader(), STEPS)
-    before = [(0, 0)] + [(step.after.epoch, step.after.pack) for step in steps]
-    packs = [epoch_start(epoch) + pack for epoch, pack in before]
-    assert packs == [CONFIG.packs_per_step * i for i in range(STEPS + 1)]
+@pytest.mark.parametrize("threads", [0, 4])
+def test_a_damaged_clip_ends_the_run_and_is_named(threads):
+    with pytest.raises(DamagedTar, match="train-000000-000.tar: byte 8704: the record is damaged"):
+        for _ in make_loader(make_clips(damaged=[17]), threads=threads):
+            pass
 
 
-def epoch_start(epoch: int) -> int:
-    """Packs of the epochs before this one."""
-    loader = make_loader()
-    return sum(len(loader.plan(e)) for e in range(epoch))
+@pytest.mark.parametrize("threads", [0, 4])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tolerant_runs_leave_out_the_damaged_clips_and_nothing_else(ranks, threads):
+    settings = {"ranks": ranks, "threads": threads, "max_bad_fraction": 0.2}
+    whole = [first(make_loader(rank=r, ranks=ranks), STEPS) for r in range(ranks)]
+    clips = make_clips(damaged=BAD)
+    parts = [first(make_loader(clips, rank=r, **settings), STEPS) for r in range(ranks)]
+    bad = {100 + i for i in BAD}
+    without = [sorted([i for i in pack if i not in bad] or [NO_CLIP] for pack in step) for step in ledger(whole)]
+    assert ledger(parts) == without
+    told = sorted(error.sample_id for part in parts for step in part for error in step.damaged)
+    assert told == sorted(i for step in ledger(whole) for pack in step for i in pack if i in bad) and set(told) == bad
+    assert {e.offset for part in parts for s in part for e in s.damaged} == {512 * i for i in BAD}
+    resumed = [
+        first(make_loader(clips, rank=r, cursor=parts[r][16].after, **settings), STEPS - 17) for r in range(ranks)
+    ]
+    assert ledger(resumed) == ledger(parts)[17:]
+    for a, b in zip(resumed[0], parts[0][17:], strict=True):
+        assert [str(e) for e in a.damaged] == [str(e) for e in b.damaged]
 
 
-def test_a_rank_gets_its_share_of_each_of_its_packs():
-    lengths = [1 + (7 * i) % 40 for i in range(CLIPS)]
-    marked = PackLoader(make_shards(lengths), CONFIG, 7, encode, share=lambda pack: ("share of", ids_of(pack)))
-    for step, plain in zip(first(marked, 5), first(make_loader(), 5), strict=True):
-        assert ids(step) == ids(plain) and step.shares == [("share of", pack) for pack in ids(step)]
-        assert plain.shares == plain.packs
+def test_the_tokens_of_a_clip_that_was_left_out_are_padding():
+    clips = make_clips(damaged=BAD)
+    for step in first(make_loader(clips, max_bad_fraction=0.2), STEPS):
+        lost = sum(LENGTHS[error.sample_id - 100] for error in step.damaged)
+        empty = sum(pack == [NO_CLIP] for pack in ids(step))
+        assert sum(batch.num_tokens for batch in step.packs) == step.real_tokens - lost + empty
+        assert all(len(batch.patches_LP) == BUDGET for batch in step.packs)
 
 
-def ids_of(pack) -> list[int]:
-    return pack.sample_ids_G.tolist()
+def test_a_pack_of_damaged_clips_alone_keeps_its_shapes():
+    clips = make_clips([BUDGET, BUDGET, BUDGET, BUDGET], damaged=[2])
+    (step,) = first(make_loader(clips, max_bad_fraction=0.5), 1)
+    (empty,) = [batch for batch in step.packs if batch.sample_ids_G.tolist() == [NO_CLIP]]
+    assert empty.patches_LP.shape == (BUDGET, 2) and empty.num_tokens == 1 and not empty.patches_LP.any()
+    assert empty.drop_text_G.tolist() == [True] and len(empty.text_SE) == 1
+
+
+def test_more_damage_than_the_fraction_ends_the_run():
+    damaged = range(0, 50, 5)  # ten of fifty
+    assert len(first(make_loader(make_clips(damaged=damaged), max_bad_fraction=0.2), STEPS)) == STEPS
+    with pytest.raises(DataError, match=r"10 damaged clips .* data.max_bad_fraction=0.19 of 50 clips; .*byte \d+"):
+        first(make_loader(make_clips(damaged=damaged), max_bad_fraction=0.19), STEPS)
+
+
+def damage(folder: Path, number: int) -> int:
+    """Flips a bit of a clip's patches; gives the offset."""
+    shards = Shards.open(folder, "train")
+    path = folder / shards.names[shards.shard_of[number]]
+    offset, size, _ = shards.entries[number].members["patches.f16"]
+    data = bytearray(path.read_bytes())
+    data[offset + size // 2] ^= 4
+    path.write_bytes(data)
+    return offset
+
+
+def test_exactly_the_damaged_clips_of_real_tars_are_left_out_with_their_place(tmp_path):
+    folder = write_shards(tmp_path / "shards", 60)
+    places = {number: damage(folder, number) for number in (5, 33)}
+    missing = Shards.open(folder, "train")
+    gone = missing.names[missing.shard_of[59]]
+    lost = {i for i in range(60) if missing.names[missing.shard_of[i]] == gone} | {5, 33}
+    (folder / gone).unlink()
+    config = dataclasses.replace(CONFIG, shards=str(folder), max_bad_fraction=0.9, threads=2)
+    with pytest.raises(MegaSoraError, match=gone):
+        open_mixture(dataclasses.replace(config, max_bad_fraction=0.0), "train")
+    loader = PackLoader(open_mixture(config, "train"), config, 7, encode, 30)
+    steps = list(itertools.takewhile(lambda step: step.after.epoch < 2, loader.steps()))
+    seen = {i for step in steps for pack in ids(step) for i in pack} - {NO_CLIP}
+    assert seen == set(range(60)) - lost
+    told = {error.sample_id: error for step in steps for error in step.damaged}
+    assert set(told) == lost and all(told[i].path.startswith(str(folder)) for i in lost)
+    assert {i: told[i].offset for i in places} == places
+
+
+def test_a_plan_is_made_without_reading_a_clip():
+    class Unreadable(Memory):
+        def read(self, number, encode):
+            raise AssertionError("a clip was read")
+
+    plan = make_loader(make_clips(kind=Unreadable)).plan
+    assert isinstance(plan, Plan) and len(next(plan.steps(Cursor())).packs) == 4
+
+
+# ---- the same clips
+
+
+def test_a_run_goes_on_only_with_the_clips_that_it_began_with(tmp_path):
+    from megasora.config import load
+    from megasora.train import check_same_data
+
+    saved = tmp_path / "run" / "checkpoints" / "step-00000010"
+    saved.mkdir(parents=True)
+    config = load(None, [f"run.dir={tmp_path / 'run'}"])
+    check_same_data(config, make_clips([5]))  # nothing was saved yet
+    (saved / "manifest.json").write_text("{}")
+    (saved / "state.json").write_text(json.dumps({"data": make_clips().identity()}))
+    (saved.parent / "latest").write_text(saved.name)
+    check_same_data(config, make_clips())
+    with pytest.raises(
+        MegaSoraError, match=r"step-00000010 was trained on other clips \(clips: \[50\] -> \[49\]; tokens"
+    ):
+        check_same_data(config, make_clips(LENGTHS[:-1]))
+    with pytest.raises(MegaSoraError, match=r"other clips \(sha256"):
+        check_same_data(config, make_clips(LENGTHS[::-1]))

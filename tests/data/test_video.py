@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 from PIL import Image
 
 from megasora.config import IngestConfig
-from megasora.data.video import RejectedClip, is_clip, read_clip, write_image, write_video
+from megasora.data.video import Media, RejectedClip, is_clip, open_clip, read_clip, sha256, write_image, write_video
 
 CODEC_ERROR = 2.5  # grey levels, mean over a frame; two neighbouring frames of `gradient` are 6.7 apart
 LIMITS = IngestConfig()
@@ -230,7 +233,7 @@ REFUSALS: list[tuple[Callable[[Path], Path], dict, str, list[str]]] = [
     (audio_only, {}, "no video stream", ["no video stream"]),
     (codec_of_the_future, {}, "unknown codec", ["no decoder"]),
     (cut_with_index_behind, {}, "unreadable", ["cannot be decoded"]),
-    (cut_with_index_in_front, {}, "truncated", ["15 of 30"]),
+    (cut_with_index_in_front, {}, "truncated", ["ends within a frame", "of 30"]),
     (cut_between_two_frames, {}, "truncated", ["declares 30 frames, 20 could"]),
     (cut_before_the_last_frame, {}, "truncated", ["declares 30 frames, 29 could"]),
     (cut_matroska, {}, "truncated", ["declares 2.50 seconds"]),
@@ -269,7 +272,7 @@ def test_a_clip_too_large_for_memory_is_refused_before_that_memory_is_used(conta
     assert len(read_clip(path, IngestConfig(max_clip_mib=5)).frames_FHWC) == 12
     with pytest.raises(RejectedClip, match="ingest.max_clip_mib=4") as refusal:
         read_clip(path, IngestConfig(max_clip_mib=4))
-    assert refusal.value.reason == "too large in memory"
+    assert refusal.value.reason == "too many pixels"
 
 
 def test_a_file_name_is_never_read_as_a_protocol(tmp_path, monkeypatch):
@@ -344,3 +347,190 @@ def test_a_written_image_has_the_same_pixels_and_carries_its_comment(tmp_path):
     with pytest.raises(TypeError):
         write_image(pixels[..., 0].astype(np.complex64), tmp_path / "b.png")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+# ---------------------------------------------------------------- as they are shown
+
+
+def shown(path: Path, **limits) -> np.ndarray:
+    return read_clip(path, IngestConfig(**limits)).frames_FHWC
+
+
+def with_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
+    """The track is shown with pixel (x, y) at (a x + c y, b x + d y)."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    data[start : start + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+TURNS = {  # display matrix -> what a player does to [H, W]
+    (1, 0, 0, 1): lambda x: x,
+    (0, 1, -1, 0): lambda x: np.rot90(x, -1),  # a phone held upright: a quarter clockwise
+    (-1, 0, 0, -1): lambda x: np.rot90(x, 2),
+    (0, -1, 1, 0): lambda x: np.rot90(x, 1),
+    (-1, 0, 0, 1): lambda x: x[:, ::-1],
+    (1, 0, 0, -1): lambda x: x[::-1],
+    (0, 1, 1, 0): lambda x: x.swapaxes(0, 1),
+    (0, -1, -1, 0): lambda x: np.rot90(x, 2).swapaxes(0, 1),
+}
+
+
+@pytest.mark.parametrize("matrix", TURNS, ids=str)
+def test_a_turned_clip_comes_as_a_player_shows_it(matrix, tmp_path):
+    made = noise(2, 16, 24)
+    path = encode(tmp_path / "a.mp4", made, codec="libx264rgb", pixels="rgb24", options={"qp": "0"})
+    expected = np.stack([TURNS[matrix](frame) for frame in made])
+    assert np.array_equal(shown(with_display_matrix(path, *matrix)), expected)
+
+
+def test_the_turn_is_that_of_the_container_library(tmp_path):
+    path = encode(tmp_path / "a.mp4", gradient(2, 16, 24))
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mp4"), "w") as target:
+        copy = target.add_stream_from_template(source.streams.video[0])
+        copy.set_display_rotation(-90)  # counter-clockwise
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = copy
+                target.mux(packet)
+    assert np.array_equal(shown(tmp_path / "b.mp4"), np.rot90(shown(path), -1, (1, 2)))
+
+
+def test_a_clip_shown_at_a_slant_is_refused(tmp_path):
+    path = with_display_matrix(encode(tmp_path / "a.mp4", gradient(2, 16, 24)), 1, 1, -1, 1)
+    with pytest.raises(RejectedClip, match="only quarter turns are") as refusal:
+        read_clip(path, LIMITS)
+    assert refusal.value.reason == "tilted"
+
+
+def test_an_image_is_turned_as_its_exif_says(tmp_path):
+    pixels = gradient(1, 16, 24)[0]
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter clockwise
+    image.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(shown(tmp_path / "a.png")[0], np.rot90(pixels, -1))
+
+
+# ---------------------------------------------------------------- parts of a file, rate and size
+
+
+def moments(path: Path, start: float = 0.0, end: float | None = None, **limits) -> np.ndarray:
+    with open_clip(Media(path, start=start, end=end), IngestConfig(**limits)) as clip:
+        return np.stack(list(clip.frames))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (1.0, 2.0), (1.75, 2.5), (0.5, None), (2.0, None)])
+def test_parts_of_a_clip_are_the_frames_of_the_whole_between_two_moments(name, start, end, tmp_path):
+    how = {"a.mp4": {}, "a.mkv": {"container": "matroska"}, "a.avi": {"codec": "mpeg4", "container": "avi"}}[name]
+    path = encode(tmp_path / name, noise(30, 32, 48), options={"g": "8"}, **how)  # 12 a second, B-frames
+    whole = shown(path)
+    last = len(whole) if end is None else round(end * 12)
+    assert np.array_equal(moments(path, start, end), whole[round(start * 12) : last])
+
+
+def test_a_part_beyond_the_end_is_refused(tmp_path):
+    path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
+    for start, end, reason in ((2.0, 3.0, "truncated"), (5.0, None, "no frames"), (5.0, 6.0, "no frames")):
+        with pytest.raises(RejectedClip) as refusal:
+            moments(path, start, end)
+        assert refusal.value.reason == reason
+
+
+def test_a_part_may_be_taken_of_a_clip_beyond_the_limits_of_length(tmp_path):
+    path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
+    assert len(moments(path, 1.0, 1.5, max_frames=6)) == 6
+    with pytest.raises(RejectedClip, match="max_frames"):
+        moments(path, 1.0, 2.0, max_frames=6)
+
+
+@pytest.mark.parametrize(
+    ("fps", "kept"), [(6.0, range(0, 30, 2)), (4.0, range(0, 30, 3)), (8.0, None), (24.0, range(30))]
+)
+def test_a_lower_rate_leaves_frames_out_evenly_and_a_higher_one_adds_none(fps, kept, tmp_path):
+    path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
+    clip = read_clip(path, IngestConfig(fps=fps))
+    assert clip.fps == min(fps, 12.0)
+    numbers = (
+        list(kept) if kept is not None else [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23, 24, 26, 27, 29]
+    )
+    assert np.array_equal(clip.frames_FHWC, shown(path)[numbers])
+
+
+def test_clips_are_scaled_down_in_their_aspect_only_where_a_size_is_set_and_exceeded(tmp_path):
+    path = encode(tmp_path / "a.mp4", gradient(3, 64, 96), options=FINE)
+    assert shown(path).shape == shown(path, fit_height=64, fit_width=96).shape == (3, 64, 96, 3)
+    assert shown(path, fit_height=32).shape == shown(path, fit_width=48).shape == (3, 32, 48, 3)
+    small = shown(path, fit_height=40, fit_width=48)
+    means = shown(path).reshape(3, 32, 2, 48, 2, 3).mean((2, 4))
+    assert np.abs(small - means).mean() < 1.5
+    turned = with_display_matrix(path, 0, 1, -1, 0)
+    assert shown(turned, fit_height=48).shape == (3, 48, 32, 3)
+    Image.fromarray(gradient(1, 64, 96)[0]).save(tmp_path / "a.png")
+    assert shown(tmp_path / "a.png", fit_width=24).shape == (1, 16, 24, 3)
+
+
+def test_a_clip_within_another_file_is_read_from_its_own_bytes(tmp_path):
+    path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
+    data = path.read_bytes()
+    (tmp_path / "many.tar").write_bytes(b"x" * 1000 + data + b"y" * 1000)
+    media = Media(tmp_path / "many.tar", "folder/b.MP4", 1000, len(data))
+    with open_clip(media, LIMITS) as clip:
+        assert np.array_equal(np.stack(list(clip.frames)), shown(path))
+    assert sha256(media) == sha256(Media(path)) == hashlib.sha256(data).hexdigest()
+    with (
+        pytest.raises(RejectedClip, match="many.tar: folder/b.MP4"),
+        open_clip(Media(tmp_path / "many.tar", "folder/b.MP4", 1000, len(data) - 700), LIMITS) as clip,
+    ):
+        list(clip.frames)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def frames_region(path: Path) -> tuple[bytes, int, int]:
+    """The file's bytes, and where those of its frames begin, behind the encoder's own words, and end."""
+    data = path.read_bytes()
+    start = data.index(b"mdat") + 4
+    return data, start + 700, start + int.from_bytes(data[start - 8 : start - 4], "big") - 8
+
+
+def test_a_flipped_bit_loses_no_frame_and_is_noticed_where_the_stream_breaks(tmp_path):
+    """A flip that leaves a legal stream of other pixels cannot be told from what was meant."""
+    path = encode(tmp_path / "a.mp4", noise(12, 48, 64), options={"crf": "30"})
+    (data, start, end), reasons = frames_region(path), []
+    for place in np.random.default_rng(0).integers(start, end, 40):
+        flipped = bytearray(data)
+        flipped[place] ^= 0x10
+        path.write_bytes(flipped)
+        try:
+            assert len(shown(path)) == 12
+        except RejectedClip as error:
+            reasons.append(error.reason)
+    assert len(reasons) >= 5 and set(reasons) <= {"damaged", "unreadable", "truncated"}
+
+
+def test_a_hole_in_the_frames_is_refused(tmp_path):
+    path = encode(tmp_path / "a.mp4", noise(12, 48, 64), options={"crf": "30"})
+    data, start, end = frames_region(path)
+    for place in np.random.default_rng(0).integers(start, end - 1024, 10):
+        path.write_bytes(data[:place] + bytes(1024) + data[place + 1024 :])
+        with pytest.raises(RejectedClip) as refusal:
+            shown(path)
+        assert refusal.value.reason in ("damaged", "unreadable", "truncated")
+
+
+def test_a_header_of_16k_by_16k_is_refused_before_a_pixel_is_decoded(tmp_path):
+    Image.fromarray(noise(1, 16, 16)[0]).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">2I", 16384, 16384)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    path = encode(tmp_path / "a.mkv", np.zeros((1, 16384, 16, 3), np.uint8), container="matroska")
+    for file, words in ((tmp_path / "a.png", "268435456 pixels"), (path, "16384x16 pixels; ingest.max_height=4320")):
+        with pytest.raises(RejectedClip, match=words) as refusal:
+            read_clip(file, LIMITS)
+        assert refusal.value.reason == "too large"

@@ -1,0 +1,305 @@
+"""Members come out as they went in, or there is an error with the byte: nothing ends early without a word."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+from megasora.data.tar import BLOCK, END, DamagedTar, Member, group, padded, read_members, write_header
+from megasora.errors import MegaSoraError
+
+TXT = {"txt"}
+NAMES = [
+    "a.txt",
+    "with space.txt",
+    'it\'s "quoted".txt',
+    "🦊 狐.txt",
+    "deep/er/a.txt",
+    "x" * 300 + ".txt",
+    "new\nline.txt",
+]
+
+
+def make(names=NAMES, format=tarfile.GNU_FORMAT, size=700) -> tuple[bytes, dict[str, bytes]]:
+    """A tar as Python writes it, and what is in it: bytes without a zero."""
+    rng, buffer, contents = np.random.default_rng(0), io.BytesIO(), {}
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name in names:
+            contents[name] = rng.integers(1, 256, size, dtype=np.uint8).tobytes()
+            info = tarfile.TarInfo(name)
+            info.size = size
+            tar.addfile(info, io.BytesIO(contents[name]))
+    return buffer.getvalue(), contents
+
+
+def plain(*files: tuple[str, bytes]) -> bytes:
+    return b"".join(write_header(n, len(c)) + c.ljust(padded(len(c)), b"\0") for n, c in files) + END
+
+
+def special(name="a.txt", **attributes) -> bytes:
+    """A header of another kind, and an end."""
+    info = tarfile.TarInfo(name)
+    for key, value in attributes.items():
+        setattr(info, key, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + END
+
+
+def pax(key: str, value: str) -> bytes:
+    rest = f" {key}={value}\n"
+    return next(f"{n}{rest}".encode() for n in range(100) if n == len(f"{n}{rest}"))
+
+
+def rewritten(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+def resealed(block: bytes) -> bytes:
+    """A header with its checksum made right."""
+    block = rewritten(block, 148, b" " * 8)
+    return rewritten(block, 148, b"%06o\0 " % sum(block))
+
+
+def members(data: bytes, extensions=TXT, **options) -> list[Member]:
+    return list(read_members(io.BytesIO(data), extensions, "some.tar", **options))
+
+
+def refuse(data: bytes, words: str, at: int | None = None, extensions=TXT) -> DamagedTar:
+    with pytest.raises(DamagedTar, match=words) as refusal:
+        members(data, extensions)
+    assert isinstance(refusal.value, MegaSoraError) and str(refusal.value).startswith("some.tar: byte ")
+    assert at is None or refusal.value.offset == at
+    return refusal.value
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_wrote(format):
+    names = [name for name in NAMES if len(name) < 100 or format != tarfile.USTAR_FORMAT]
+    names += ["f" * 80 + "/" + "g" * 80 + ".txt"]  # ustar splits it into prefix and name
+    data, contents = make(names, format)
+    found = members(data)
+    assert [member.name for member in found] == names
+    for name, offset, size in found:
+        assert data[offset : offset + size] == contents[name]
+
+
+def test_sizes_of_all_kinds_lie_where_tarfile_finds_them():
+    files = [(f"{size}.txt", b"x" * size) for size in (0, 1, 511, 512, 513, 1024, 5000)]
+    data = plain(*files)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar]
+    assert [tuple(member) for member in members(data)] == expected
+
+
+def test_a_header_is_the_one_of_tarfile_up_to_terabytes():
+    for size in (0, 511, 8 << 30, 5 << 40):
+        info = tarfile.TarInfo.frombuf(write_header("000000001.patches.f16", size), "utf-8", "strict")
+        assert (info.name, info.size, info.mtime, info.isreg()) == ("000000001.patches.f16", size, 0, True)
+
+
+def test_a_size_in_pax_records_counts():
+    """As it is written for files beyond 8 GiB."""
+    record = pax("size", "700")
+    info = tarfile.TarInfo("@PaxHeader")
+    info.size, info.type = len(record), tarfile.XHDTYPE
+    file = rewritten(write_header("a.txt", 0), 124, b"00000000000\0")
+    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK, b"\0") + resealed(file) + b"x" * 1024 + END
+    assert members(data) == [Member("a.txt", 3 * BLOCK, 700)]
+
+
+def test_folders_are_passed_over_and_leading_dots_are_no_part_of_a_name():
+    folder = special("./deep/", type=tarfile.DIRTYPE)[:BLOCK]
+    assert [m.name for m in members(folder + plain(("./deep//a.txt", b"x"), ("./b.txt", b"y")))] == [
+        "deep/a.txt",
+        "b.txt",
+    ]
+
+
+def test_the_key_is_the_name_up_to_the_first_dot_of_its_last_part():
+    data = plain(("v1.0/a.part.txt", b"1"), ("v1.0/a.TXT", b"22"), ("v2/a.txt", b"3"))
+    found = group(members(data, {"txt", "part.txt"}))
+    assert {key: {e: size for e, (_, size) in files.items()} for key, files in found.items()} == {
+        "v1.0/a": {"part.txt": 1, "txt": 2},
+        "v2/a": {"txt": 1},
+    }
+
+
+def test_grouping_is_that_of_webdataset(tmp_path):
+    import webdataset
+
+    data, contents = make(["a.txt", "a.b.txt", "v1.0/a.txt", "with space.txt", "🦊.txt"])
+    (tmp_path / "x.tar").write_bytes(data)
+    theirs = {
+        sample["__key__"]: {k: v for k, v in sample.items() if not k.startswith("__")}
+        for sample in webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)
+    }
+    ours = group(members(data, {"txt", "b.txt"}))
+    read = {key: {e: data[o : o + s] for e, (o, s) in files.items()} for key, files in ours.items()}
+    assert read == theirs
+
+
+def test_other_extensions_are_refused_or_skipped():
+    data = plain(("a.txt", b"1"), ("a.pkl", b"2"), ("b.txt", b"3"), ("noextension", b"4"), (".hidden", b"5"))
+    refuse(data, r"'a.pkl' is no file of the format; these are: txt", 2 * BLOCK)
+    assert [m.name for m in members(data, others="skip")] == ["a.txt", "b.txt"]
+
+
+def test_the_caller_may_read_between_two_members():
+    data, contents = make()
+    file = io.BytesIO(data)
+    for name, offset, size in read_members(file, TXT):
+        file.seek(offset)
+        assert file.read(size) == contents[name]
+
+
+# ---------------------------------------------------------------- what is damaged
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_one_flipped_bit_in_any_header_is_an_error_at_that_header(format):
+    """tarfile takes the rest for the end."""
+    data, _ = make(["a.txt", "狐" * 60 + ".txt", "b.txt"], format)
+    headers = [at for at in range(0, len(data), BLOCK) if data[at + 257 : at + 262] == b"ustar"]
+    assert len(headers) >= 4
+    rng = np.random.default_rng(1)
+    for at in headers:
+        for bit in rng.integers(0, 8 * 500, 40):
+            byte = at + int(bit) // 8
+            refuse(rewritten(data, byte, bytes([data[byte] ^ 1 << int(bit) % 8])), "checksum of the header|no tar", at)
+
+
+def test_a_cut_at_any_place_is_an_error():
+    data = plain(("a.txt", b"x" * 700), ("b.txt", b"y" * 512), ("c.txt", b""))
+    whole = members(data)
+    for length in range(0, len(data), 128):
+        error = refuse(data[:length], "empty|cut|are left of the archive|half an end|ends")
+        assert error.offset <= length
+    refuse(data[: whole[1].offset - BLOCK], "cut between two members", whole[1].offset - BLOCK)
+    refuse(data[: whole[1].offset + 7], "'b.txt' has 512 bytes, 7 are left", whole[1].offset - BLOCK)
+    refuse(data[:-BLOCK], "half an end", len(data) - 2 * BLOCK)
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_a_zeroed_hole_over_a_header_is_an_error_at_the_hole(size):
+    data, _ = make()
+    for member in members(data)[:-1]:
+        if member.name.startswith("x" * 100):
+            continue  # its header is behind one for the name
+        at = member.offset - BLOCK
+        refuse(rewritten(data, at, bytes(size)), "more from byte .* a hole", at)
+
+
+def test_a_hole_to_the_end_is_an_error():
+    data = plain(("a.txt", b"x" * 700), ("b.txt", b"y" * (2 << 20)))
+    at = members(data)[1].offset - BLOCK
+    refuse(rewritten(data, at, bytes(len(data) - at)), "zeros for .* bytes, to the end", at)
+
+
+def test_anything_behind_the_end_is_an_error_but_zeros():
+    data = plain(("a.txt", b"x"))
+    assert members(data + bytes(9 * 1024)) == members(data)
+    for rest in (b"x", bytes(3000) + b"x", plain(("b.txt", b"y"))):
+        refuse(data + rest, "the archive ends, but there is more from byte", len(data) - len(END))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><html><body>404 not found</body></html>".ljust(5000), "no tar: it begins with b'<!DOCTYPE"),
+        (b"<html>404</html>", "cut: 16 of 512 bytes"),
+        (bytes(100), "cut: 100 of 512"),
+        (b"PK\x03\x04" * 1000, "no tar"),
+    ],
+    ids=["empty", "html", "short html", "short zeros", "zip"],
+)
+def test_a_file_that_is_no_tar_says_what_it_begins_with(data, words):
+    refuse(data, words, 0)
+
+
+def test_an_empty_archive_has_no_member():
+    assert members(END) == members(bytes(10240)) == []
+
+
+def test_a_file_or_a_key_that_comes_twice_is_an_error():
+    refuse(plain(("a.txt", b"1"), ("a.txt", b"2")), "'a.txt' is there twice", 2 * BLOCK)
+    refuse(plain(("a.txt", b"1"), ("./a.txt", b"2")), "is there twice")
+    refuse(plain(("a.txt", b"1"), ("a.TXT", b"2")), "is there twice")
+    refuse(plain(("a.txt", b"1"), ("b.txt", b"2"), ("a.png", b"3")), "'a' is there twice", 4 * BLOCK, {"txt", "png"})
+
+
+# ---------------------------------------------------------------- what is hostile
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (special(type=tarfile.SYMTYPE, linkname="/etc/passwd"), "a symbolic link"),
+        (special(type=tarfile.LNKTYPE, linkname="b.txt"), "a hard link"),
+        (special(type=tarfile.CHRTYPE), "a character device"),
+        (special(type=tarfile.BLKTYPE), "a block device"),
+        (special(type=tarfile.FIFOTYPE), "a fifo"),
+        (special(type=tarfile.CONTTYPE), "a contiguous file"),
+        (special(type=tarfile.GNUTYPE_SPARSE), "a sparse file"),
+        (special(type=b"V"), "of type b'V'"),
+        (special(type=tarfile.SYMTYPE, linkname="l" * 200), "a link with a long name"),
+        (resealed(rewritten(special("d", type=b"5")[:BLOCK], 124, b"00000000005\0")) + END, "5 bytes of content"),
+        (special("/etc/a.txt"), "leads out of the archive"),
+        (special("../a.txt"), "leads out of the archive"),
+        (special("a/../../b.txt"), "leads out of the archive"),
+        (special("/" + "x" * 200 + ".txt"), "leads out of the archive"),
+        (special(size=8 << 40), "'a.txt' has 8796093022208 bytes, 1024 are left"),
+        (special(size=(1 << 63) - 1), "has 9223372036854775807 bytes"),
+        (resealed(rewritten(special()[:BLOCK], 124, b"-0000000001\0")) + END, "a size of"),
+        (resealed(rewritten(special()[:BLOCK], 124, b"\xff" * 12)) + END, "a size of"),
+        (resealed(rewritten(special()[:BLOCK], 0, b"\xff\xfe.txt")) + END, "is not UTF-8"),
+        (resealed(rewritten(special()[:BLOCK], 0, bytes(100))) + END, "a file without a name"),
+        (resealed(rewritten(special()[:BLOCK], 257, bytes(8))) + END, "not one of ustar"),
+        (special(type=b"L", size=1 << 30), "a name of 1073741824 bytes"),
+        (special(type=b"x", size=1 << 30), "a name of 1073741824 bytes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_hostile_members_are_refused_by_what_they_are(data, words):
+    refuse(data, words)
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        (pax("GNU.sparse.major", "1"), "a sparse file"),
+        (pax("path", "/etc/a.txt"), "leads out of the archive"),
+        (pax("path", "../a.txt"), "leads out of the archive"),
+        (pax("size", "-1"), "a size of '-1'"),
+        (pax("size", "9" * 19), "are left of the archive"),
+        (b"99999 path=x\n", "cannot be read"),
+        (b"0 path=x\n", "cannot be read"),
+        (b"9 path=x \n", "cannot be read"),
+        (b"junk", "cannot be read"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_hostile_pax_records_are_refused(records, words, kind):
+    info = tarfile.TarInfo("pax")
+    info.size, info.type = len(records), kind
+    data = info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(BLOCK, b"\0") + plain(("a.txt", b"x"))
+    refuse(data, words if kind == tarfile.XHDTYPE else f"{words}|one name or size for all")
+
+
+def test_a_name_for_a_file_that_does_not_come_is_an_error():
+    data = special("n" * 200 + ".txt")
+    refuse(data[: 2 * BLOCK] + END, "the archive ends where the file with this name should be", 0)
+
+
+def test_global_comments_as_git_writes_them_are_passed_over():
+    record = pax("comment", "0123456789" * 4)
+    info = tarfile.TarInfo("pax_global_header")
+    info.size, info.type = len(record), tarfile.XGLTYPE
+    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK, b"\0") + plain(("a.txt", b"x"))
+    assert [m.name for m in members(data)] == ["a.txt"]

@@ -1,0 +1,162 @@
+"""Child processes that decode: the same patches as in one process, and whatever a clip does to them costs that clip."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megasora.codec import build_codec
+from megasora.config import CodecConfig, IngestConfig
+from megasora.data.patches import frames_to_float, pad_frames, patchify
+from megasora.data.video import Media, read_clip, write_image, write_video
+from megasora.errors import MegaSoraError
+from megasora.ingest.pool import Pool
+from megasora.ingest.worker import Worker, job_of, settings_of
+
+SCORES = """
+import os, signal, time
+import numpy as np
+
+def trouble(frames_FHWC, fps):
+    what = int(frames_FHWC[0, 0, 0, 0])
+    if what == 10:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what == 20:
+        time.sleep(60)
+    if what == 30:
+        np.ones(1 << 33)
+    if what == 40:
+        print("this is no answer")
+    if what == 50:
+        os._exit(3)
+    return what
+"""
+
+
+def noise(frames: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(frames).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("patch", [[1, 1, 1], [1, 2, 2]])
+@pytest.mark.parametrize("size", [(5, 32, 48), (6, 30, 46)])
+def test_a_worker_writes_the_patches_of_the_whole_clip(patch, size, tmp_path):
+    write_video(noise(*size), 12, tmp_path / "a.mp4")
+    config = CodecConfig(channels=24)
+    answer = Worker(config, IngestConfig(), patch).work(job_of(Media(tmp_path / "a.mp4"), tmp_path / "spool"))
+    frames = frames_to_float(torch.from_numpy(read_clip(tmp_path / "a.mp4", IngestConfig()).frames_FHWC))
+    frames = pad_frames(frames, (8 * patch[1], 8 * patch[2]))
+    expected, grid = patchify(build_codec(config).encode(frames), tuple(patch))
+    written = np.fromfile(tmp_path / "spool", "<f2").reshape(-1, answer["width_of_token"])
+    assert tuple(answer["grid"]) == grid and (answer["height"], answer["width"]) == size[1:]
+    assert (answer["frames"], answer["fps"]) == (size[0], 12.0)
+    assert written.shape == expected.shape
+    torch.testing.assert_close(torch.from_numpy(written).float(), expected.half().float(), rtol=2e-3, atol=2e-5)
+
+
+def stills(folder: Path, *levels: int) -> list[Path]:
+    for number, level in enumerate(levels):
+        write_image(np.full((16, 16, 3), level, np.uint8), folder / f"{number}.png")
+    return [folder / f"{number}.png" for number in range(len(levels))]
+
+
+def run(paths: list[Path | None], folder: Path, workers: int = 2, **limits) -> list[dict | None]:
+    settings = settings_of(CodecConfig(), IngestConfig(**limits), [1, 1, 1])
+    with Pool(settings, workers) as pool:
+        return list(pool.run(job_of(Media(p), folder / f"{i}.spool") if p else None for i, p in enumerate(paths)))
+
+
+@pytest.fixture
+def scores(tmp_path, monkeypatch) -> list[str]:
+    (tmp_path / "my_scores.py").write_text(SCORES)
+    monkeypatch.syspath_prepend(tmp_path)
+    return ["my_scores:trouble"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_answers_come_in_the_order_of_the_jobs(workers, scores, tmp_path):
+    levels = [101 + i for i in range(12)]
+    paths: list[Path | None] = [*stills(tmp_path, *levels)]
+    paths.insert(5, None)
+    answers = run(paths, tmp_path, workers, scores=scores)
+    assert answers.pop(5) is None
+    assert [a["quality"]["trouble"] for a in answers] == levels
+
+
+def test_a_decoder_that_crashes_hangs_or_grows_costs_its_clip_alone(scores, tmp_path, capfd):
+    levels = [0, 10, 1, 2, 20, 3, 30, 40, 50, 4, 10, 10, 5]
+    answers = run(stills(tmp_path, *levels), tmp_path, scores=scores, seconds=1.5)
+    reasons = [answer.get("reason") for answer in answers]
+    crash, late, large = "crash", "time", "too large in memory"
+    assert reasons == [None, crash, None, None, late, None, large, None, crash, None, crash, crash, None]
+    assert "1.png" in answers[1]["message"] and "SIGSEGV" in answers[1]["message"]
+    assert "ingest.seconds=1.5" in answers[4]["message"] and "exit code 3" in answers[8]["message"]
+    assert "ingest.memory_mib=4096" in answers[6]["message"]
+    assert {answer.get("stage") for answer in answers} == {None, "decode"}
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_no_rejection(scores, tmp_path):
+    paths = stills(tmp_path, 1)
+    with pytest.raises(MegaSoraError, match="ingest.scores: my_scores:nothing"):
+        run(paths, tmp_path, scores=["my_scores:nothing"])
+    (tmp_path / "my_scores.py").write_text("import os; os._exit(7)")
+    with pytest.raises(MegaSoraError, match="ended with exit code 7 before its first clip"):
+        run(paths, tmp_path, scores=scores)
+
+
+def test_a_full_disk_is_an_error_and_no_rejection(tmp_path):
+    with pytest.raises(MegaSoraError, match="No space left on device"):
+        settings = settings_of(CodecConfig(), IngestConfig(), [1, 1, 1])
+        with Pool(settings, 1) as pool:
+            write_video(noise(9, 256, 256), 12, tmp_path / "a.mp4")
+            list(pool.run(iter([job_of(Media(tmp_path / "a.mp4"), Path("/dev/full"))])))
+
+
+def test_workers_are_gone_with_their_parent_however_it_ends(scores, tmp_path):
+    stills(tmp_path, 20)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from megasora.config import CodecConfig, IngestConfig\n"
+        "from megasora.data.video import Media\n"
+        "from megasora.ingest.pool import Pool\n"
+        "from megasora.ingest.worker import job_of, settings_of\n"
+        "folder = Path(sys.argv[1])\n"
+        "pool = Pool(settings_of(CodecConfig(), IngestConfig(scores=['my_scores:trouble']), [1, 1, 1]), 1)\n"
+        "child = pool.free_child()\n"
+        "print(child.process.pid, flush=True)\n"
+        "list(pool.run(iter([job_of(Media(folder / '0.png'), folder / 'spool')])))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "spool").exists():  # the clip is at hand
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.02)
+        os.kill(parent.pid, signal.SIGKILL)
+    while alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_worker_loads_no_torch(tmp_path):
+    code = (
+        "import sys, megasora.ingest.worker, megasora.codec; from megasora.config import CodecConfig; "
+        "megasora.codec.build_stream(CodecConfig()); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "False\n"

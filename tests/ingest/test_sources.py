@@ -1,0 +1,207 @@
+"""Where clips are listed: folders, lists and raw tars; every clip has one number, whatever its name and caption."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from megasora.errors import MegaSoraError
+from megasora.ingest.sources import find_clips, listing_hash
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"clip " + name.encode())
+    return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_list(path: Path, *lines: dict) -> Path:
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def names(source: Path) -> list[tuple[str, str, str | None]]:
+    return [(clip.name, clip.split, clip.caption) for clip in find_clips(source)]
+
+
+# ---------------------------------------------------------------- lists
+
+
+def test_a_text_list_names_a_clip_a_line_with_captions_beside(tmp_path):
+    odd = 'b "quoted" 🦊 it\'s.mp4'
+    touch(tmp_path, "z.mp4", f"in a folder/{odd}", "val/c.png", "not listed.mp4")
+    (tmp_path / "z.txt").write_text("the last  one")
+    (tmp_path / "list.txt").write_text(f"z.mp4\n\nin a folder/{odd}\r\nval/c.png\n", encoding="utf-8")
+    assert names(tmp_path / "list.txt") == [
+        (f"in a folder/{odd}", "train", None),
+        ("val/c.png", "val", None),
+        ("z.mp4", "train", "the last one"),
+    ]
+
+
+def test_a_list_of_lines_has_captions_splits_and_parts_of_files_in_the_order_of_time(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "b.txt").write_text("beside")
+    table = write_list(
+        tmp_path / "list.jsonl",
+        {"file": "b.mp4", "split": "val"},
+        {"file": "a.mp4", "caption": " 二つ目\nの場面 ", "start": 10, "end": 12.5},
+        {"file": "a.mp4", "caption": "", "start": 2.5, "end": 10},
+        {"file": str(tmp_path / "a.mp4"), "caption": None, "start": 0, "end": 2.5, "other": [1]},
+    )
+    found = find_clips(table)
+    assert [(c.caption, c.split, c.media.start, c.media.end) for c in found] == [
+        (None, "train", 0.0, 2.5),
+        ("", "train", 2.5, 10.0),
+        ("二つ目 の場面", "train", 10.0, 12.5),
+        ("beside", "val", 0.0, None),
+    ]
+
+
+def test_the_order_of_the_lines_of_a_list_is_no_other_listing(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    lines = [{"file": "a.mp4", "caption": "a"}, {"file": "b.mp4", "caption": "b"}]
+    hashes = {listing_hash(find_clips(write_list(tmp_path / f"{i}.jsonl", *lines[:: 1 - 2 * i]))) for i in (0, 1)}
+    assert len(hashes) == 1
+    for change in ({"caption": "c"}, {"end": 3.0}, {"split": "val"}):
+        changed = write_list(tmp_path / "c.jsonl", {**lines[0], **change}, lines[1])
+        assert listing_hash(find_clips(changed)) not in hashes
+
+
+LINES = [
+    ("{", "1 is not"),
+    ('{"caption": "a"}', "1 is not"),
+    ('["a.mp4"]', "1 is not"),
+    ('{"file": 3}', "1 is not"),
+    ("[" * 100_000, "1 is not"),
+    ('{"file": "a\\u0000.mp4"}', "1 is not"),
+    ('{"file": "no.mp4"}', "1: .*no.mp4 is not there"),
+    ('{"file": "list.jsonl"}', "1: list.jsonl is no clip"),
+    ('{"file": "a.mp4", "split": "test"}', "1: split 'test' is none of train, val"),
+    ('{"file": "a.mp4", "start": "1"}', "1: start and end are seconds, not '1'"),
+    ('{"file": "a.mp4", "start": -1}', "1: start and end are seconds, not -1"),
+    ('{"file": "a.mp4", "end": NaN}', "1: start and end are seconds, not nan"),
+    ('{"file": "a.mp4", "start": 2, "end": 2}', "1: end=2 is not behind start=2"),
+    ('{"file": "a.mp4", "caption": 3}', "1: the caption: 3 is not text"),
+    ('{"file": "a.mp4", "caption": "\\ud800"}', "1: the caption"),
+    ('{"file": "a.mp4"}\n{"file": "a.mp4"}', "lists .*a.mp4 twice"),
+    ("", "no clip in"),
+    ("\xff", "is not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), LINES)
+def test_a_line_that_cannot_be_used_is_named(text, words, tmp_path):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "list.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(MegaSoraError, match=f"list.jsonl:?{words}|{words}"):
+        find_clips(tmp_path / "list.jsonl")
+
+
+# ---------------------------------------------------------------- tars
+
+
+def test_clips_of_tars_have_the_caption_of_their_key_and_know_where_they_lie(tmp_path):
+    write_tar(
+        tmp_path / "train-01.tar",
+        {
+            "x.mp4": b"video x", "x.txt": b"ein  Hund", "x.jpg": b"its thumbnail",
+            "deep/a.b.MP4": b"video y", "deep/a.json": b'{"caption": "a cat", "id": 1}',
+            "only.txt": b"no clip", "z.png": b"image", "z.cls": b"3",
+        },
+    )  # fmt: skip
+    write_tar(tmp_path / "val-00.tar", {"v.webm": b"held out"})
+    write_tar(tmp_path / "val" / "w.tar", {"w.webm": b"held out"})
+    found = find_clips(tmp_path)
+    assert [(c.name, c.split, c.caption) for c in found] == [
+        ("train-01.tar/x.mp4", "train", "ein Hund"),
+        ("train-01.tar/deep/a.b.MP4", "train", "a cat"),
+        ("train-01.tar/z.png", "train", None),
+        ("val/w.tar/w.webm", "val", None),
+        ("val-00.tar/v.webm", "val", None),
+    ]
+    for clip in found:
+        data = clip.media.path.read_bytes()[clip.media.offset :][: clip.media.size]
+        assert data in (b"video x", b"video y", b"image", b"held out") and clip.size == len(data)
+    assert names(tmp_path / "train-01.tar") == names(tmp_path / "train-*.tar")
+    assert len(names(tmp_path / "train-01.tar")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.txt", b"\xff"), ("a.json", b"{"), ("a.json", b"[]"), ("a.json", b'{"caption": 3}')]
+)
+def test_a_caption_in_a_tar_that_is_no_text_is_a_fault_of_its_clip_alone(name, data, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {"a.mp4": b"video", name: data, "b.mp4": b"video", "b.txt": b"fine"})
+    first, second = find_clips(tar)
+    assert "a.mp4" in first.fault and "cannot be read" in first.fault and first.caption is None
+    assert not second.fault and second.caption == "fine"
+
+
+def a_link(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("a.mp4")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+
+
+def a_cut(path: Path) -> None:
+    write_tar(path, {"a.mp4": bytes(5000), "b.mp4": bytes(5000)})
+    path.write_bytes(path.read_bytes()[: 512 + 5120])
+
+
+HOSTILE = {
+    "a link": a_link,
+    "cut between two members": a_cut,
+    "leads out": lambda path: write_tar(path, {"../a.mp4": b"x"}),
+    "absolute": lambda path: write_tar(path, {"/tmp/a.mp4": b"x"}),
+    "no tar": lambda path: path.write_text("<html>"),
+    "twice": lambda path: write_tar(path, {"a.mp4": b"x", "b.mp4": b"x", "a.txt": b"x"}),
+    "two clips": lambda path: write_tar(path, {"a.mp4": b"x", "a.webm": b"x"}),
+    "pickle alone": lambda path: write_tar(path, {"a.pkl": b"x"}),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_tar_that_is_not_whole_and_plain_is_refused_by_name(what, tmp_path):
+    HOSTILE[what](tmp_path / "bad.tar")
+    with pytest.raises(MegaSoraError, match="bad.tar"):
+        find_clips(tmp_path / "bad.tar")
+
+
+def test_a_folder_of_tars_and_clips_and_what_matches_nothing_are_refused(tmp_path):
+    touch(tmp_path / "both", "a.mp4")
+    write_tar(tmp_path / "both" / "b.tar", {"b.mp4": b"x"})
+    with pytest.raises(MegaSoraError, match="holds both tars and clips"):
+        find_clips(tmp_path / "both")
+    with pytest.raises(MegaSoraError, match=r"no .tar file matches .*\*.tar"):
+        find_clips(tmp_path / "*.tar")
+    touch(tmp_path, "clip.mp4")
+    with pytest.raises(MegaSoraError, match="clip.mp4 is not a folder"):
+        find_clips(tmp_path / "clip.mp4")
+
+
+def test_a_caption_of_100_kb_in_any_script_is_a_caption(tmp_path):
+    text = "狐 🦊 العربية " * 5000
+    clips = touch(tmp_path / "clips", "a.mp4")
+    (clips / "a.txt").write_text(text, encoding="utf-8")
+    assert find_clips(clips)[0].caption == text.strip()
+    tar = write_tar(tmp_path / "a.tar", {"a.mp4": b"x", "a.txt": text.encode()})
+    assert find_clips(tar)[0].caption == text.strip()
+    (clips / "a.txt").write_bytes(b"x" * (1 << 24) + b"x")
+    with pytest.raises(MegaSoraError, match=r"a.txt has 16777217 bytes"):
+        find_clips(clips)

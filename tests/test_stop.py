@@ -1,0 +1,106 @@
+"""A request to stop: noted, agreed on by all processes, and answered by one checkpoint and its own exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import lines, train_arguments
+
+from megasora.errors import CONFIGURATION, DONE, STOPPED
+from megasora.stop import STOP_SIGNALS, StopSignal
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_ends_nothing(number):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        assert stop.requested() and stop.name == number.name
+    assert signal.getsignal(number) is before
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 100
+    while not (run / "metrics.jsonl").is_file() or len(lines_of(run)) < count:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+
+
+def lines_of(run: Path) -> list[bytes]:
+    return (run / "metrics.jsonl").read_bytes().splitlines()
+
+
+def test_a_request_to_one_process_stops_both_after_the_same_step_and_saves_once(shards, tiny, tmp_path):
+    run = tmp_path / "run"
+    settings = [*train_arguments(run, shards, tiny), "run.steps=300", "checkpoint.every=1000", "validation.every=1000"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start([*launcher, "-m", "megasora.train", *settings])
+    wait_for_steps(run, 3, process)
+    os.kill(rank_of(process, 1), signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    done = len(lines(run))
+    assert 3 <= done < 300
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{done:08d}\n"
+    assert [p.name for p in (run / "checkpoints").glob("*step-*")] == [f"step-{done:08d}"]
+    told = json.loads((run / "exit.json").read_text())
+    assert told["code"] == STOPPED and f"saved after step {done}" in told["reason"]
+    assert output.count(f"exitcode  : {STOPPED}") == 2 and output.count("stopped on request, saved") == 1
+    assert process.returncode == 1  # torchrun's own
+
+
+def rank_of(launcher: subprocess.Popen, rank: int) -> int:
+    """Process id of a rank that torchrun has started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    found = [pid for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
+    return int(found[0])
+
+
+def test_a_stopped_run_goes_on_to_the_end_of_the_uninterrupted_one(trained, shards, tiny, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["megasora.train", *train_arguments(run, shards, tiny)]
+    process = start(arguments)
+    wait_for_steps(run, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    first = len(lines(run))
+    assert (process.returncode, first < 20) == (STOPPED, True), output
+    process = start(arguments)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == DONE, output
+    assert f"from step {first} to 20" in output
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(trained)]
+    for file in ("ema.safetensors", "model.safetensors"):
+        paths = [folder / "checkpoints" / "step-00000020" / file for folder in (trained, run)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    told = [json.loads(line)["before"] for line in (run / "launches.jsonl").read_text().splitlines()]
+    assert told[0] is None and told[1]["code"] == STOPPED and f"saved after step {first}" in told[1]["reason"]
+    assert json.loads((run / "exit.json").read_text())["code"] == DONE
+    assert "from step" in (run / "logs" / "rank-00000.log").read_text()
+
+
+def test_a_check_names_the_run_folder_and_begins_nothing(shards, tiny, tmp_path, capsys):
+    from megasora.train import main
+
+    arguments = train_arguments(tmp_path / "run", shards, tiny)
+    assert main(["--check", *arguments]) == DONE
+    assert capsys.readouterr().out == f"{tmp_path / 'run'}\n"
+    assert main(["--check", *arguments, "model.heads=3"]) == CONFIGURATION
+    assert main(["--check"]) == CONFIGURATION
+    assert not (tmp_path / "run").exists()

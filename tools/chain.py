@@ -1,0 +1,89 @@
+"""Submits ingest -> train -> sample to Slurm, each to begin when the one before has succeeded; prints the job ids.
+
+    python tools/chain.py --clips data/clips --shards data/shards --parts 16 --nodes 4 \\
+        --prompts prompts.txt --samples runs/demo/samples  configs/demo.yaml run.dir=runs/demo
+
+The configuration is checked before anything is submitted. Site settings come from SBATCH_PARTITION, SBATCH_ACCOUNT and
+the like, as for every sbatch. If one step cannot be submitted, those before it are cancelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from megasora.config import load
+from megasora.errors import CONFIGURATION, CRASH, DONE, MegaSoraError
+
+SLURM = Path("slurm")  # sbatch is run from the project's folder
+
+
+def submit(after: str | None, *words: str) -> str:
+    """The job id. Raises MegaSoraError with sbatch's own words."""
+    command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
+    command += [f"--dependency=afterok:{after}"] if after else []
+    try:
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise MegaSoraError("no program sbatch here: run this where jobs are submitted") from None
+    if done.returncode:
+        raise MegaSoraError(f"{words[0]}: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
+
+
+def submit_chain(options: argparse.Namespace, overrides: list[str]) -> dict[str, str]:
+    """Name of a step -> its job id."""
+    run = load(options.config, overrides).run.dir
+    settings = [options.config, *overrides]
+    array = f"--array=0-{options.parts - 1}"
+    steps = [
+        ("ingest", [array, str(SLURM / "ingest.sbatch"), options.clips, options.shards, "--config", *settings]),
+        ("train", [f"--nodes={options.nodes}", str(SLURM / "train.sbatch"), *settings]),
+    ]
+    if options.prompts:
+        steps.append(("sample", [array, str(SLURM / "sample.sbatch"), run, options.prompts, options.samples]))
+    jobs: dict[str, str] = {}
+    for name, words in steps:
+        try:
+            jobs[name] = submit(list(jobs.values())[-1] if jobs else None, *words)
+        except MegaSoraError:
+            if jobs:
+                subprocess.run(["scancel", *jobs.values()], check=False)
+            raise
+    return jobs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Submits ingest -> train -> sample to Slurm; prints the job ids.")
+    parser.add_argument("--clips", required=True, help="what `megasora ingest` reads")
+    parser.add_argument("--shards", required=True, help="folder of shards to write and to train on")
+    parser.add_argument("--parts", type=int, default=1, help="tasks of the ingest, and of the sampling")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the training")
+    parser.add_argument("--prompts", help="text file, a prompt a line; without it nothing is sampled")
+    parser.add_argument("--samples", help="folder of the samples")
+    parser.add_argument("config", metavar="YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    try:
+        if options.parts < 1 or options.nodes < 1:
+            raise MegaSoraError(f"--parts {options.parts} and --nodes {options.nodes} must be at least 1")
+        if bool(options.prompts) != bool(options.samples):
+            raise MegaSoraError("--prompts and --samples belong together: what to sample, and where to")
+        if not (SLURM / "train.sbatch").is_file():
+            raise MegaSoraError(f"no {SLURM / 'train.sbatch'} here; run this in the folder of the project")
+        jobs = submit_chain(options, [*options.overrides, f"data.shards={options.shards}"])
+    except MegaSoraError as error:
+        print(f"chain: error: {error}", file=sys.stderr)
+        return CONFIGURATION
+    except OSError as error:
+        print(f"chain: error: {error}", file=sys.stderr)
+        return CRASH
+    for name, job in jobs.items():
+        print(name, job)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
