@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -29,7 +31,8 @@ def long_runs(monkeypatch):
 @pytest.mark.usefixtures("long_runs")
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_operation_moves_little_more_than_it_must(operation):
-    problem = OPERATIONS[operation](LONG, torch.bfloat16, "cpu")
+    size = replace(LONG, tokens=256) if "rope" in operation else LONG  # it has no rows, and takes the interpreter long
+    problem = OPERATIONS[operation](size, torch.bfloat16, "cpu")
     with Traffic() as there:
         outputs = forward(problem.ours, problem.inputs)
     backward_pass = backward(problem.inputs, outputs)
