@@ -33,7 +33,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megasora.kernels import rms_norm, rows
-from megasora.kernels.launch import Launch, Table, check_device, chosen, launch_for, widened
+from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for, widened
 from megasora.kernels.rope3d import (
     Rope,
     cos_sin,
@@ -332,7 +332,7 @@ def forward_triton(
     eps: float,
     norm: str,
 ) -> tuple[Tensor, Tensor]:
-    qkv_L3NK = heads_dense(qkv_L3NK)
+    qkv_L3NK, q_weight, k_weight = heads_dense(qkv_L3NK), dense(q_weight), dense(k_weight)
     q_LNK, k_LNK = empty_forward(qkv_L3NK)
     if q_LNK.numel():
         num_tokens, num_heads, head_dim = q_LNK.shape
@@ -372,7 +372,7 @@ def backward_triton(
     norm: str,
 ) -> tuple[Tensor, Tensor]:
     grads = [heads_dense(x) for x in (dq_LNK, dk_LNK, dv_LNK)]
-    qkv_L3NK = heads_dense(qkv_L3NK)
+    qkv_L3NK, q_weight, k_weight = heads_dense(qkv_L3NK), dense(q_weight), dense(k_weight)
     num_tokens, num_heads, head_dim = dq_LNK.shape
     run = max(size for tokens, size in rows.RUN.items() if num_tokens >= tokens)
     num_runs = triton.cdiv(num_tokens, run)

@@ -193,7 +193,7 @@ def sums_triton(x: Tensor, grad: Tensor | None, weight_D: Tensor | None, inverse
     """fp32 [..., 1]: sum x^2 of each vector, or with `grad` sum dy w x r."""
     sums, width = number_each(x), x.shape[-1]
     if x.numel():
-        x_MD, grad_MD = vectors(x), None if grad is None else vectors(grad)
+        x_MD, grad_MD, weight_D = vectors(x), None if grad is None else vectors(grad), dense(weight_D)
         launch = launch_for(FORWARD, x.device)
         tile = tile_of(launch, width, FORWARD_CHUNKS)
         sums_kernel[(triton.cdiv(len(x_MD), tile[0]),)](
@@ -213,7 +213,8 @@ def forward_triton(x: Tensor, weight_D: Tensor, squares: Tensor | None, size: in
     """y, and r [..., 1]; `squares`: sum x^2 of whole vectors, where they are not those of x."""
     y, inverse, width = x.new_empty(x.shape), number_each(x), x.shape[-1]
     if x.numel():
-        x_MD, launch = vectors(x), launch_for(FORWARD, x.device)
+        x_MD, weight_D, launch = vectors(x), dense(weight_D), launch_for(FORWARD, x.device)
+        squares = squares if squares is None else squares.contiguous()
         tile = tile_of(launch, width, FORWARD_CHUNKS)
         forward_kernel[(triton.cdiv(len(x_MD), tile[0]),)](
             x_MD, weight_D, squares, y, inverse, x_MD.stride(0), len(x_MD), size, eps,
@@ -238,7 +239,8 @@ def backward_triton(
     num_runs = triton.cdiv(num_vectors, run)
     dx, dweight_QD = x.new_empty(x.shape), x.new_empty(num_runs, width, dtype=torch.float32)
     if x.numel():
-        grad_MD, x_MD, launch = vectors(grad), vectors(x), launch_for(BACKWARD, x.device)
+        grad_MD, x_MD, weight_D, launch = vectors(grad), vectors(x), dense(weight_D), launch_for(BACKWARD, x.device)
+        alongs = alongs if alongs is None else alongs.contiguous()
         tile = tile_of(launch, width, BACKWARD_CHUNKS)
         backward_kernel[(num_runs,)](
             grad_MD, x_MD, weight_D, inverse, alongs, dx, dweight_QD, grad_MD.stride(0), x_MD.stride(0),

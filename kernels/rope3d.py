@@ -59,7 +59,7 @@ def rope_frequency(split: Sequence[int], base: float, scale: Sequence[float]) ->
 class Rope:
     """Where tokens are and how their heads turn. Build one per pack and use it in every layer."""
 
-    coords_L3: Tensor  # int32 or fp32
+    coords_L3: Tensor  # int32 or fp32, contiguous
     frequency_P: Tensor  # fp32 [K/2]: radians a step of each pair
     split: tuple[int, int, int]  # numbers of the head dim that turn with t, h, w
     kept_turn: Tensor | None = field(default=None, init=False, repr=False)  # computed where `turn` is first asked for

@@ -9,6 +9,8 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+from megasora.errors import StopRequested
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -23,6 +25,8 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, StopRequested):
+            return  # the launcher asks those that still end once more: their exit code shall be ours
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

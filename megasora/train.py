@@ -27,6 +27,7 @@ FREE_KEYS = (
     "run.dir", "run.device", "run.threads", "data.shards", "data.mixture", "data.prefetch",
     "data.threads", "data.timeout", "data.max_bad_fraction", "ingest", "checkpoint", "validation",
     "sample", "evaluation", "wandb", "run.debug_parallel", "run.debug_every", "run.hang_seconds",
+    "model.kernels", "model.attention", "model.deterministic",
 )  # fmt: skip
 OTHERS_WAIT_SECONDS = 5.0  # in which the main process has told what is wrong
 
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise MegaSoraError("--check: give the configuration that shall be checked, e.g. configs/demo.yaml")
         config = load(arguments[0], arguments[1:])
         check_run_folder(config)
+        check_kernels(config)
         check_parallel(config)
         check_data(config)
     except (MegaSoraError, OSError) as error:  # no permission: the system's words name the file
@@ -84,6 +86,20 @@ def check_run_folder(config: Config) -> None:
         raise MegaSoraError(
             f"run.dir={config.run.dir} already holds another configuration ({'; '.join(changed[:8])}); "
             "choose another run.dir or give the saved values"
+        )
+
+
+def check_kernels(config: Config) -> None:
+    """Triton on a CPU is for tests, and is asked for in so many words."""
+    import torch
+
+    from megasora.kernels.launch import INTERPRETED
+
+    on_gpu = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
+    if config.model.kernels == "triton" and not on_gpu and not INTERPRETED:
+        raise MegaSoraError(
+            "model.kernels=triton needs a GPU, and this run has none; use model.kernels=auto, or set TRITON_INTERPRET=1 "
+            "in the environment to run the kernels in Triton's interpreter, a thousand times slower"
         )
 
 

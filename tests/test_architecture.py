@@ -12,12 +12,12 @@ PACKAGE = ROOT / "megasora"
 
 # Ground first. A unit (a file or a folder of megasora/) imports lower floors only; none on its own.
 FLOORS = [
-    {"errors", "stop"},
-    {"config"},
+    {"errors"},
+    {"config", "stop"},
     {"batch", "kernels"},
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
     {"observe", "testing", "build", "ingest"},
-    {"parallelize", "sampling"},
+    {"parallelize", "sampling", "preflight"},
     {"trainer"},
     {"train"},
     {"cli"},

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from conftest import train_arguments
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -307,6 +308,14 @@ TRAINING = {  # override -> words
     "data.shards=''": ["data.shards is not set", "megasora ingest"],
     "run.steps=": ["run.steps"],
 }
+
+
+def test_train_refuses_triton_without_a_gpu_unless_its_interpreter_is_on(shards, tiny, tmp_path, capsys, monkeypatch):
+    arguments = train_arguments(tmp_path / "run", shards, tiny)
+    monkeypatch.setattr("megasora.kernels.launch.INTERPRETED", False)
+    assert main(["train", *arguments, "model.kernels=triton", "run.device=cpu"]) == 2
+    assert "model.kernels=triton needs a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("override", TRAINING)

@@ -3,8 +3,8 @@
     python tools/list_clips.py CLIPS --out list.jsonl --scenes --unique
     megasora ingest list.jsonl --out data/shards
 
-A pass of its own, since both change which clips there are, and so their numbers. The same clips give the same list. What
-cannot be decoded is listed as it is: ingest counts it with its reason.
+A pass of its own, since both change which clips there are, and so their numbers. The same clips give the same list.
+What cannot be decoded is listed as it is: ingest counts it with its reason.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from megasora.ingest.pool import Pool
 from megasora.ingest.sources import Source, find_clips
 from megasora.ingest.worker import look_of, settings_of
 
+NEVER = 256.0  # a change that no two frames have
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--unique", action="store_true", help="leave out what looks like a clip before")
     parser.add_argument("--bits", type=int, default=4, choices=range(17), metavar="0-16", help="how unlike it may be")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. ingest.workers=4")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         lines, dropped = list_clips(options)
     except (MegaSoraError, OSError) as error:
@@ -52,7 +54,7 @@ def list_clips(options: argparse.Namespace) -> tuple[int, int]:
     clips = find_clips(options.clips)
     if any(clip.media.name for clip in clips):
         raise MegaSoraError(f"{options.clips} holds tars; a list names files, so unpack them first")
-    threshold = options.threshold if options.scenes else float("inf")
+    threshold = options.threshold if options.scenes else NEVER
     waiting: deque[Source] = deque()
 
     def jobs() -> Iterator[dict]:
@@ -71,7 +73,7 @@ def list_clips(options: argparse.Namespace) -> tuple[int, int]:
                     dropped += 1
                     continue
                 part = replace(clip, media=replace(clip.media, start=start, end=end))
-                lines.append(line_of(part, options.out.resolve().parent))
+                lines.append(line_of(part, options.out.absolute().parent))
     part = options.out.with_name(f".{options.out.name}.part")
     part.write_text("".join(lines), encoding="utf-8")
     os.replace(part, options.out)
@@ -79,8 +81,9 @@ def list_clips(options: argparse.Namespace) -> tuple[int, int]:
 
 
 def line_of(clip: Source, folder: Path) -> str:
-    media = clip.media
-    values: dict[str, object] = {"file": os.path.relpath(media.path.resolve(), folder), "split": clip.split}
+    media, path = clip.media, clip.media.path.absolute()
+    name = path.relative_to(folder) if path.is_relative_to(folder) else path
+    values: dict[str, object] = {"file": name.as_posix(), "split": clip.split}
     if clip.caption is not None:
         values["caption"] = clip.caption
     if media.start:

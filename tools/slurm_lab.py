@@ -143,10 +143,19 @@ class Lab:
         end = time.monotonic() + START_SECONDS
         while not ready():
             if time.monotonic() > end:
-                path = self.state / log
-                lines = path.read_text(errors="replace").splitlines()[-8:] if path.is_file() else []
-                raise LabError("\n".join([f"{complaint} within {START_SECONDS:.0f} s; the end of {path}:", *lines]))
+                raise LabError(f"{complaint} within {START_SECONDS:.0f} s; {self.end_of(log)}")
             time.sleep(0.05)
+
+    def start_daemon(self, machine: str, log: str, *command: str) -> None:
+        try:
+            self.execute(machine, *command)
+        except LabError as error:
+            raise LabError(f"{error}; {self.end_of(log)}") from None
+
+    def end_of(self, log: str) -> str:
+        path = self.state / log
+        lines = path.read_text(errors="replace").splitlines()[-8:] if path.is_file() else ["nothing"]
+        return "\n".join([f"the end of {path}:", *lines])
 
     # ------------------------------------------------------------------ commands
 
@@ -160,12 +169,14 @@ class Lab:
             self.start_machine(HEAD, f"{SUBNET}.254")
             munge = f"--key-file={self.state}/munge.key --socket={self.state}/munge.socket"
             munge += f" --pid-file={self.state}/munged.pid --log-file={self.state}/munged.log"
-            self.execute(HEAD, "munged", *munge.split(), f"--seed-file={self.state}/munged.seed", "--force")
+            munge += f" --seed-file={self.state}/munged.seed --force"  # the folder may be private to root
+            self.start_daemon(HEAD, "munged.log", "munged", *munge.split())
             self.wait_for((self.state / "munge.socket").exists, "munged did not start", "munged.log")
-            self.execute(HEAD, "slurmctld")
+            self.start_daemon(HEAD, "slurmctld.log", "slurmctld")
             for number in range(1, nodes + 1):
                 self.start_machine(f"node{number}", f"{SUBNET}.{number}")
-                self.execute(f"node{number}", "slurmd", "-N", f"node{number}")
+                name = f"node{number}"
+                self.start_daemon(name, f"slurmd-{name}.log", "slurmd", "-N", name)
             self.wait_for(lambda: self.idle() == nodes, "not all nodes came up", "slurmctld.log")
         except BaseException:
             self.down()

@@ -118,6 +118,7 @@ class PackLoader:
             slowest = readers.slowest()
             if slowest is None or slowest[1] <= patience:  # a thread that hangs is left behind
                 thread.join(patience)
+                readers.join(patience)
 
     def check_progress(self, readers: Readers) -> None:
         slowest = readers.slowest()
@@ -134,6 +135,7 @@ class PackLoader:
             yield from self.read_steps(readers)
         finally:
             readers.close()
+            readers.join(self.config.timeout)
 
     def readers(self) -> Readers:
         return Readers(self.read, self.config.threads)

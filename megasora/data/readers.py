@@ -1,7 +1,8 @@
 """Clips read by threads side by side, given back in the order in which they were asked for.
 
 What a thread is reading, and since when, is on record: a read that hangs, as on a file system that is gone, can be
-named while it hangs. Threads are daemons: one that hangs does not keep a process from ending.
+named while it hangs. Threads are daemons: one that hangs does not keep a process from ending. The others are waited
+for: a thread that is inside of torch when its process ends takes the process down.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 POLL_SECONDS = 0.2  # between two looks at whether to go on waiting
+CLOSING_SECONDS = 5.0  # that threads get to end what they are reading
 
 
 class Readers:
@@ -24,8 +26,11 @@ class Readers:
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.running: dict[int, tuple[int, float]] = {}  # thread -> (number, when it was begun)
         self.closed = False
-        for number in range(count):
-            threading.Thread(target=self.work, name=f"clip-reader-{number}", daemon=True).start()
+        self.threads = [
+            threading.Thread(target=self.work, name=f"clip-reader-{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def ask(self, numbers: Sequence[int]) -> Callable[[], Iterator[Any]]:
         """Begins to read; what is returned gives the results, or raises the first error, when called."""
@@ -74,6 +79,16 @@ class Readers:
                 self.jobs.get_nowait()
         for _ in range(self.count):
             self.jobs.put(None)
+
+    def join(self, patience: float) -> None:
+        """Waits for the threads, behind `close`; not where a read goes on for more than `patience` seconds."""
+        end = time.monotonic() + CLOSING_SECONDS
+        while any(thread.is_alive() for thread in self.threads) and time.monotonic() < end:
+            slowest = self.slowest()
+            if slowest is not None and slowest[1] > patience:
+                return
+            for thread in self.threads:
+                thread.join(POLL_SECONDS / self.count)
 
 
 class Result:

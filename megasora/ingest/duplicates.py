@@ -1,8 +1,8 @@
 """Clips that look like one before them.
 
 A frame's hash is 64 bits: of 8 x 9 grey cells, whether each is brighter than its right neighbour (dHash). It hardly
-changes with size, compression, brightness and small overlays. Two clips are alike where the hashes of their first and of
-their middle frames both differ in at most `bits` bits.
+changes with size, compression, brightness and small overlays. Two clips are alike where the hashes of their first
+frames differ in at most `bits` bits, and those of their middle frames too.
 
 Two hashes that differ in at most d bits are equal in one of d + 1 pieces, so pieces are looked up, not all pairs.
 """
@@ -10,8 +10,6 @@ Two hashes that differ in at most d bits are equal in one of d + 1 pieces, so pi
 from __future__ import annotations
 
 import numpy as np
-
-from megasora.ingest.scenes import grid
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -23,10 +21,6 @@ def frame_hash(cells: np.ndarray) -> int:
     rows = grey.reshape(8, -1, grey.shape[1]).mean(1)
     wide = np.stack([rows[:, a:b].mean(1) for a, b in zip(columns, columns[1:], strict=False)], 1)  # [8, 9]
     return int.from_bytes(np.packbits(wide[:, :-1] > wide[:, 1:]).tobytes(), "big")
-
-
-def hash_of(frame_HWC: np.ndarray) -> int:
-    return frame_hash(grid(frame_HWC))
 
 
 class Seen:

@@ -57,6 +57,7 @@ class Pipeline:
             )
         step = verify(checkpoint)["step"]
         config = load(run_dir / "config.yaml")
+        config.model.kernels = config.model.attention = "auto"  # of this machine, which need not be the training's
         model = build_model(config, patch_dim(config))
         model.load_state_dict(load_file(checkpoint / WEIGHTS[weights]))
         if device == "auto":

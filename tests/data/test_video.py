@@ -534,3 +534,15 @@ def test_a_header_of_16k_by_16k_is_refused_before_a_pixel_is_decoded(tmp_path):
         with pytest.raises(RejectedClip, match=words) as refusal:
             read_clip(file, LIMITS)
         assert refusal.value.reason == "too large"
+
+
+def test_a_container_without_a_frame_and_one_without_its_index_are_refused(tmp_path):
+    encode(tmp_path / "a.mkv", noise(3, 48, 64), container="matroska")
+    data = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(data[: data.index(b"\x1f\x43\xb6\x75")])  # up to the first cluster
+    data = encode(tmp_path / "b.mp4", noise(3, 48, 64)).read_bytes()
+    (tmp_path / "b.mp4").write_bytes(data.replace(b"moov", b"nope"))
+    for name, reasons in (("a.mkv", {"no frames", "unreadable"}), ("b.mp4", {"no video stream", "unreadable"})):
+        with pytest.raises(RejectedClip, match=name) as refusal:
+            shown(tmp_path / name)
+        assert refusal.value.reason in reasons

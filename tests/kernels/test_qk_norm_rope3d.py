@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients
+from guarded import walls
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megasora.kernels.qk_norm_rope3d import (
@@ -183,6 +184,18 @@ def test_tokens_do_not_see_each_other(norm, via):
     for a, b in zip([*before, gradients[0]], [*after, changed[0]], strict=True):
         assert torch.equal(a[:7], b[:7]) and b.isfinite().all()
     assert not any(x[7].any() for x in after)
+
+
+@each_norm
+@pytest.mark.parametrize("size", SIZES)
+def test_kernels_write_all_of_their_outputs_and_nothing_else(size, norm):
+    num_tokens, num_heads, head_dim = SIZES[size]
+    qkv, *weights = on_device(inputs(*SIZES[size], norm))
+    rest = *(weights or [None, None]), *parts_of(rope_of(num_tokens, head_dim, TRITON_DEVICE)), EPS, norm
+    grads = on_device([normal(num_tokens, num_heads, head_dim)] * 3)
+    with walls():
+        forward_triton(qkv, *rest)
+        backward_triton(*grads, None if norm == "none" else qkv, *rest)
 
 
 @each_via

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients
+from guarded import walls
 
 from megasora.kernels.rms_norm import backward_triton, forward_triton, rms_norm, rms_norm_reference, sums_triton
 
@@ -132,6 +133,15 @@ def test_gradients_repeat_bit_by_bit(via):
 def test_only_the_input_and_one_number_a_vector_are_kept(via):
     x, weight = (t.to(TRITON_DEVICE, torch.float32) for t in inputs(40, 2, 16))
     assert sum(bytes_kept(call(rms_norm, via=via), [x, weight]).values()) == x.nbytes + weight.nbytes + 40 * 2 * 4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_write_all_of_their_outputs_and_nothing_else(shape):
+    x, weight = (t.float().to(TRITON_DEVICE) for t in inputs(*SHAPES[shape]))
+    with walls():
+        _, inverse = forward_triton(x, weight, None, x.shape[-1], EPS)
+        backward_triton(x, x, weight, inverse, None, x.shape[-1])
+        sums_triton(x, x, weight, inverse)
 
 
 @each_via

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients
+from guarded import walls
 
 from megasora.kernels.rope3d import Rope, rope3d, rope3d_reference, rope_split, turn_triton
 
@@ -164,6 +165,14 @@ def test_nothing_is_kept(via):
     rope = rope_of(40, 16, TRITON_DEVICE)
     x = normal(40, 2, 16).float().to(TRITON_DEVICE)
     assert not bytes_kept(lambda x: rope3d(x, rope, via), [x])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kernel_writes_all_of_its_output_and_nothing_else(size):
+    num_tokens, num_heads, head_dim = SIZES[size]
+    rope, x = rope_of(num_tokens, head_dim, TRITON_DEVICE), normal(num_tokens, num_heads, head_dim).float()
+    with walls():
+        turn_triton(x.to(TRITON_DEVICE), rope.coords_L3, rope.frequency_P, rope.split, False)
 
 
 @each_via

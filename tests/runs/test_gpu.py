@@ -12,7 +12,7 @@ from conftest import train_arguments
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-@pytest.mark.skipif(not (find_spec("deepspeed") and find_spec("webdataset")), reason="trains: needs DeepSpeed, WebDataset")
+@pytest.mark.skipif(not (find_spec("deepspeed") and find_spec("webdataset")), reason="needs DeepSpeed, WebDataset")
 def test_a_run_on_a_gpu_follows_the_one_on_the_cpu(trained, shards, launch, tiny, tmp_path):
     code, output = launch("megasora.train", *train_arguments(tmp_path / "gpu", shards, tiny), "run.device=cuda")
     assert code == 0, output

@@ -73,12 +73,10 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
     def wait(self, number: str, done, seconds: float = 150) -> dict[str, str]:
-        """Until `done(job)`; a job that waits in the queue after a requeue is let go on at once."""
+        """Until `done(job)`. After a requeue Slurm waits for its old credentials to end: 5 s here."""
         end = time.monotonic() + seconds
         while not done(job := self.job(number)):
-            assert time.monotonic() < end, (job, self.output(number))
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+            assert time.monotonic() < end and job["JobState"] not in ENDED, (job, self.output(number))
             time.sleep(0.1)
         return job
 

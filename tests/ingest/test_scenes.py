@@ -1,0 +1,138 @@
+"""Scenes begin where the picture changes at once; clips that look alike are found whatever their size."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megasora.config import IngestConfig, load
+from megasora.data.shards import Shards
+from megasora.data.video import read_clip, write_image, write_video
+from megasora.ingest import ingest
+from megasora.ingest.duplicates import Seen, frame_hash
+from megasora.ingest.scenes import Scenes, grid
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "list_clips.py"
+
+
+def texture(seed: int, height: int = 96, width: int = 160) -> np.ndarray:
+    """Smooth blobs, float [H, W, 3] in 0 to 255, the same picture at every size."""
+    g = np.random.default_rng(seed)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = [np.sin(2 * np.pi * (a * x + b * y) + c) for a, b, c in g.uniform([-3, -3, 0], [3, 3, 6], (8, 3))]
+    mix = np.tensordot(g.normal(size=(3, 8)), np.array(waves), 1)
+    return np.clip(128 + 40 * mix, 0, 255).transpose(1, 2, 0)
+
+
+def pan(seed: int, count: int, step: int) -> list[np.ndarray]:
+    """A camera that moves over a picture."""
+    wide = texture(seed, 96, 160 + count * step)
+    return [wide[:, i * step : i * step + 160].astype(np.uint8) for i in range(count)]
+
+
+def spans(frames: list[np.ndarray], threshold: float = 20.0, least: int = 4) -> list[tuple[int, int]]:
+    scenes = Scenes(threshold, least)
+    for frame in frames:
+        scenes.add(grid(frame))
+    return scenes.spans()
+
+
+def test_cells_are_the_mean_colours_of_their_places():
+    frame = np.zeros((160, 320, 3), np.uint8)
+    frame[:10, 300:] = (10, 20, 30)
+    cells = grid(frame)
+    assert cells.shape == (16, 16, 3) and cells[0, 15].tolist() == [10, 20, 30] and cells.sum() == 60
+    assert grid(np.full((1, 3, 3), 7, np.uint8)).tolist() == np.full((16, 16, 3), 7).tolist()
+
+
+def test_a_scene_begins_at_every_cut_and_nowhere_else():
+    frames = [*pan(0, 12, 1), *pan(1, 9, 3), *pan(2, 20, 0)]
+    assert spans(frames) == [(0, 12), (12, 21), (21, 41)]
+
+
+def test_fast_motion_noise_and_light_that_changes_slowly_are_no_cuts():
+    g = np.random.default_rng(0)
+    noisy = [np.clip(f + g.normal(0, 20, f.shape), 0, 255).astype(np.uint8) for f in pan(0, 20, 2)]
+    fading = [(f * (i / 40)).astype(np.uint8) for i, f in enumerate(pan(1, 40, 0))]
+    for frames in (pan(0, 30, 16), noisy, fading):
+        assert spans(frames) == [(0, len(frames))]
+
+
+def test_a_flash_is_no_scene_and_a_short_end_stays_with_the_scene_before():
+    still, other = pan(0, 20, 0), pan(1, 1, 0)
+    assert spans([*still[:10], *other, *still[10:]]) != [(0, 10), (10, 11), (11, 21)]
+    assert all(end - first >= 4 for first, end in spans([*still[:10], *other, *still[10:]]))
+    assert spans([*still, *pan(1, 3, 0)]) == [(0, 23)]
+    assert spans([*still, *pan(1, 4, 0)]) == [(0, 20), (20, 24)]
+    assert spans(still[:1]) == [(0, 1)]
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> int:
+    return (frame_hash(grid(a)) ^ frame_hash(grid(b))).bit_count()
+
+
+def test_a_hash_knows_a_picture_at_another_size_light_and_grain_and_no_other_picture():
+    for seed in range(6):
+        one = texture(seed)
+        brighter = one * 0.8 + 40
+        grainy = np.clip(one + np.random.default_rng(0).normal(0, 6, one.shape), 0, 255)
+        for same in (texture(seed, 270, 480), brighter, grainy):
+            assert distance(one.astype(np.uint8), same.astype(np.uint8)) <= 4
+        assert distance(one.astype(np.uint8), texture(seed + 10).astype(np.uint8)) >= 12
+
+
+@pytest.mark.parametrize("bits", [0, 1, 4, 16])
+def test_what_is_alike_is_found_as_by_comparing_all_pairs(bits):
+    g = np.random.default_rng(bits)
+    pairs: list[tuple[int, int]] = []
+    for _ in range(300):
+        pair = [int(v) for v in g.integers(0, 1 << 63, 2)]
+        if pairs and g.random() < 0.5:
+            pair = [
+                value ^ sum(1 << int(b) for b in set(g.integers(0, 64, g.integers(0, bits + 2)))) for value in pairs[-1]
+            ]
+        pairs.append((pair[0], pair[1]))
+    seen, kept = Seen(bits), []
+    for pair in pairs:
+        expected = [
+            n for n, k in enumerate(kept) if all((a ^ b).bit_count() <= bits for a, b in zip(pair, k, strict=True))
+        ]
+        assert seen.like(pair) == (expected[0] if expected else None)
+        kept += [] if expected else [pair]
+    assert 0 < len(kept) < len(pairs)
+
+
+def test_a_list_of_scenes_is_ingested_as_the_frames_between_the_cuts(tmp_path, capsys):
+    frames = [*pan(0, 15, 1), *pan(1, 13, 1), *pan(2, 14, 1)]
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    write_video(np.stack(frames), 12, clips / "a.mp4")
+    write_video(np.stack(frames[15:28]), 12, clips / "b again.mp4", crf="20")  # the second scene once more
+    write_image(frames[0], clips / "c.png")
+    (clips / "d.mp4").write_text("broken")
+    for name in "a", "b again", "c", "d":
+        (clips / f"{name}.txt").write_text(f"this is {name} 🦊")
+    run = runpy.run_path(str(TOOL))["main"]
+    arguments = [str(clips), "--out", str(tmp_path / "list.jsonl"), "--scenes", "--unique", "--min-seconds", "0.5"]
+    assert run([*arguments, "ingest.workers=1"]) == 0
+    assert "5 clips in" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
+    common = {"file": "clips/a.mp4", "split": "train", "caption": "this is a 🦊"}
+    assert lines[:3] == [
+        {**common, "end": 1.25},
+        {**common, "start": 1.25, "end": 2.333333},
+        {**common, "start": 2.333333},
+    ]
+    assert [line["file"] for line in lines[3:]] == ["clips/c.png", "clips/d.mp4"]
+    ingest(tmp_path / "list.jsonl", tmp_path / "out", load(None, ["ingest.workers=1", "codec.channels=768"]))
+    shards = Shards.open(tmp_path / "out", "train")
+    assert [entry.native[2] for entry in shards.entries] == [15, 13, 14, 1]
+    means = [shards.read(i, lambda text: torch.zeros(1, 1)).patches_LP.float()[0, 0] for i in range(3)]
+    whole = read_clip(clips / "a.mp4", IngestConfig()).frames_FHWC.astype(float)
+    expected = [(whole[i][:8, :8].mean() / 127.5 - 1) / 0.5 for i in (0, 15, 28)]  # of the first block, first frame
+    assert np.allclose(means, expected, atol=5e-3)
