@@ -99,7 +99,7 @@ def check_kernels(config: Config) -> None:
     if config.model.kernels == "triton" and not on_gpu and not INTERPRETED:
         raise MegaSoraError(
             "model.kernels=triton needs a GPU, and this run has none; use model.kernels=auto, or set TRITON_INTERPRET=1 "
-            "in the environment to run the kernels in Triton's interpreter, a thousand times slower"
+            "in the environment, and Triton interprets the kernels, a thousand times slower"
         )
 
 
