@@ -16,7 +16,7 @@ help:
 	@echo "make demo        clips -> shards -> training on 2 processes -> a video -> runs/demo/report.html, in 10 minutes"
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
 	@echo "make test        the test suite; GPU tests skip where there is no GPU"
-	@echo "make bench       what benchmarks/README.md shows: balance, memory, time of a step -> benchmarks/results/, 10 minutes"
+	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data -> benchmarks/results/, 12 minutes"
 	@echo "make gpu         on a machine with a GPU: tests of kernels, then their speed -> benchmarks/results/, 10 minutes;"
 	@echo "                 PYTHON=python3 takes a python that has PyTorch for CUDA, and installs nothing"
 	@echo "make checks      ruff: lint and format, nothing is changed"
@@ -74,6 +74,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.balance --out benchmarks/results/balance.json
 	$(BIN)/python -m benchmarks.memory --out benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.json
+	$(BIN)/python -m benchmarks.data --out benchmarks/results/data.json
 
 gpu: $(if $(filter $(BIN)/python,$(PYTHON)),$(INSTALLED))
 	@found=$$($(PYTHON) -c "import torch; print(torch.cuda.is_available())") || exit 1; \

@@ -98,8 +98,8 @@ def check_kernels(config: Config) -> None:
     on_gpu = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
     if config.model.kernels == "triton" and not on_gpu and not INTERPRETED:
         raise MegaSoraError(
-            "model.kernels=triton needs a GPU, and this run has none; use model.kernels=auto, or set TRITON_INTERPRET=1 "
-            "in the environment, and Triton interprets the kernels, a thousand times slower"
+            "model.kernels=triton needs a GPU, and this run has none; use model.kernels=auto, or set "
+            "TRITON_INTERPRET=1 in the environment, and Triton interprets the kernels, a thousand times slower"
         )
 
 

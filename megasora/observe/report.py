@@ -423,9 +423,12 @@ def show_reproduce(run: Run) -> str:
         "# this page",
         f"megasora report {shlex.quote(folder)}",
     ]
-    shards, about = run.config.get("data.shards"), ""
-    if shards:
-        about = f"It reads the shards in <code>{escape(shards)}</code>, made by <code>megasora ingest</code>."
+    folders = run.config.get("data.mixture") or [run.config.get("data.shards")]
+    named, about = [f"<code>{escape(folder)}</code>" for folder in folders if folder], ""
+    if len(named) > 1:
+        named = [f"{name} (weight {w:g})" for name, w in zip(named, run.config["data.weights"], strict=True)]
+    if named:
+        about = f"It reads the shards in {', '.join(named)}, made by <code>megasora ingest</code>."
     commands = escape("\n".join(lines))
     return section("reproduce", "How to reproduce it", f'<pre class="card">{commands}</pre>', about)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -207,6 +208,21 @@ def test_head_names_where_the_run_was_made(page):
     head = page[page.index("<header>") : page.index("</header>")].replace(run_folder.NBSP, " ")
     facts = re.findall("<li>([^<]*)</li>", head)
     assert facts[1:] == ["2026-01-02", "here", "2 processes", "tensor 2", "2.0 GiB at most in the first process"]
+
+
+def test_page_names_the_folders_of_a_mixture_with_their_weights(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    saved = tmp_path / "run" / "config.yaml"
+    for settings, expected in (
+        (["data.shards=a & b"], "the shards in <code>a &amp; b</code>, made"),
+        (
+            ["data.mixture=[a,b/c]", "data.weights=[3,0.5]"],
+            "<code>a</code> (weight 3), <code>b/c</code> (weight 0.5), m",
+        ),
+        (["data.mixture=[a]", "data.weights=[3]"], "the shards in <code>a</code>, made"),
+    ):
+        saved.write_text(config.to_yaml(config.load(None, settings)), encoding="utf-8")
+        assert expected in report.show_reproduce(run_folder.read_run(tmp_path / "run"))
 
 
 def test_page_says_what_was_left_out_or_repaired(page):

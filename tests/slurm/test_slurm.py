@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
 import slurm_lab  # noqa: E402
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 SECRET = "0123456789-key-that-no-file-may-hold"
 NAME = "runs/of 2; touch pwned $(touch pwned) `touch pwned` > pwned"  # no shell may read it
@@ -72,7 +72,7 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", "-o", number).stdout
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
-    def wait(self, number: str, done, seconds: float = 150) -> dict[str, str]:
+    def wait(self, number: str, done, seconds: float = 300) -> dict[str, str]:
         """Until `done(job)`. After a requeue Slurm waits for its old credentials to end: 5 s here."""
         end = time.monotonic() + seconds
         while not done(job := self.job(number)):
@@ -80,7 +80,7 @@ class Cluster:
             time.sleep(0.1)
         return job
 
-    def result(self, number: str, seconds: float = 150) -> tuple[str, int]:
+    def result(self, number: str, seconds: float = 300) -> tuple[str, int]:
         """(state, exit code) of a job that has ended."""
         job = self.wait(number, lambda job: job["JobState"] in ENDED, seconds)
         return job["JobState"], int(job["ExitCode"].split(":")[0])
