@@ -11,7 +11,7 @@ import numpy as np
 
 from megasora.checkpoint.store import CheckpointStore, write_whole
 from megasora.config import load, parse_size
-from megasora.data.video import IMAGE_FORMATS, read_image, write_image, write_video
+from megasora.data.video import IMAGE_FORMATS, read_clip, write_image, write_video
 from megasora.errors import MegaSoraError
 
 MIN_FPS, MAX_FPS = 0.1, 1000.0  # what the time base of an mp4 holds with room to spare
@@ -83,7 +83,7 @@ def read_prompt_image(path: Path, run: Path) -> np.ndarray:
         raise MegaSoraError(f"--image {path} is not an image file: {', '.join(IMAGE_FORMATS)}")
     config = run / "config.yaml"
     limits = load(config if config.is_file() else None).ingest
-    return read_image(path, limits).frames_FHWC[0]
+    return read_clip(path, limits).frames_FHWC[0]
 
 
 def evaluate_if_due(run: Path) -> None:
