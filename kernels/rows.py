@@ -80,6 +80,9 @@ class Rows:
         """ValueError unless these rows are of the tokens of `x_LD` [L, D], and each of `vectors` is [R, D]."""
         if x_LD.ndim != 2 or len(x_LD) != self.num_tokens:
             raise ValueError(f"x {tuple(x_LD.shape)} must be [L, D], of the {self.num_tokens} tokens that rows are of")
+        for name, x in {"x": x_LD, **vectors}.items():
+            if x is not None and not x.is_floating_point():
+                raise ValueError(f"{name} {tuple(x.shape)} of {x.dtype} must be of floating point")
         for name, vector in vectors.items():
             if vector is not None and vector.shape != (self.num_rows, x_LD.shape[1]):
                 raise ValueError(f"{name} {tuple(vector.shape)} must be [R, D] = {self.num_rows, x_LD.shape[1]}")

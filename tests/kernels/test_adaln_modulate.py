@@ -17,6 +17,7 @@ PACKS = {  # lengths of rows, tokens of padding, width
     "no token": ((0, 0), 0, 24),
     "many rows": ((1,) * MANY, 3, 6),
     "width 1152": ((3, 2), 1, 1152),
+    "width 3072": ((1, 2), 1, 3072),
     "width 5120": ((2, 1), 0, 5120),
 }
 VECTORS = {"modulated": "ts", "affine": "wb", "plain": "", "both": "tswb", "weight only": "w"}
@@ -166,6 +167,8 @@ def test_input_that_does_not_fit_is_refused():
         adaln_modulate(x[:4], vectors, vectors, rows, EPS)
     with pytest.raises(ValueError, match=r"scale \(1, 4\) must be \[R, D\] = \(2, 4\)"):
         adaln_modulate(x, vectors, vectors[:1], rows, EPS)
+    with pytest.raises(ValueError, match=r"scale \(2, 4\) of torch.int64 must be of floating point"):
+        adaln_modulate(x, vectors, vectors.long(), rows, EPS)
     with pytest.raises(ValueError, match="give both or neither"):
         adaln_modulate(x, vectors, None, rows, EPS)
     with pytest.raises(ValueError, match=r"bias \(3,\) must be \[D\], as x is \(5, 4\)"):

@@ -83,7 +83,7 @@ def test_a_stopped_process_of_a_run_is_named_by_the_other(shards, tiny, tmp_path
     os.kill(victim, signal.SIGSTOP)
     start = time.monotonic()
     while read_exit(run) is None:
-        assert time.monotonic() - start < 40, 'not found'
+        assert time.monotonic() - start < 40, "not found"
         time.sleep(0.1)
     assert process.wait(timeout=60) == 1
     told = json.loads((run / "exit.json").read_text())
