@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for, row_stride
+from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, row_stride
 from megasora.kernels.rows import (
     Rows,
-    chunks_of,
+    launch_runs,
     load_chunks,
     load_row_vector,
     load_vector,
@@ -265,13 +265,12 @@ def forward_triton(
 ) -> tuple[Tensor, Tensor]:
     x_LD, shift_RD, scale_RD, weight_D, bias_D = map(dense, (x_LD, shift_RD, scale_RD, weight_D, bias_D))
     y_LD, kept_SL = empty_forward(x_LD, num_real, norm)
-    launch, cut = launch_for(FORWARD, x_LD.device), chunks_of(x_LD.shape[1])
-    if len(row_Q):
-        forward_kernel[(len(row_Q),)](
-            x_LD, shift_RD, scale_RD, weight_D, bias_D, start_Q, row_Q, y_LD, kept_SL,
-            x_LD.stride(0), row_stride(shift_RD), row_stride(scale_RD), num_rows, num_real, x_LD.shape[1], eps,
-            norm == "layer", launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
-        )  # fmt: skip
+    width = x_LD.shape[1]
+    launch_runs(
+        forward_kernel, FORWARD, row_Q, width,
+        x_LD, shift_RD, scale_RD, weight_D, bias_D, start_Q, row_Q, y_LD, kept_SL,
+        x_LD.stride(0), row_stride(shift_RD), row_stride(scale_RD), num_rows, num_real, width, eps, norm == "layer",
+    )  # fmt: skip
     return y_LD, kept_SL
 
 
@@ -300,13 +299,11 @@ def backward_triton(
     num_rows, width = len(first_run_R) - 1, x_LD.shape[1]
     dx_LD = x_LD.new_empty(x_LD.shape)
     runs_2QD = x_LD.new_empty(2, len(row_Q), width, dtype=torch.float32)
-    launch, cut = launch_for(BACKWARD, x_LD.device), chunks_of(width)
-    if len(row_Q):
-        backward_kernel[(len(row_Q),)](
-            grad_LD, x_LD, scale_RD, weight_D, kept_SL, start_Q, row_Q, dx_LD, *runs_2QD,
-            grad_LD.stride(0), x_LD.stride(0), row_stride(scale_RD), num_rows, kept_SL.shape[1], width,
-            len(kept_SL) == 2, launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
-        )  # fmt: skip
+    launch_runs(
+        backward_kernel, BACKWARD, row_Q, width,
+        grad_LD, x_LD, scale_RD, weight_D, kept_SL, start_Q, row_Q, dx_LD, *runs_2QD,
+        grad_LD.stride(0), x_LD.stride(0), row_stride(scale_RD), num_rows, kept_SL.shape[1], width, len(kept_SL) == 2,
+    )  # fmt: skip
     return dx_LD, *(sum_of_runs(runs_QD, first_run_R) for runs_QD in runs_2QD)
 
 

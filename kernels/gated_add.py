@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for, row_stride
+from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, row_stride
 from megasora.kernels.rows import (
     Rows,
-    chunks_of,
+    launch_runs,
     load_chunks,
     load_row_vector,
     plus,
@@ -99,13 +99,11 @@ def backward_kernel(
 def forward_triton(x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, start_Q: Tensor, row_Q: Tensor) -> Tensor:
     x_LD, branch_LD, gate_RD = map(dense, (x_LD, branch_LD, gate_RD))
     y_LD, width = x_LD.new_empty(x_LD.shape), x_LD.shape[1]
-    launch, cut = launch_for(FORWARD, x_LD.device), chunks_of(width)
-    if len(row_Q):
-        forward_kernel[(len(row_Q),)](
-            x_LD, branch_LD, gate_RD, start_Q, row_Q, y_LD,
-            x_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD), width,
-            launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
-        )  # fmt: skip
+    launch_runs(
+        forward_kernel, FORWARD, row_Q, width,
+        x_LD, branch_LD, gate_RD, start_Q, row_Q, y_LD,
+        x_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD), width,
+    )  # fmt: skip
     return y_LD
 
 
@@ -121,13 +119,11 @@ def backward_triton(
     grad_LD, branch_LD, gate_RD = map(dense, (grad_LD, branch_LD, gate_RD))
     dbranch_LD, width = branch_LD.new_empty(branch_LD.shape), branch_LD.shape[1]
     gate_runs_QD = grad_LD.new_empty(len(row_Q), width, dtype=torch.float32)
-    launch, cut = launch_for(BACKWARD, grad_LD.device), chunks_of(width)
-    if len(row_Q):
-        backward_kernel[(len(row_Q),)](
-            grad_LD, branch_LD, gate_RD, start_Q, row_Q, dbranch_LD, gate_runs_QD,
-            grad_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD), width,
-            launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
-        )  # fmt: skip
+    launch_runs(
+        backward_kernel, BACKWARD, row_Q, width,
+        grad_LD, branch_LD, gate_RD, start_Q, row_Q, dbranch_LD, gate_runs_QD,
+        grad_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD), width,
+    )  # fmt: skip
     return dbranch_LD, sum_of_runs(gate_runs_QD, first_run_R)
 
 

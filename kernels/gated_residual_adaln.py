@@ -37,10 +37,10 @@ from megasora.kernels.adaln_modulate import (
     vector_gradients,
 )
 from megasora.kernels.gated_add import check_branch, gated_add_reference
-from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for, row_stride
+from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, row_stride
 from megasora.kernels.rows import (
     Rows,
-    chunks_of,
+    launch_runs,
     load_chunks,
     load_row_vector,
     plus,
@@ -112,8 +112,7 @@ def backward_torch(
     dx_LD = torch.cat((h.to(y_LD.dtype), grad_y_LD[rows.num_real :]))
     if gate_RD is None:
         return dx_LD, *sums
-    dbranch = h * rows.spread(gate_RD.to(h.dtype))
-    return dx_LD, *sums, rows.padded(dbranch, branch_LD.dtype), rows.sum(h * rows.real(branch_LD))
+    return dx_LD, *sums, *gated_add.backward_torch(h, branch_LD, gate_RD, rows)
 
 
 @triton.jit
@@ -201,13 +200,11 @@ def forward_triton(
     vectors = gate_RD, shift_RD, scale_RD = tuple(map(dense, (gate_RD, shift_RD, scale_RD)))
     z_LD, kept_SL = empty_forward(x_LD, num_real, norm)
     y_LD, width = x_LD.new_empty(x_LD.shape), x_LD.shape[1]
-    launch, cut = launch_for(FORWARD, x_LD.device), chunks_of(width)
-    if len(row_Q):
-        forward_kernel[(len(row_Q),)](
-            *tokens, *vectors, dense(weight_D), dense(bias_D), start_Q, row_Q, y_LD, z_LD, kept_SL,
-            *map(row_stride, tokens + vectors), num_rows, num_real, width, eps,
-            norm == "layer", launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
-        )  # fmt: skip
+    launch_runs(
+        forward_kernel, FORWARD, row_Q, width,
+        *tokens, *vectors, dense(weight_D), dense(bias_D), start_Q, row_Q, y_LD, z_LD, kept_SL,
+        *map(row_stride, tokens + vectors), num_rows, num_real, width, eps, norm == "layer",
+    )  # fmt: skip
     return y_LD, z_LD, kept_SL
 
 
@@ -235,13 +232,11 @@ def backward_triton(
     dx_LD = y_LD.new_empty(y_LD.shape)
     dbranch_LD = branch_LD.new_empty(branch_LD.shape) if gated else None
     runs = [y_LD.new_empty(len(row_Q), width, dtype=torch.float32) for _ in range(3 if gated else 2)]
-    launch, cut = launch_for(BACKWARD, y_LD.device), chunks_of(width)
-    if len(row_Q):
-        backward_kernel[(len(row_Q),)](
-            *strided, dense(weight_D), kept_SL, start_Q, row_Q, dx_LD, dbranch_LD, *runs, *[None] * (3 - len(runs)),
-            *map(row_stride, strided), num_rows, kept_SL.shape[1], width,
-            len(kept_SL) == 2, launch.vectors(*cut), *cut, launch.stages, num_warps=launch.warps(*cut),
-        )  # fmt: skip
+    launch_runs(
+        backward_kernel, BACKWARD, row_Q, width,
+        *strided, dense(weight_D), kept_SL, start_Q, row_Q, dx_LD, dbranch_LD, *runs, *[None] * (3 - len(runs)),
+        *map(row_stride, strided), num_rows, kept_SL.shape[1], width, len(kept_SL) == 2,
+    )  # fmt: skip
     grad_RD, along_RD, *dgate_RD = (sum_of_runs(runs_QD, first_run_R) for runs_QD in runs)
     return [dx_LD, grad_RD, along_RD, dbranch_LD, *dgate_RD] if gated else [dx_LD, grad_RD, along_RD]
 

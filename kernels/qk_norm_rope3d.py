@@ -374,7 +374,7 @@ def backward_triton(
     grads = [heads_dense(x) for x in (dq_LNK, dk_LNK, dv_LNK)]
     qkv_L3NK, q_weight, k_weight = heads_dense(qkv_L3NK), dense(q_weight), dense(k_weight)
     num_tokens, num_heads, head_dim = dq_LNK.shape
-    run = max(size for tokens, size in rows.RUN.items() if num_tokens >= tokens)
+    run = rows.run_of(num_tokens)
     num_runs = triton.cdiv(num_tokens, run)
     dqkv_L3NK, dweights_2QW = empty_backward(dq_LNK, norm, num_runs)
     strides = [x.stride(0) for x in grads] + ([0, 0] if qkv_L3NK is None else list(qkv_L3NK.stride()[:2]))

@@ -235,7 +235,7 @@ def backward_triton(
     """dx, and dw in fp32; `alongs`: sum dy w x r of whole vectors, where they are not those of x."""
     width = x.shape[-1]
     num_vectors = x.numel() // max(width, 1)
-    run = max(number for at_least, number in rows.RUN.items() if num_vectors >= at_least)
+    run = rows.run_of(num_vectors)
     num_runs = triton.cdiv(num_vectors, run)
     dx, dweight_QD = x.new_empty(x.shape), x.new_empty(num_runs, width, dtype=torch.float32)
     if x.numel():

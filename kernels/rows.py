@@ -21,7 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megasora.kernels.launch import Table, launch_for
+
 RUN = {0: 32, 16_384: 64, 65_536: 128}  # tokens of a pack, at least: tokens of a run; a GPU wants some hundred runs
+
+
+def run_of(count: int) -> int:
+    """The length of a run, of so many tokens or vectors in all."""
+    return max(size for at_least, size in RUN.items() if count >= at_least)
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,7 @@ class Rows:
             raise ValueError(f"cu_rows ends at {int(cu_rows[-1])}, behind the last of {num_tokens} tokens")
         cu = cu_rows.to(torch.int64)
         num_rows, num_real = len(cu) - 1, int(cu[-1])
-        run = max(size for tokens, size in RUN.items() if num_tokens >= tokens)
-        cuts = torch.cat((cu, torch.arange(0, num_tokens + 1, run), cu.new_tensor([num_tokens])))
+        cuts = torch.cat((cu, torch.arange(0, num_tokens + 1, run_of(num_tokens)), cu.new_tensor([num_tokens])))
         start_Q = cuts.unique()
         row_Q = torch.searchsorted(cu, start_Q[:-1], right=True) - 1
         first_run_R = torch.searchsorted(row_Q, torch.arange(num_rows + 1))
@@ -98,6 +104,14 @@ def chunks_of(width: int) -> tuple[int, int]:
     """
     cuts = [(-(-width // block), block) for block in (1 << n for n in range(4, 15)) if -(-width // block) <= CHUNKS]
     return min(cuts, key=lambda cut: (cut[0] * cut[1], cut[0]))
+
+
+def launch_runs(kernel: triton.JITFunction, table: Table, row_Q: Tensor, width: int, *arguments: object) -> None:
+    """`kernel` with a program a run, cut for vectors of `width`; how it is cut follows behind its `arguments`."""
+    launch, cut = launch_for(table, row_Q.device), chunks_of(width)
+    if len(row_Q):
+        how = launch.vectors(*cut), *cut, launch.stages
+        kernel[(len(row_Q),)](*arguments, *how, num_warps=launch.warps(*cut))
 
 
 @triton.jit

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+
+from megasora.kernels.rows import Rows
 
 TOLERANCE = {  # largest difference, as a part of the largest number of a tensor; inputs are rounded before
     torch.float64: 1e-12,
@@ -33,6 +35,21 @@ WAYS = [  # via, device, dtype
 ]
 every_way = pytest.mark.parametrize("via, device, dtype", WAYS)
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+PACKS = {  # of tokens in rows: lengths of the rows, tokens of padding, width
+    "uneven rows, one empty": ((40, 0, 75, 15), 0, 96),
+    "one token": ((1,), 0, 40),
+    "padding longer than a run": ((33, 7), 50, 24),
+    "all padding": ((0, 0), 9, 24),
+    "no token": ((0, 0), 0, 24),
+}
+
+
+def rows_of(lengths: Sequence[int], padding: int, device: str = "cpu") -> Rows:
+    """Rows of these lengths, one behind the other, then padding."""
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    return Rows.from_cu_seqlens(cu, int(cu[-1]) + padding, device)
+
 
 Operation = Callable[..., Tensor | tuple[Tensor, ...]]
 

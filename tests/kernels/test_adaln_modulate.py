@@ -1,31 +1,22 @@
 """Norm and modulation by rows: against the plain maths in float64, and what is kept for the backward pass."""
 
+import agreement
 import pytest
 import torch
-from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients
+from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients, rows_of
 
 from megasora.kernels.adaln_modulate import adaln_modulate, adaln_modulate_reference, backward_triton, forward_triton
-from megasora.kernels.rows import Rows
 
 EPS = 1e-6
 MANY = 5000 if torch.cuda.is_available() else 100  # the interpreter takes a hundredth of a second a row
 PACKS = {  # lengths of rows, tokens of padding, width
-    "uneven rows, one empty": ((40, 0, 75, 15), 0, 96),
-    "one token": ((1,), 0, 40),
-    "padding longer than a run": ((33, 7), 50, 24),
-    "all padding": ((0, 0), 9, 24),
-    "no token": ((0, 0), 0, 24),
+    **agreement.PACKS,
     "many rows": ((1,) * MANY, 3, 6),
     "width 1152": ((3, 2), 1, 1152),
     "width 3072": ((1, 2), 1, 3072),
     "width 5120": ((2, 1), 0, 5120),
 }
 VECTORS = {"modulated": "ts", "affine": "wb", "plain": "", "both": "tswb", "weight only": "w"}
-
-
-def rows_of(lengths, padding, device="cpu"):
-    cu = torch.tensor([0, *lengths]).cumsum(0)
-    return Rows.from_cu_seqlens(cu, int(cu[-1]) + padding, device)
 
 
 def inputs(lengths, padding, width, vectors="ts"):

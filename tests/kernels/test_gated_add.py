@@ -1,25 +1,16 @@
 """A branch through the gate of its row: against the plain maths in float64, and what is kept for the backward pass."""
 
+import agreement
 import pytest
 import torch
-from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients
+from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients, rows_of
 
 from megasora.kernels.gated_add import backward_triton, forward_triton, gated_add, gated_add_reference
-from megasora.kernels.rows import Rows
 
 PACKS = {  # lengths of rows, tokens of padding, width
-    "uneven rows, one empty": ((40, 0, 75, 15), 0, 96),
-    "one token": ((1,), 0, 40),
-    "padding longer than a run": ((33, 7), 50, 24),
-    "all padding": ((0, 0), 9, 24),
-    "no token": ((0, 0), 0, 24),
+    **agreement.PACKS,
     "width 5120": ((2, 1), 1, 5120),
 }
-
-
-def rows_of(lengths, padding, device="cpu"):
-    cu = torch.tensor([0, *lengths]).cumsum(0)
-    return Rows.from_cu_seqlens(cu, int(cu[-1]) + padding, device)
 
 
 def inputs(lengths, padding, width):

@@ -1,8 +1,9 @@
 """Residual, norm and modulation in one pass: against the plain maths, and against the two operations one by one."""
 
+import agreement
 import pytest
 import torch
-from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients
+from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients, rows_of
 
 from megasora.kernels.adaln_modulate import adaln_modulate
 from megasora.kernels.gated_add import gated_add
@@ -12,23 +13,13 @@ from megasora.kernels.gated_residual_adaln import (
     gated_residual_adaln,
     gated_residual_adaln_reference,
 )
-from megasora.kernels.rows import Rows
 
 EPS = 1e-6
 PACKS = {  # lengths of rows, tokens of padding, width
-    "uneven rows, one empty": ((40, 0, 75, 15), 0, 96),
-    "one token": ((1,), 0, 40),
-    "padding longer than a run": ((33, 7), 50, 24),
-    "all padding": ((0, 0), 9, 24),
-    "no token": ((0, 0), 0, 24),
+    **agreement.PACKS,
     "width 5120": ((2, 1), 1, 5120),
 }
 VECTORS = {"gate and modulation": "gts", "gate and affine": "gwb", "modulation": "ts", "none": "", "all": "gtswb"}
-
-
-def rows_of(lengths, padding, device="cpu"):
-    cu = torch.tensor([0, *lengths]).cumsum(0)
-    return Rows.from_cu_seqlens(cu, int(cu[-1]) + padding, device)
 
 
 def inputs(lengths, padding, width, vectors="gts"):
