@@ -138,7 +138,7 @@ def sum_gradients(local: LocalModel, mesh: Mesh) -> None:
 
 def gradient_norm(local: LocalModel, mesh: Mesh) -> float:
     """Of the gradient whose parts lie along the tensor axis; a parameter that is whole there counts once."""
-    mine = (p for name, p in local.stages[0].named_parameters() if local.placements[name].counts_here(mesh))
+    mine = (p for name, p in local.stages[0].named_parameters() if mesh.counts_here(local.placements[name]))
     square = sum((p.grad.double().square().sum() for p in mine), torch.zeros((), dtype=torch.float64))
     dist.all_reduce(square, group=mesh.model.group)
     return float(square.sqrt())

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megasora import __version__
 from megasora.errors import MegaSoraError
+
+if TYPE_CHECKING:
+    import torch
 
 EXIT_ERROR = 2
 
@@ -89,11 +95,15 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("report", report, "One HTML page on a run.", REPORT)
     p.add_argument("run", type=Path, metavar="RUN")
 
-    p = command("checkpoint", None, "Weights from elsewhere.", CHECKPOINT)
+    p = command("checkpoint", None, "Weights from and for elsewhere.", CHECKPOINT)
     kinds = p.add_subparsers(required=True, metavar="WHAT")
     p = command("import-wan", import_wan, "Weights of Wan 2.x, to train them further.", IMPORT_WAN, kinds)
     p.add_argument("folder", type=Path, metavar="FOLDER", help="saved by diffusers: config.json and .safetensors files")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
+    p = command("export", export, "Weights of a run in one file.", EXPORT, kinds)
+    p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
+    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
 
     command("doctor", doctor, "What this machine has, what is slow or missing, and the remedy.", DOCTOR)
     return parser
@@ -144,6 +154,7 @@ example: megasora report runs/demo"""
 
 CHECKPOINT = """\
 import-wan reads a model of Wan as diffusers saves it, and writes its weights as MegaSora reads them.
+export reads a checkpoint, whatever layout saved it, and writes its whole weights.
 
 example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
 
@@ -152,6 +163,12 @@ Reads FOLDER/transformer, or FOLDER itself: config.json and the files of weights
 fp32, 4 bytes a weight; then prints the settings of a run that starts from it, for the line of `megasora train`.
 
 example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
+
+EXPORT = """\
+Reads the newest checkpoint of a run, or the one that is named, after holding it against its checksums. Writes FILE,
+fp32, 4 bytes a weight, for other programs, or for model.weights=FILE of another run.
+
+example: megasora checkpoint export runs/demo --out demo.safetensors"""
 
 DOCTOR = """\
 Reads versions, devices and free disk; writes nothing.
@@ -241,8 +258,6 @@ def import_wan(options: argparse.Namespace) -> int:
     from functools import partial
 
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from megasora.build import patch_dim
     from megasora.checkpoint.wan import import_wan, read_wan
@@ -258,15 +273,40 @@ def import_wan(options: argparse.Namespace) -> int:
         model = VideoDiT(m, patch_dim(config), FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    columns = (TextColumn("import"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("import", total=4 * sum(shape.numel() for shape in shapes.values()))
-        first_value = partial(initial_value, seed=config.run.seed)
-        import_wan(wan, shapes, first_value, options.out, partial(progress.advance, bar))
+    with progress_of("import", shapes) as advance:
+        import_wan(wan, shapes, partial(initial_value, seed=config.run.seed), options.out, advance)
     print(f"weights in {options.out}; to train them further, put behind `megasora train YAML`:")
     print(" \\\n".join(shlex.quote(setting) for setting in (*wan.settings(), f"model.weights={options.out}")))
     return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    from megasora.checkpoint.slices import Slices, export
+    from megasora.checkpoint.store import find_checkpoint, verify
+    from megasora.checkpoint.tensors import check_new_file
+    from megasora.sampling.pipeline import WEIGHTS
+
+    check_new_file(options.out)
+    checkpoint = find_checkpoint(options.checkpoint)
+    verify(checkpoint)
+    slices = Slices(checkpoint)
+    with progress_of("export", slices.shapes) as advance:
+        export(slices, WEIGHTS[options.weights], options.out, advance)
+    print(f"{options.weights} weights of {checkpoint} in {options.out}")
+    return 0
+
+
+@contextmanager
+def progress_of(what: str, shapes: dict[str, torch.Size]) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; gives what is to be told the bytes of each tensor."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=4 * sum(shape.numel() for shape in shapes.values()))
+        yield lambda size: progress.advance(bar, size)
 
 
 def doctor(options: argparse.Namespace) -> int:

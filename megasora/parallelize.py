@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from megasora.build import build_model, patch_dim
+from megasora.checkpoint.slices import Slices
+from megasora.checkpoint.store import verify
 from megasora.config import Config
 from megasora.errors import MegaSoraError
 from megasora.model.attention import WidthNorm
@@ -26,11 +29,11 @@ from megasora.parallel.collectives import Join, Split, Spread, total
 from megasora.parallel.context import ContextAttention
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.pipeline import Pipeline, num_stages, stage_numbers
-from megasora.parallel.placement import Placement
 from megasora.parallel.share import tokens_per_rank
 from megasora.parallel.tensor import ColumnLinear, RowLinear
 from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
+from megasora.placement import Placement
 
 # Linears that are cut over the tensor axis, and how: options of ColumnLinear; the others by rows.
 COLUMNS = {
@@ -161,23 +164,32 @@ def first_values(config: Config) -> Callable[[str, torch.Size], Tensor]:
     path = config.model.weights
     if not path:
         return lambda name, shape: initial_value(name, shape, config.run.seed)
-    try:
-        file = safe_open(path, "pt")
-    except Exception as error:  # safetensors raises its own kinds
-        raise MegaSoraError(f"model.weights={path} cannot be read: {error}") from None
-    names = set(file.keys())
+    shapes, read = weights_of(Path(path))
 
     def value_of(name: str, shape: torch.Size) -> Tensor:
-        found = torch.Size(file.get_slice(name).get_shape()) if name in names else None
+        found = shapes.get(name)
         if found != shape:
             has = f"has {list(found)}" if found is not None else "has none"
             raise MegaSoraError(
                 f"model.weights={path}: this model's {name} is {list(shape)}, the file {has}; give the "
                 "model.*, text.* and codec.* settings that the weights were made with"
             )
-        return file.get_tensor(name)
+        return read(name)
 
     return value_of
+
+
+def weights_of(path: Path) -> tuple[dict[str, torch.Size], Callable[[str], Tensor]]:
+    """(full shapes by name, what reads one) of a safetensors file, or of a checkpoint, whose last weights are taken."""
+    if path.is_dir():
+        verify(path)
+        slices = Slices(path)
+        return slices.shapes, partial(slices.whole, "weights")
+    try:
+        file = safe_open(path, "pt")
+    except Exception as error:  # safetensors raises its own kinds
+        raise MegaSoraError(f"model.weights={path} cannot be read: {error}") from None
+    return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor  # noqa: SIM118
 
 
 @torch.no_grad()

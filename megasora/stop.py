@@ -25,10 +25,10 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, StopRequested):
-            return  # the launcher asks those that still end once more: their exit code shall be ours
+        stopping = kind is not None and issubclass(kind, StopRequested)
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # the launcher asks those that still end once more, up to their last moment: their exit code shall be ours
+            signal.signal(number, signal.SIG_IGN if stopping else handler)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name

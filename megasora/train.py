@@ -11,6 +11,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,8 @@ FREE_KEYS = (
     "run.dir", "run.device", "run.threads", "data.shards", "data.mixture", "data.prefetch",
     "data.threads", "data.timeout", "data.max_bad_fraction", "ingest", "checkpoint", "validation",
     "sample", "evaluation", "wandb", "run.debug_parallel", "run.debug_every", "run.hang_seconds",
-    "model.kernels", "model.attention", "model.deterministic",
+    "run.ledger", "model.kernels", "model.attention", "model.deterministic", "model.recompute",
+    "model.recompute_blocks", "parallel",
 )  # fmt: skip
 OTHERS_WAIT_SECONDS = 5.0  # in which the main process has told what is wrong
 
@@ -105,13 +108,16 @@ def check_kernels(config: Config) -> None:
 
 def check_parallel(config: Config) -> None:
     """Everything about the layout that can be known before a process group or a weight exists."""
+    from megasora.checkpoint.store import MANIFEST
     from megasora.parallel.layout import check_layout
     from megasora.parallel.world import world_size
 
     check_layout(config, world_size())
-    if config.model.weights and not Path(config.model.weights).is_file():
+    weights = Path(config.model.weights)
+    if config.model.weights and not weights.is_file() and not (weights / MANIFEST).is_file():
         raise MegaSoraError(
-            f"model.weights={config.model.weights} is no file; give a safetensors file, or leave it empty"
+            f"model.weights={config.model.weights} is no file and no checkpoint; give a safetensors file, a folder "
+            "RUN/checkpoints/step-XXXXXXXX, or leave it empty"
         )
 
 
@@ -172,11 +178,11 @@ def train(config: Config, stop: StopSignal) -> None:
         torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
         check_same_configuration(config, world)
         run = Path(config.run.dir)
-        if world.is_main:
-            begin_launch(run, world.size)
-        world.barrier()  # from here on exit.json is of this launch
         watchdog = Watchdog(run, world.rank, world.size, config.run.hang_seconds, stop.requested)
-        with rank_log(run, world.rank), watchdog.watching():
+        with alone(run, world), rank_log(run, world.rank), watchdog.watching():
+            if world.is_main:
+                begin_launch(run, world.size)
+            world.barrier()  # from here on exit.json is of this launch
             try:
                 mesh = build_mesh(config.parallel, world.device.type)
                 Trainer(config, world, mesh, stop.requested, watchdog.moved).run()
@@ -189,6 +195,25 @@ def train(config: Config, stop: StopSignal) -> None:
                 sys.exit(CRASH)
             if world.is_main:
                 note_exit(run, DONE, f"{config.run.steps} steps", world.rank)
+
+
+@contextmanager
+def alone(run: Path, world: World) -> Iterator[None]:
+    """The main process holds the run folder: one launch at a time writes into it, whatever it was started by."""
+    from megasora.files import locked
+
+    with ExitStack() as held:
+        problem = None
+        if world.is_main:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(run / ".lock", f"run.dir={run}"))
+            except MegaSoraError as error:
+                problem = str(error)
+        problem = world.from_main(problem)
+        if problem:
+            raise MegaSoraError(problem)
+        yield
 
 
 def check_same_configuration(config: Config, world: World) -> None:

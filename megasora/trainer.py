@@ -19,21 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import megasora
 from megasora.batch import VideoBatch
-from megasora.checkpoint.store import CheckpointStore, remove_parts, verify, write_whole
+from megasora.checkpoint.slices import Slices, write_slices
+from megasora.checkpoint.store import CheckpointStore, remove_parts, verify
 from megasora.config import Config, ModelConfig, to_yaml
-from megasora.data.loader import PackLoader, Step
+from megasora.data.loader import NO_CLIP, PackLoader, Step
 from megasora.data.mixture import open_mixture
 from megasora.data.pack import make_batch
 from megasora.data.packing import pack_clips
 from megasora.data.plan import Cursor
 from megasora.diffusion.flow import FlowMatching, velocity_error
-from megasora.errors import MegaSoraError, NonFiniteError, StopRequested
+from megasora.errors import DataError, NonFiniteError, StopRequested
+from megasora.files import write_whole
 from megasora.model.flops import pack_flops
+from megasora.observe.damage import DamagedClips
+from megasora.observe.ledger import Ledger, cut_ledger
 from megasora.observe.metrics import JsonLines, ProgressLine, WandbLog
 from megasora.observe.stopwatch import Stopwatch
 from megasora.optim.ema import ShardedEMA
@@ -46,7 +49,7 @@ from megasora.parallel.world import World
 from megasora.parallelize import parallelize
 from megasora.text import build_text_encoder
 
-EMA_FILE, MODEL_FILE, STATE_FILE = "ema.safetensors", "model.safetensors", "state.json"
+STATE_FILE = "state.json"
 
 
 class Trainer:
@@ -68,10 +71,16 @@ class Trainer:
         self.train_clips, self.val_clips = (open_mixture(config.data, split) for split in ("train", "val"))
         self.objective = FlowMatching(config.objective, config.run.seed)
         self.engine = parallelize(config, world, mesh)
-        self.fragments = self.engine.fragments()
-        self.ema = ShardedEMA([f.values for f in self.fragments], config.optim.ema)
+        owned = self.engine.fragments()
+        self.ema = ShardedEMA([f.values["weights"] for f in owned], config.optim.ema)
+        self.fragments = [  # with the averages: what a checkpoint is made of
+            dataclasses.replace(f, values={**f.values, "ema": average})
+            for f, average in zip(owned, self.ema.averages, strict=True)
+        ]
         self.store = CheckpointStore(self.run_dir / "checkpoints", config.checkpoint.keep)
-        self.step, cursor = self.resume()
+        self.damage = DamagedClips(self.run_dir, config.data.max_bad_fraction, len(self.train_clips))
+        self.speaks = mesh.model.rank == 0 and mesh.context.rank == 0  # for its packs, among the ranks that share them
+        self.step, self.cursor, self.saved_layout = self.resume()
         self.loader = PackLoader(
             self.train_clips,
             config.data,
@@ -80,10 +89,9 @@ class Trainer:
             attention_length(config.model, self.train_clips.manifest.patch_dim),
             mesh.data.rank,
             mesh.data.size,
-            cursor,
+            self.cursor,
             self.share,
         )
-        self.cursor = cursor
         self.peak_flops = measured_peak(world.device) if world.device.type == "cuda" else None
 
     # ------------------------------------------------------------------ the loop
@@ -102,15 +110,19 @@ class Trainer:
         if self.step == 0:
             self.validate()
         watch, warned = Stopwatch(self.world.device), None
+        ledger = Ledger(self.run_dir, self.world.rank) if config.run.ledger and self.speaks else None
         self.moved(f"the loader, for step {self.step + 1}")
         for work in self.loader:
             watch.lap("data")
             self.moved(f"step {self.step + 1}")
             line = self.train_step(work, watch)
             self.cursor, self.step = work.after, self.step + 1
+            if ledger is not None:
+                ids = [i for pack in work.packs for i in pack.sample_ids_G.tolist() if i != NO_CLIP]
+                ledger.write(self.step, ids)
             times = watch.read()
             if main:
-                line = self.finish_line(line, work.real_tokens, times)
+                line = self.finish_line(line, work, times)
                 self.metrics.write(line)
                 self.wandb.write(self.step, line)
                 text = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
@@ -128,6 +140,8 @@ class Trainer:
             watch.lap("apart")  # validation and saving are not part of a step
             watch.read()
             self.moved(f"the loader, for step {self.step + 1}")
+        if ledger is not None:
+            ledger.close()
         if main:
             self.progress.close()
             self.wandb.close()
@@ -162,10 +176,9 @@ class Trainer:
 
         norm = self.engine.train_step(list(noised), loss, rate, watch.lap)
         self.ema.update()
-        speaks = self.mesh.model.rank == 0 and self.mesh.context.rank == 0  # for one pack, among those that share it
-        flops = sum(self.flops(pack) for pack in work.packs) if self.peak_flops and speaks else 0.0
+        flops = sum(self.flops(pack) for pack in work.packs) if self.peak_flops and self.speaks else 0.0
         sent = self.engine.attention.take_bytes_sent() if self.engine.attention is not None else 0
-        numbers = (flops, sent, self.stop_requested(), self.note_damage(work) if speaks else 0)
+        numbers = (flops, sent, self.stop_requested(), len(work.damaged) if self.speaks else 0)
         totals = torch.stack((error, *(torch.tensor(float(x), dtype=torch.float64) for x in numbers)))
         totals = self.world.sum(totals).cpu()
         self.stopping = bool(totals[3] > 0)
@@ -176,6 +189,8 @@ class Trainer:
                 f"step {self.step}: loss {loss_value}, gradient norm {norm}; nothing was saved after step {saved}; "
                 f"lower optim.rate={config.optim.rate}"
             )
+        if totals[4] > 0:
+            self.count_damage(work)
         watch.lap("optimizer")
         line = {"step": self.step + 1, "loss": loss_value, "grad_norm": norm, "rate": rate, "flops": float(totals[1])}
         if config.data.max_bad_fraction > 0:
@@ -184,15 +199,15 @@ class Trainer:
             line["context_mib_sent"] = round(float(totals[2]) / self.world.size / 2**20, 4)
         return line
 
-    def note_damage(self, work: Step) -> int:
-        """Writes a line of damaged.jsonl for each clip that was left out of these packs, and counts them."""
-        if work.damaged:
-            lines = JsonLines(self.run_dir / "damaged.jsonl")  # appended to by several processes, whole lines each
-            for error in work.damaged:
-                facts = {"shard": error.path, "offset": error.offset, "sample_id": error.sample_id}
-                lines.write({"step": self.step + 1, **facts, "what": str(error)})
-            lines.close()
-        return len(work.damaged)
+    def count_damage(self, work: Step) -> None:
+        """At a step in which any rank left clips out. Raises DataError on all ranks when they have become too many."""
+        damaged = work.damaged if self.speaks else []
+        self.damage.note(self.step + 1, damaged)
+        everyone = self.world.gather([(error.sample_id, str(error)) for error in damaged])
+        problem = self.damage.add([clip for rank in everyone for clip in rank]) if everyone is not None else None
+        problem = self.world.from_main(problem)
+        if problem:
+            raise DataError(problem)
 
     def compare_ranks(self, packs: list[VideoBatch], noised: list[VideoBatch]) -> None:
         """The debug guard; raises on all ranks where two that must agree do not."""
@@ -202,12 +217,13 @@ class Trainer:
         sliced = self.config.parallel.zero_stage == 3
         check_replicas(engine.copies(), engine.placements, mesh, self.world, self.step, sliced)
 
-    def finish_line(self, line: dict[str, Any], real_tokens: int, times: dict[str, float]) -> dict[str, Any]:
+    def finish_line(self, line: dict[str, Any], work: Step, times: dict[str, float]) -> dict[str, Any]:
         flops, seconds = line.pop("flops"), times["step"]
         slots = self.config.data.tokens_per_pack * self.config.data.packs_per_step
         line |= {
-            "tokens_per_second": real_tokens / seconds,
-            "padding": 1 - real_tokens / slots,
+            "tokens_per_second": work.real_tokens / seconds,
+            "padding": 1 - work.real_tokens / slots,
+            **({"dropped": work.dropped} if work.dropped else {}),
             **{f"time_{name}": round(t, 5) for name, t in times.items()},
             "mfu": flops / seconds / (self.peak_flops * self.world.size) if self.peak_flops else None,
             "memory_gib": round(peak_memory(self.world.device) / 2**30, 3),
@@ -236,6 +252,9 @@ class Trainer:
             f"{parameters / 1e6:.2f}M parameters, {len(self.train_clips):,} clips, {processes} on {self.world.device}, "
             f"{tokens:,} tokens a step, from step {self.step} to {self.config.run.steps}"
         )
+        if self.saved_layout != self.layout():
+            before, now = (" ".join(f"{k}={v}" for k, v in x.items()) for x in (self.saved_layout, self.layout()))
+            self.progress.say(f"step {self.step} was saved by {before}; this launch has {now}")
 
     # ------------------------------------------------------------------ validation
 
@@ -274,52 +293,49 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
-        """Every rank writes its part; the main one makes the save visible once all of them have."""
+        """Every rank writes what it owns; the main one makes the save visible once all of them have."""
         self.moved(f"the save after step {self.step}")
         if self.world.is_main:
             self.store.begin(self.step)
         self.world.barrier()
         part = self.store.part(self.step)
-        self.engine.save(part)
-        averages = [dataclasses.replace(f, values=a) for f, a in zip(self.fragments, self.ema.averages, strict=True)]
-        for file, fragments in ((EMA_FILE, averages), (MODEL_FILE, self.fragments)):
-            full = self.engine.full_tensors(fragments)
-            if full is not None:
-                save_file(full, part / file, metadata={"step": str(self.step)})
+        write_slices(part, self.world.rank, [f for f in self.fragments if self.mesh.counts_here(f.placement)])
         self.world.barrier()
         if self.world.is_main:
             state = {
                 "step": self.step, "cursor": dataclasses.asdict(self.cursor), "layout": self.layout(),
                 "ema_updates": self.ema.updates, "data": self.train_clips.identity(),
+                "damaged": sorted(self.damage.sample_ids),
             }  # fmt: skip
             write_whole(part / STATE_FILE, json.dumps(state) + "\n")
             self.store.commit(self.step)
         self.world.barrier()
 
-    def resume(self) -> tuple[int, Cursor]:
-        """Goes on from the newest checkpoint, or starts the run folder; (step, cursor)."""
+    def resume(self) -> tuple[int, Cursor, dict[str, Any]]:
+        """Goes on from the newest checkpoint, or starts the run folder; (step, cursor, the layout that saved it)."""
+        newest = self.store.newest()
+        state = None
+        if newest is not None:
+            verify(newest)
+            state = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))
         if self.world.is_main:
             self.store.folder.mkdir(parents=True, exist_ok=True)
             remove_parts(self.store.folder)
+            cut_ledger(self.run_dir, state["step"] if state is not None else 0)
             write_whole(self.run_dir / "config.yaml", to_yaml(self.config))
         self.world.barrier()
-        newest = self.store.newest()
-        if newest is None:
-            return 0, Cursor()
-        verify(newest)
-        state = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))
-        if state["layout"] != self.layout():
-            saved, ours = (" ".join(f"{k}={v}" for k, v in x.items()) for x in (state["layout"], self.layout()))
-            raise MegaSoraError(f"{newest} was saved by {saved}; this launch has {ours}; start it as it was saved")
-        self.engine.load(newest)
-        saved = self.engine.slices_of(load_file(newest / EMA_FILE), self.fragments)
-        for average, values in zip(self.ema.averages, saved, strict=True):
-            average.copy_(values)
+        if state is None:
+            return 0, Cursor(), self.layout()
+        slices = Slices(newest)
+        for fragment in self.fragments:
+            slices.fill(fragment)
+        self.engine.go_on(state["step"])
         self.ema.updates = state["ema_updates"]
-        return state["step"], Cursor(**state["cursor"])
+        self.damage.sample_ids |= set(state["damaged"])
+        return state["step"], Cursor(**state["cursor"]), state["layout"]
 
     def layout(self) -> dict[str, Any]:
-        """What a checkpoint can be resumed by."""
+        """Who shares the work; any may go on with what another saved."""
         return {"processes": self.world.size, **dataclasses.asdict(self.config.parallel)}
 
 

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "megasora"
 # Ground first. A unit (a file or a folder of megasora/) imports lower floors only; none on its own.
 FLOORS = [
     {"errors"},
-    {"config", "stop"},
-    {"batch", "kernels"},
+    {"config", "files", "stop"},
+    {"batch", "kernels", "placement"},
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
     {"observe", "testing", "build", "ingest"},
     {"parallelize", "sampling", "preflight"},

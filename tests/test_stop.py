@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import lines, train_arguments
+from conftest import check_same_saves, lines, train_arguments
 
 from megasora.errors import CONFIGURATION, DONE, STOPPED
 from megasora.stop import STOP_SIGNALS, StopSignal
@@ -65,6 +65,50 @@ def test_a_request_to_one_process_stops_both_after_the_same_step_and_saves_once(
     assert process.returncode == 1  # torchrun's own
 
 
+def test_processes_of_a_killed_launcher_end_within_five_seconds(shards, tiny, tmp_path):
+    run = tmp_path / "run"
+    settings = [*train_arguments(run, shards, tiny), "run.steps=100000", "checkpoint.every=100000"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start([*launcher, "-m", "megasora.train", *settings, "validation.every=100000"])
+    wait_for_steps(run, 3, process)
+    ranks = [rank_of(process, rank) for rank in range(2)]
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 5
+    while any(is_alive(pid) for pid in ranks):
+        assert time.monotonic() < end, f"processes {ranks} go on without their launcher"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_of_two_launches_on_one_run_folder_the_second_is_refused_and_the_first_goes_on(shards, tiny, tmp_path):
+    run = tmp_path / "run"
+    settings = [*train_arguments(run, shards, tiny), "run.steps=100000", "checkpoint.every=100000"]
+    command = ["megasora.train", *settings, "validation.every=100000"]
+    first = start(command)
+    wait_for_steps(run, 3, first)
+    second = start(command)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == CONFIGURATION
+    assert f"run.dir={run} is being written by process {first.pid} on " in output and "Traceback" not in output
+    done = len(lines(run))
+    wait_for_steps(run, done + 2, first)
+    first.kill()
+    first.wait()
+    assert [line["step"] for line in lines(run)] == list(range(1, len(lines(run)) + 1))
+    assert len(lines(run, "launches.jsonl")) == 1 and not (run / "exit.json").exists()
+    code = subprocess.run([sys.executable, "-m", *command, "run.steps=2"], cwd=ROOT, capture_output=True, check=False)
+    assert code.returncode == CONFIGURATION  # of another number of steps; but nobody is said to hold the folder
+    assert b"is being written" not in code.stderr
+
+
 def rank_of(launcher: subprocess.Popen, rank: int) -> int:
     """Process id of a rank that torchrun has started."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
@@ -86,9 +130,7 @@ def test_a_stopped_run_goes_on_to_the_end_of_the_uninterrupted_one(trained, shar
     assert process.returncode == DONE, output
     assert f"from step {first} to 20" in output
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(trained)]
-    for file in ("ema.safetensors", "model.safetensors"):
-        paths = [folder / "checkpoints" / "step-00000020" / file for folder in (trained, run)]
-        assert paths[0].read_bytes() == paths[1].read_bytes()
+    check_same_saves(run, trained, 20)
     told = [json.loads(line)["before"] for line in (run / "launches.jsonl").read_text().splitlines()]
     assert told[0] is None and told[1]["code"] == STOPPED and f"saved after step {first}" in told[1]["reason"]
     assert json.loads((run / "exit.json").read_text())["code"] == DONE

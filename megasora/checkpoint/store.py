@@ -1,7 +1,7 @@
 """Where checkpoints lie, and how one is written so that it is there whole or not at all.
 
     RUN/checkpoints/latest             the name of the newest complete one
-    RUN/checkpoints/step-00001000/     zero/ (DeepSpeed), ema.safetensors, model.safetensors, state.json, manifest.json
+    RUN/checkpoints/step-00001000/     slices/ (a file a rank, see slices.py), state.json, manifest.json
 
 A save goes to `.step-...part`; its files are flushed, hashed into manifest.json, and the folder is renamed; only then
 is `latest` replaced. Before anything is loaded, every file is held against the manifest.
@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 from megasora.errors import MegaSoraError
+from megasora.files import sync, write_whole
 
 LATEST, MANIFEST = "latest", "manifest.json"
 
@@ -48,7 +49,8 @@ class CheckpointStore:
             sums[file.relative_to(part).as_posix()] = [file.stat().st_size, sha256(file)]
             sync(file)
         write_whole(part / MANIFEST, json.dumps({"step": step, "files": sums}, indent=1))
-        sync(part)
+        for folder in [part, *(p for p in part.rglob("*") if p.is_dir())]:
+            sync(folder)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
         sync(self.folder)
@@ -85,6 +87,18 @@ class CheckpointStore:
         return self.folder / name
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path is, or the newest of a run folder. Raises MegaSoraError where there is none."""
+    if (path / MANIFEST).is_file():
+        return path
+    newest = CheckpointStore(path / "checkpoints").newest()
+    if newest is None:
+        raise MegaSoraError(
+            f"{path} is no checkpoint (a folder step-XXXXXXXX with a {MANIFEST}), nor a run folder with one in it"
+        )
+    return newest
+
+
 def verify(checkpoint: Path) -> dict:
     """Holds every file against the manifest and returns it. Raises MegaSoraError that names the file."""
     try:
@@ -109,25 +123,6 @@ def verify(checkpoint: Path) -> dict:
 def sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file in one step; a failure leaves nothing behind."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        sync(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def remove_parts(folder: Path) -> None:

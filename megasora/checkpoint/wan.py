@@ -12,18 +12,16 @@ Each tensor is read once, when its turn comes to be written: memory holds one te
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megasora.checkpoint.store import sync
+from megasora.checkpoint.tensors import check_new_file, write_tensors
 from megasora.errors import MegaSoraError
 
 CLASS = "WanTransformer3DModel"
@@ -232,27 +230,18 @@ def import_wan(
     tensor. Before anything is written, every tensor of theirs has a use, every one of ours a source, and all shapes
     fit; else MegaSoraError names the tensors.
     """
-    if out.suffix != ".safetensors":
-        raise MegaSoraError(f"{out} must end in .safetensors")
-    if out.exists():
-        raise MegaSoraError(f"{out} exists; remove it or choose another name")
-    if not out.parent.is_dir():
-        raise MegaSoraError(f"there is no folder {out.parent}; make it first")
+    check_new_file(out)
     with ExitStack() as stack:
         theirs = open_all(wan.files, stack)
         sources = wan.sources()
         check(sources, shapes, theirs)
-        with whole_file(out) as file:
-            file.write(header(shapes))
-            for name, shape in shapes.items():
-                if name in sources:
-                    parts = [theirs[part].get_tensor(part).float() for part in sources[name].names]
-                    value = sources[name].make(*parts)
-                else:
-                    value = torch.zeros(shape) if name in ZERO else first_value(name, shape)
-                data = value.contiguous().numpy().astype("<f4", copy=False)
-                file.write(data)
-                wrote(data.nbytes)
+
+        def value_of(name: str) -> Tensor:
+            if name in sources:
+                return sources[name].make(*(theirs[part].get_tensor(part).float() for part in sources[name].names))
+            return torch.zeros(shapes[name]) if name in ZERO else first_value(name, shapes[name])
+
+        write_tensors(out, shapes, value_of, {}, wrote)
 
 
 def open_all(files: tuple[Path, ...], stack: ExitStack) -> dict[str, Any]:
@@ -297,32 +286,6 @@ def check(sources: dict[str, Source], shapes: dict[str, torch.Size], theirs: dic
         if shape != shapes[name]:
             was = ", ".join(f"{part} {list(size)}" for part, size in zip(source.names, read, strict=True))
             raise MegaSoraError(f"{was} cannot become {name} {list(shapes[name])}; config.json is of another model")
-
-
-def header(shapes: dict[str, torch.Size]) -> bytes:
-    """What stands before the numbers in a safetensors file: the length of a JSON text, and the text."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # aligned, as the format asks
-    return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which gets its name at the end; a failure leaves nothing behind."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        sync(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megasora.checkpoint.store import write_whole
 from megasora.config import Config
+from megasora.files import write_whole
 from megasora.observe.charts import (
     chart,
     compact,

@@ -17,8 +17,8 @@ from megasora.batch import VideoBatch
 from megasora.errors import MegaSoraError
 from megasora.parallel.collectives import finish, start_gather
 from megasora.parallel.mesh import Axis, Mesh
-from megasora.parallel.placement import Placement
 from megasora.parallel.world import World
+from megasora.placement import Placement
 
 SHOWN = 4  # differences that an error tells one by one
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megasora.config import ParallelConfig
+from megasora.placement import Placement
 
 AXES = ("pipeline", "data", "ring", "ulysses", "tensor")  # outermost first
 JOINED = {"context": ("ring", "ulysses"), "zero": ("data", "ring", "ulysses"), "model": ("pipeline", "tensor")}
@@ -49,6 +50,11 @@ class Mesh:
     tensor: Axis
     zero: Axis
     model: Axis
+
+    def counts_here(self, placement: Placement) -> bool:
+        """Whether this rank's copy of a parameter is the one that counts in a norm and is written to a checkpoint."""
+        first_tensor = placement.cut is not None or self.tensor.rank == 0
+        return first_tensor and ("pipeline" not in placement.summed or self.pipeline.rank == 0)
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:

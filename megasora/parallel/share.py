@@ -47,6 +47,7 @@ def take_share(batch: VideoBatch, plan: PackPlan, ring_rank: int, slice_rank: in
         batch,
         patches_LP=F.pad(batch.patches_LP[tokens], padding),
         coords_L3=F.pad(batch.coords_L3[tokens], padding),
+        places_L=F.pad(batch.places_L[tokens], padding[2:]),
         grids_G3=batch.grids_G3[segments],
         cu_segments=cu,
         cu_rows=cu,
@@ -57,7 +58,6 @@ def take_share(batch: VideoBatch, plan: PackPlan, ring_rank: int, slice_rank: in
         drop_text_G=batch.drop_text_G[segments],
         native_G4=batch.native_G4[segments],
         sample_ids_G=batch.sample_ids_G[segments],
-        starts_G=batch.starts_G[segments] + starts,
         plan=plan,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +58,8 @@ def world_size() -> int:
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
     """Joins the process group that torchrun described, or one of a single process; leaves it at the end."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,3 +81,18 @@ def join_world(device: str) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, place)
     finally:
         dist.destroy_process_group()
+
+
+def end_with_launcher() -> None:
+    """From now on the kernel kills this process as soon as the one that started it is gone (Linux).
+
+    A torchrun that is killed takes nothing with it: its processes would train on, and write into the run folder beside
+    those of the next launch.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return
+    pr_set_pdeathsig, launcher = 1, os.getppid()
+    prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != launcher:  # gone in between
+        os.kill(os.getpid(), signal.SIGKILL)

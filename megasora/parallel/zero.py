@@ -4,6 +4,9 @@ The only file that imports deepspeed. In: this rank's stages of the model and th
 one AdamW step that no layout changes. DeepSpeed averages gradients over data x context; the loss is multiplied by their
 number, so that what remains is the sum. Parameters whose gradient is a part on a tensor or pipeline rank have parameter
 groups of their own: there ZeRO's slices are the same on all peers, and are summed once a step, slice by slice.
+
+What a rank owns is told as fragments, live views of its fp32 master weights and of Adam's means. A checkpoint is made
+of them; one that is loaded is written into them, whatever layout it was saved by, and `go_on` does the rest.
 """
 
 from __future__ import annotations
@@ -13,9 +16,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -27,19 +28,10 @@ from megasora.parallel.collectives import total
 from megasora.parallel.context import ContextAttention
 from megasora.parallel.mesh import Mesh
 from megasora.parallel.pipeline import Pipeline
-from megasora.parallel.placement import Placement
 from megasora.parallel.world import World
+from megasora.placement import Fragment, Placement
 
-TAG = "zero"
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The slice of this rank's part of a parameter whose fp32 master copy it holds; `values` is live."""
-
-    name: str
-    start: int  # in the flattened part
-    values: Tensor  # fp32 [n]
+ADAM_MEANS = ("exp_avg", "exp_avg_sq")  # of the gradient and of its square
 
 
 class ZeroEngine:
@@ -63,7 +55,7 @@ class ZeroEngine:
         self.parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
         self.name_of = {parameter: name for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            parameter.model_parallel = placements[name].counts_here(mesh)  # DeepSpeed's word for: counts in the norm
+            parameter.model_parallel = mesh.counts_here(placements[name])  # DeepSpeed's word for: counts in the norm
         groups = parameter_groups(self.parameters, placements, decayed)
         self.check_groups(list(groups))
         optimizer = torch.optim.AdamW(
@@ -99,6 +91,8 @@ class ZeroEngine:
                 dist_init_required=False,
                 mpu=ModelParallelGroups(mesh) if mesh.model.is_split else None,
             )
+        self.adam = self.optimizer.optimizer
+        self.begin_adam()
         self.pipeline = pipeline(self.fold) if pipeline is not None else None
 
     def check_groups(self, keys: list[tuple]) -> None:
@@ -183,18 +177,57 @@ class ZeroEngine:
     # ------------------------------------------------------------------ weights
 
     def fragments(self) -> list[Fragment]:
-        """Every master slice of this rank. The tensors stay valid, and change with each step."""
+        """What this rank owns: of master weights ("weights") and Adam's means. All of it changes with each step."""
         found = []
         for name, parameter in self.parameters.items():
             if self.engine.zero_optimization_stage() == 3:
                 group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-                start, size = self.slice_of(parameter)
-                if size:
-                    flat = self.optimizer.fp32_partitioned_groups_flat[group]
-                    found.append(Fragment(name, start, flat[offset : offset + size]))
-            elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
-                found.append(Fragment(name, mapping.lp_fragment_address.start, mapping.get_hp_fragment().view(-1)))
+                start, count = self.slice_of(parameter)
+            elif (mapping := parameter._hp_mapping) is not None:
+                group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
+                start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            else:
+                count = 0
+            if count:
+                master, placement, axis = self.masters[group], self.placements[name], self.mesh.tensor
+                flat = {"weights": master.detach(), **{kind: self.adam.state[master][kind] for kind in ADAM_MEANS}}
+                values = {kind: whole[offset : offset + count] for kind, whole in flat.items()}
+                shape = placement.full_shape(self.shape_of(name), axis.size)
+                found.append(Fragment(name, shape, placement, axis.rank, axis.size, start, values))
         return found
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 master weights, flattened, by parameter group; in stage 3 by DeepSpeed's parts of groups."""
+        for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):  # stage 3; bf16 with stage 1
+            if hasattr(self.optimizer, name):
+                return getattr(self.optimizer, name)
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def begin_adam(self) -> None:
+        """AdamW's state before its first step, which it would make at that step: so that it can be loaded before."""
+        for master in self.masters:
+            count_device = master.device if self.adam.defaults["fused"] else "cpu"
+            self.adam.state[master] = {
+                "step": torch.zeros((), device=count_device),
+                **{kind: torch.zeros_like(master, requires_grad=False) for kind in ADAM_MEANS},
+            }
+
+    @torch.no_grad()
+    def go_on(self, step: int) -> None:
+        """After a checkpoint of step `step` was written into the fragments. All ranks must call it.
+
+        The model's weights become those of the master copies, as at the end of a step.
+        """
+        for master in self.masters:
+            self.adam.state[master]["step"].fill_(step)
+        if self.engine.zero_optimization_stage() != 3:
+            self.optimizer.update_lp_params()
+            return
+        self.optimizer.checkpoint_event_prologue()  # lets go of parameters that are whole
+        for group in range(len(self.masters)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self.optimizer.checkpoint_event_epilogue()  # small ones are whole again
 
     def copies(self) -> dict[str, Tensor]:
         """What the model computes with, by name; under stage 3 this rank's slices of it."""
@@ -211,7 +244,7 @@ class ZeroEngine:
     @property
     def num_parameters(self) -> int:
         """Of the whole model."""
-        here = [n for n in self.parameters if self.placements[n].counts_here(self.mesh)]
+        here = [n for n in self.parameters if self.mesh.counts_here(self.placements[n])]
         count = torch.tensor(sum(self.shape_of(name).numel() for name in here))
         return int(total(count.to(self.world.device), self.mesh.model))
 
@@ -219,48 +252,6 @@ class ZeroEngine:
         """Of this rank's part; under stage 3 a parameter itself is empty between uses."""
         parameter = self.parameters[name]
         return getattr(parameter, "ds_shape", parameter.shape)
-
-    def full_tensors(self, fragments: Iterable[Fragment]) -> dict[str, Tensor] | None:
-        """Puts the slices of all ranks together, on the main one; None elsewhere. All ranks must call it."""
-        fragments = [f for f in fragments if self.placements[f.name].counts_here(self.mesh)]
-        contents = [(f.name, self.placements[f.name], self.shape_of(f.name), f.start, len(f.values)) for f in fragments]
-        flat = torch.cat([f.values.detach() for f in fragments]) if fragments else torch.empty(0)
-        everyone = self.world.gather((self.mesh.tensor.rank, contents))
-        if everyone is None:
-            if fragments:
-                dist.send(flat, 0)
-            return None
-        parts: dict[str, dict[int, Tensor]] = {}  # name: tensor rank: its part
-        placements = {}
-        for rank, (tensor_rank, contents) in enumerate(everyone):
-            sizes = [size for *_, size in contents]
-            if rank > 0:
-                flat = torch.empty(sum(sizes), device=self.world.device)
-                if sizes:
-                    dist.recv(flat, rank)
-            for (name, placement, shape, start, size), values in zip(contents, flat.cpu().split(sizes), strict=True):
-                place = parts.setdefault(name, {})
-                part = place.setdefault(tensor_rank, torch.zeros(shape))
-                part.view(-1)[start : start + size] = values
-                placements[name] = placement
-        return {name: placements[name].full([p for _, p in sorted(parts[name].items())]) for name in sorted(parts)}
-
-    def slices_of(self, full: dict[str, Tensor], fragments: Iterable[Fragment]) -> list[Tensor]:
-        """The inverse: of full tensors, what lies where each fragment does."""
-        axis, found = self.mesh.tensor, []
-        for f in fragments:
-            part = self.placements[f.name].local(full[f.name], axis.rank, axis.size)
-            found.append(part.reshape(-1)[f.start : f.start + len(f.values)])
-        return found
-
-    def save(self, folder: Path) -> None:
-        """Weights and optimizer states, each rank its own file, below `folder`. All ranks must call it."""
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        found, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
-        if found is None:
-            raise FileNotFoundError(f"{folder / TAG} holds no DeepSpeed checkpoint")
 
 
 class ModelParallelGroups:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megasora.checkpoint.store import CheckpointStore, write_whole
+from megasora.checkpoint.store import CheckpointStore
 from megasora.config import load, parse_size
 from megasora.data.video import IMAGE_FORMATS, read_clip, write_image, write_video
 from megasora.errors import MegaSoraError
+from megasora.files import write_whole
 
 MIN_FPS, MAX_FPS = 0.1, 1000.0  # what the time base of an mp4 holds with room to spare
 

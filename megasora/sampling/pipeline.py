@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from megasora.build import build_model, patch_dim
+from megasora.checkpoint.slices import Slices
 from megasora.checkpoint.store import CheckpointStore, verify
 from megasora.codec import build_codec
 from megasora.config import Config, SampleConfig, load, token_pixels
@@ -22,7 +22,7 @@ from megasora.errors import MegaSoraError
 from megasora.sampling.generate import Prompt, generate
 from megasora.text import build_text_encoder
 
-WEIGHTS = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+WEIGHTS = {"ema": "ema", "raw": "weights"}  # what a person asks for: what it is in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Pipeline:
         config = load(run_dir / "config.yaml")
         config.model.kernels = config.model.attention = "auto"  # of this machine, which need not be the training's
         model = build_model(config, patch_dim(config))
-        model.load_state_dict(load_file(checkpoint / WEIGHTS[weights]))
+        slices = Slices(checkpoint)
+        model.load_state_dict({name: slices.whole(WEIGHTS[weights], name) for name in slices.shapes})
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(config, model, run_dir.resolve().name, step, torch.device(device))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-from megasora.checkpoint.store import CheckpointStore, remove_parts, sha256, verify, write_whole
+from megasora.checkpoint.store import CheckpointStore, find_checkpoint, remove_parts, sha256, verify
 from megasora.errors import MegaSoraError
+from megasora.files import write_whole
 
 FILES = {
     "model.safetensors": b"weights of step %d",
-    "zero/rank_0.pt": b"moments of step %d",
+    "slices/rank-00000.safetensors": b"moments of step %d",
     "state.json": b'{"step": %d}',
 }
 
@@ -231,12 +231,10 @@ def test_a_manifest_that_is_none_is_refused(text, tmp_path):
         verify(final)
 
 
-def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
-    write_whole(tmp_path / "a.json", "before")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 1)  # written and flushed, not renamed
-        with pytest.raises(Killed):
-            write_whole(tmp_path / "a.json", json.dumps({"after": 1}))
-    assert (tmp_path / "a.json").read_text() == "before"
-    write_whole(tmp_path / "a.json", "after")
-    assert (tmp_path / "a.json").read_text() == "after" and len(list(tmp_path.iterdir())) == 1
+def test_a_checkpoint_is_found_by_its_own_name_and_as_the_newest_of_its_run(tmp_path):
+    final = save(CheckpointStore(tmp_path / "run" / "checkpoints"), 10, 20)
+    assert find_checkpoint(final.with_name("step-00000010")).name == "step-00000010"
+    assert find_checkpoint(tmp_path / "run") == final
+    for nothing in (tmp_path, tmp_path / "nowhere", final / "slices"):
+        with pytest.raises(MegaSoraError, match=f"{nothing} is no checkpoint"):
+            find_checkpoint(nothing)

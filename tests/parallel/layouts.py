@@ -6,7 +6,9 @@ weights are random, so that nothing is zero that could hide an error.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -245,12 +247,12 @@ def train_modules(config: Config) -> dict | None:
         gradients[name] = parameter.grad.clone()
         for axis in ("zero", *local.placements[name].summed):
             dist.all_reduce(gradients[name], group=getattr(mesh, axis).group)
-    squares = [g.square().sum() for n, g in gradients.items() if local.placements[n].counts_here(mesh)]
+    squares = [g.square().sum() for n, g in gradients.items() if mesh.counts_here(local.placements[n])]
     square = sum(squares, torch.zeros((), dtype=torch.float64))
     dist.all_reduce(square, group=mesh.model.group)
     dist.all_reduce(loss_sum)
     sent = local.attention.take_bytes_sent() if local.attention is not None else 0
-    here = [(n, local.placements[n], gradients[n]) for n in gradients if local.placements[n].counts_here(mesh)]
+    here = [(n, local.placements[n], gradients[n]) for n in gradients if mesh.counts_here(local.placements[n])]
     return {
         "loss": float(loss_sum) / mesh.tensor.size, "norm": float(square.sqrt()), "sent": sent,
         "parts": here if mesh.zero.rank == 0 else [],
@@ -270,7 +272,6 @@ def train_steps(config: Config, steps: int = STEPS) -> dict | None:
     mesh = build_mesh(config.parallel, "cpu")
     seam.first_values = lambda config: random_weight
     engine, objective = seam.parallelize(config, world, mesh), objective_of(config)
-    fragments = engine.fragments()
     losses, norms, means = [], [], None
     for step in range(steps):
         packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
@@ -287,10 +288,10 @@ def train_steps(config: Config, steps: int = STEPS) -> dict | None:
         norms.append(engine.train_step(list(noised), loss, rate_at(step, config.run.steps, config.optim)))
         losses.append(float(world.sum(loss_sum)) / mesh.tensor.size)
         if step == 0:
-            means = engine.full_tensors(first_moments(engine, fragments))
+            means = put_together(engine, world, "exp_avg")
         sliced = config.parallel.zero_stage == 3
         check_replicas(engine.copies(), engine.placements, mesh, world, step, sliced)
-    weights = engine.full_tensors(fragments)
+    weights = put_together(engine, world, "weights")
     return {"losses": losses, "norms": norms, "means": means, "weights": weights} if world.is_main else None
 
 
@@ -301,19 +302,23 @@ def random_local_model(config: Config, mesh):
     return seam.build_local_model(config, torch.device("cpu"), mesh)
 
 
-def first_moments(engine, fragments) -> list:
-    """Adam's running mean of the gradient, in the same slices as the weights."""
-    import dataclasses
-
-    flats = [(flat, state["exp_avg"]) for flat, state in engine.optimizer.optimizer.state.items() if "exp_avg" in state]
-    found = []
-    for f in fragments:
-        for flat, mean in flats:
-            offset = (f.values.data_ptr() - flat.data_ptr()) // f.values.element_size()
-            if 0 <= offset < flat.numel():
-                found.append(dataclasses.replace(f, values=mean.view(-1)[offset : offset + len(f.values)]))
-    assert len(found) == len(fragments)
-    return found
+def put_together(engine, world, kind: str) -> dict[str, Tensor] | None:
+    """What the ranks own of one kind, as full tensors on the main one."""
+    here = [
+        dataclasses.replace(f, values={kind: f.values[kind].clone()})
+        for f in engine.fragments()
+        if engine.mesh.counts_here(f.placement)
+    ]
+    everyone = world.gather(here)
+    if everyone is None:
+        return None
+    parts, placements = {}, {}  # name: tensor rank: its part
+    for f in chain(*everyone):
+        shape = f.placement.local_shape(f.shape, f.tensor_size)
+        part = parts.setdefault(f.name, {}).setdefault(f.tensor_rank, torch.zeros(shape))
+        part.view(-1)[f.start : f.start + f.count] = f.values[kind]
+        placements[f.name] = f.placement
+    return {name: placements[name].full([p for _, p in sorted(parts[name].items())]) for name in sorted(parts)}
 
 
 def train_both(configs: list[Config]) -> list[tuple[dict, dict | None]]:

@@ -16,12 +16,13 @@ import torch
 from layouts import configure, layout, module_errors, single_process, step_errors, train_modules, train_steps
 
 from megasora import parallelize
+from megasora.batch import owner_of_tokens
 from megasora.errors import MegaSoraError
 from megasora.kernels.rms_norm import RMSNorm
 from megasora.parallel import collectives, context, share, tensor
 from megasora.parallel.collectives import Join, Spread
 from megasora.parallel.context import ContextAttention, Transfer
-from megasora.parallel.placement import Placement
+from megasora.parallel.mesh import Mesh
 from megasora.parallel.zero import ZeroEngine
 from megasora.testing.spawn import run_ranks
 
@@ -76,7 +77,8 @@ def mean_of_parts(out_a, lse_a, out_b, lse_b):
 
 def share_from_the_start(*given, original=share.share_pack):
     found = original(*given)
-    return dataclasses.replace(found, starts_G=torch.zeros_like(found.starts_G))
+    segment_L = owner_of_tokens(found.cu_segments, len(found.places_L))
+    return dataclasses.replace(found, places_L=torch.arange(len(segment_L)) - found.cu_segments[segment_L])
 
 
 def unscaled_step(self, *given, original=ZeroEngine.train_step):
@@ -88,11 +90,11 @@ def unscaled_step(self, *given, original=ZeroEngine.train_step):
         self.mesh = mesh
 
 
-def counts_of_first_rank(self, mesh):
+def counts_of_first_rank(mesh, placement):
     return mesh.tensor.rank == 0
 
 
-NO_COUNT = patch.object(Placement, "counts_here", lambda self, mesh: True)
+NO_COUNT = patch.object(Mesh, "counts_here", lambda mesh, placement: True)
 NO_SUMS_TOLD = patch.object(parallelize, "placement_of", unsummed_placement)
 MISTAKES = {  # (layout, what is compared, mistake): (how it is made, where it is seen)
     ("tensor", "modules", "gradients of what all ranks have are not summed"): (
@@ -113,7 +115,7 @@ MISTAKES = {  # (layout, what is compared, mistake): (how it is made, where it i
     ("tensor", "modules", "placements tell of no sums"): (NO_SUMS_TOLD, "gradient of"),
     ("tensor", "modules", "copies count in the norm too"): (NO_COUNT, "norm of"),
     ("tensor", "modules", "parts do not count in the norm"): (
-        patch.object(Placement, "counts_here", counts_of_first_rank), "refused",
+        patch.object(Mesh, "counts_here", counts_of_first_rank), "refused",
     ),
     ("tensor", "steps", "partial gradients are not summed"): (
         patch.object(ZeroEngine, "sum_partial_gradients", lambda self: None), "refused: step 0: parameter",

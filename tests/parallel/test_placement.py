@@ -3,8 +3,6 @@
 A rank of a mesh is emulated here: nothing is sent before the first step.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +10,9 @@ from hypothesis import strategies as st
 from layouts import DIALECTS, LAYOUTS, configure
 
 from megasora.build import build_model, patch_dim
-from megasora.parallel.mesh import Axis
-from megasora.parallel.placement import Placement
+from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallelize import build_local_model
+from megasora.placement import Placement
 
 CUT = st.tuples(
     st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 2), st.integers(1, 6), st.integers(1, 4)
@@ -32,6 +30,7 @@ def test_the_parts_of_all_tensor_ranks_are_the_tensor_and_have_the_shape_that_is
     parts = [placement.local(full, rank, size) for rank in range(size)]
     assert torch.equal(placement.full(parts), full)
     assert all(placement.full_shape(part.shape, size) == full.shape for part in parts)
+    assert all(placement.local_shape(full.shape, size) == part.shape for part in parts)
     assert sorted(torch.cat([part.flatten() for part in parts]).tolist()) == list(range(full.numel()))
 
 
@@ -48,7 +47,7 @@ def test_what_is_not_cut_is_whole_on_every_rank():
     for placement in (Placement(), Placement(summed=("tensor", "pipeline"))):
         assert all(torch.equal(placement.local(full, rank, 4), full) for rank in range(4))
         assert torch.equal(placement.full([full, full + 1, full + 2]), full)
-        assert placement.full_shape(full.shape, 4) == full.shape
+        assert placement.full_shape(full.shape, 4) == placement.local_shape(full.shape, 4) == full.shape
 
 
 def emulated(config, processes, pipeline=0, tensor=0, context=0):
@@ -62,7 +61,7 @@ def emulated(config, processes, pipeline=0, tensor=0, context=0):
         "ulysses": (p.ulysses, context % p.ulysses),
         "zero": (data * p.context, context), "model": (p.pipeline * p.tensor, pipeline * p.tensor + tensor),
     }  # fmt: skip
-    return SimpleNamespace(**{name: Axis(name, *size_rank, group=None) for name, size_rank in ranks.items()})
+    return Mesh(**{name: Axis(name, *size_rank, group=None) for name, size_rank in ranks.items()})
 
 
 @pytest.fixture
@@ -102,7 +101,7 @@ def test_at_step_0_every_layout_has_the_weights_of_the_single_process_bit_for_bi
             placement = local.placements[name]
             part = placement.local(expected[name], mesh.tensor.rank, mesh.tensor.size)
             assert torch.equal(weight, part), (name, mesh.pipeline.rank, mesh.tensor.rank)
-            if placement.counts_here(mesh):
+            if mesh.counts_here(placement):
                 found.setdefault(name, []).append(weight)
                 counted += weight.numel()
     assert found.keys() == expected.keys()

@@ -69,8 +69,8 @@ def pieces(pack, share):
     numbers = pack.sample_ids_G.tolist()
     for i, sample_id in enumerate(share.sample_ids_G.tolist()):
         g, first, length = numbers.index(sample_id), int(share.cu_segments[i]), int(share.cu_segments.diff()[i])
-        at = int(pack.cu_segments[g] + share.starts_G[i])
         if length:
+            at = int(pack.cu_segments[g] + share.places_L[first])
             assert at + length <= pack.cu_segments[g + 1]
             yield g, i, slice(at, at + length), slice(first, first + length)
 

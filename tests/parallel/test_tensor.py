@@ -11,8 +11,8 @@ from megasora.model.attention import WidthNorm
 from megasora.parallel import tensor
 from megasora.parallel.collectives import total
 from megasora.parallel.mesh import Axis
-from megasora.parallel.placement import Placement
 from megasora.parallel.tensor import ColumnLinear, JoinRuns, RowLinear
+from megasora.placement import Placement
 from megasora.testing.spawn import run_ranks
 
 RANKS, TOKENS, INPUTS, OUTPUTS = 2, 6, 5, 12  # no two alike

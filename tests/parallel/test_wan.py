@@ -30,8 +30,7 @@ def predict_share(settings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torc
     with torch.no_grad():
         out_LP = model(share)
     segment_L = owner_of_tokens(share.cu_segments, share.num_tokens)
-    place_L = torch.arange(share.num_tokens) - share.cu_segments[segment_L] + share.starts_G[segment_L]
-    return share.sample_ids_G[segment_L], place_L, out_LP[: share.num_tokens]
+    return share.sample_ids_G[segment_L], share.places_L[: share.num_tokens], out_LP[: share.num_tokens]
 
 
 @pytest.mark.parametrize("axes", [("tensor=2", "context=2"), ("tensor=2", "context=2", "ulysses=2")], ids=",".join)

@@ -6,11 +6,8 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import check_repeats, lines, train_arguments
-from safetensors.torch import load_file
+from conftest import check_repeats, lines, saved, train, train_arguments
 
-from megasora.config import load
 from megasora.testing.spawn import run_ranks
 
 LAYOUTS = {  # settings: processes
@@ -20,24 +17,12 @@ LAYOUTS = {  # settings: processes
 }
 
 
-def train(arguments: list[str]) -> None:
-    """What megasora.train does, in a process group that exists."""
-    from megasora.parallel.mesh import build_mesh
-    from megasora.parallel.world import World
-    from megasora.trainer import Trainer
-
-    config = load(arguments[0], arguments[1:])
-    rank, size = dist.get_rank(), dist.get_world_size()
-    world = World(rank, size, rank, size, torch.device("cpu"))
-    Trainer(config, world, build_mesh(config.parallel, "cpu")).run()
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("settings", LAYOUTS, ids=",".join)
 def test_a_run_in_another_layout_is_the_same_run_and_resumes_bit_for_bit(settings, trained, shards, tiny, tmp_path):
     run = tmp_path / "run"
     arguments = [*train_arguments(run, shards, tiny), *settings]
-    run_ranks(train, LAYOUTS[settings], arguments)
+    assert not any(run_ranks(train, LAYOUTS[settings], arguments))
     ours, theirs = lines(run), lines(trained)
     assert len(ours) == len(theirs) == 20
     for a, b in zip(ours, theirs, strict=True):
@@ -47,15 +32,14 @@ def test_a_run_in_another_layout_is_the_same_run_and_resumes_bit_for_bit(setting
         assert ("context_mib_sent" in a) == any("context" in s for s in settings)
     for a, b in zip(lines(run, "validation.jsonl"), lines(trained, "validation.jsonl"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
-    for file in ("model.safetensors", "ema.safetensors"):
-        mine, single = (load_file(r / "checkpoints" / "step-00000020" / file) for r in (run, trained))
-        assert mine.keys() == single.keys()
-        for name, weight in single.items():
-            torch.testing.assert_close(mine[name], weight, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    mine, single = saved(run, 20), saved(trained, 20)
+    assert mine.keys() == single.keys()
+    for name, values in single.items():
+        torch.testing.assert_close(mine[name], values, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
 
     again = tmp_path / "again"
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints" / "step-00000020")
     (again / "checkpoints" / "latest").write_text("step-00000010\n")
-    run_ranks(train, LAYOUTS[settings], [*train_arguments(again, shards, tiny), *settings])
+    assert not any(run_ranks(train, LAYOUTS[settings], [*train_arguments(again, shards, tiny), *settings]))
     check_repeats(run, again)

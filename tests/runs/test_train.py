@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -87,28 +86,29 @@ def test_packs_that_do_not_divide_over_the_processes_are_refused(shards, tiny, c
     assert "data.packs_per_step=2 must be a multiple of the 3 data-parallel" in capsys.readouterr().err
 
 
-def test_other_process_counts_and_damaged_checkpoints_are_not_resumed_silently(trained, shards, launch, tiny, tmp_path):
+def test_a_damaged_checkpoint_is_not_resumed(trained, shards, launch, tiny, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(trained, damaged)
-    file = damaged / "checkpoints" / "step-00000020" / "ema.safetensors"
+    file = damaged / "checkpoints" / "step-00000020" / "slices" / "rank-00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
     file.write_bytes(data)
     code, output = launch("megasora.train", *train_arguments(damaged, shards, tiny))
-    assert code == 2 and "ema.safetensors is damaged" in output
+    assert code == 2 and "rank-00000.safetensors is damaged" in output
 
-    two = tmp_path / "two"
-    shutil.copytree(trained, two)
-    state = two / "checkpoints" / "step-00000020"
-    text = (state / "state.json").read_text().replace('"processes": 1', '"processes": 2')
-    (state / "state.json").write_text(text)
-    manifest = json.loads((state / "manifest.json").read_text())
-    from megasora.checkpoint.store import sha256
 
-    manifest["files"]["state.json"] = [len(text), sha256(state / "state.json")]
-    (state / "manifest.json").write_text(json.dumps(manifest))
-    code, output = launch("megasora.train", *train_arguments(two, shards, tiny))
-    assert code == 2 and "was saved by processes=2" in output and "this launch has processes=1" in output
+def test_a_run_goes_on_in_another_layout_and_says_so(trained, shards, launch, tiny, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "checkpoints" / "latest").write_text("step-00000010\n")
+    arguments = [*train_arguments(run, shards, tiny), "parallel.tensor=2", "model.recompute=attention"]
+    code, output = launch("megasora.train", *arguments, processes=2)
+    assert code == 0, output
+    assert "step 10 was saved by processes=1" in output and "this launch has processes=2" in output
+    first, again = lines(trained), lines(run)[20:]
+    assert [line["step"] for line in again] == list(range(11, 21))
+    for a, b in zip(first[10:], again, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
 
 
 def test_bfloat16_follows_float32(trained, shards, launch, tiny, tmp_path):

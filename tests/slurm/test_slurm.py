@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import lines
+from conftest import check_same_saves, lines
 
 from megasora.errors import CONFIGURATION, CRASH
 from megasora.observe.status import read_status
@@ -133,9 +133,7 @@ def check_same_run(run: Path, whole: Path) -> None:
     assert {step for step, _ in found} == set(expected) == set(range(1, STEPS + 1))
     for step, numbers in found:
         assert numbers == expected[step], step
-    for file in ("model.safetensors", "ema.safetensors"):
-        paths = [folder / "checkpoints" / f"step-{STEPS:08d}" / file for folder in (run, whole)]
-        assert paths[0].read_bytes() == paths[1].read_bytes()
+    check_same_saves(run, whole, STEPS)
 
 
 def test_the_line_of_the_readme_trains_over_both_nodes_as_torchrun_does(cluster, whole):

@@ -2,7 +2,7 @@
 checkpoints and the debug guard read.
 
 Over data and context every parameter is the same and its gradient is summed by ZeRO; a placement says what is special
-on the tensor and the pipeline axis.
+on the tensor and the pipeline axis. A fragment is what ZeRO leaves to one rank of its part of a parameter.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from megasora.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,24 @@ class Placement:
             return local
         return torch.Size(n * size if dim == self.cut else n for dim, n in enumerate(local))
 
-    def counts_here(self, mesh: Mesh) -> bool:
-        """Whether this rank's copy is the one that counts in a norm and is written to a checkpoint."""
-        first_tensor = self.cut is not None or mesh.tensor.rank == 0
-        return first_tensor and ("pipeline" not in self.summed or mesh.pipeline.rank == 0)
+    def local_shape(self, full: torch.Size, size: int) -> torch.Size:
+        if self.cut is None:
+            return full
+        return torch.Size(n // size if dim == self.cut else n for dim, n in enumerate(full))
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of consecutive numbers of one tensor rank's flattened part of a parameter, and what a rank keeps of it."""
+
+    name: str
+    shape: torch.Size  # of the full parameter
+    placement: Placement
+    tensor_rank: int  # whose part it is
+    tensor_size: int
+    start: int  # in the flattened part
+    values: dict[str, Tensor]  # what: fp32 [n], live; of all kinds equally many
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.values.values())))
