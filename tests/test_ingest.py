@@ -207,6 +207,7 @@ def test_names_with_spaces_quotes_brackets_and_emoji_are_names(tmp_path, capsys)
         "100%.png",
         "-dash.png",
         "a.b.png",
+        "two..dots.png",
         "new\nline.png",
     ]
     for name in names:
@@ -218,6 +219,15 @@ def test_names_with_spaces_quotes_brackets_and_emoji_are_names(tmp_path, capsys)
     assert sorted(captions(tmp_path / "my shards")) == sorted(" ".join(f"this is {name}".split()) for name in names)
     shown = capsys.readouterr().out.replace("\n", "").replace(" ", "").replace("│", "")
     assert "broken[red].png" in shown  # brackets are no markup
+
+
+def test_paths_through_parent_folders_are_paths(tmp_path):
+    make_still(tmp_path / "clips" / "a.png", caption="above the list")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "list.txt").write_text("../clips/a.png\n")
+    ingest(tmp_path / "lists" / ".." / "lists" / "list.txt", tmp_path / "lists" / ".." / "shards", settings())
+    assert captions(tmp_path / "shards") == ["above the list"]
+    assert sources(tmp_path / "shards") == {"../clips/a.png": 0}
 
 
 def test_hidden_files_and_other_files_are_no_clips(tmp_path):

@@ -30,7 +30,7 @@ NEVER = 256.0  # a change that no two frames have
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", type=Path, metavar="CLIPS", help="a folder of clips, or a list of them")
+    parser.add_argument("clips", type=Path, metavar="CLIPS", help="a folder of clips, a list of them, or tars")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".jsonl to write")
     parser.add_argument("--scenes", action="store_true", help="a line a scene")
     parser.add_argument("--threshold", type=float, default=20.0, help="change at a cut, levels of 255")
@@ -52,8 +52,6 @@ def list_clips(options: argparse.Namespace) -> tuple[int, int]:
     """Lines written, and clips left out."""
     config = load(None, options.overrides)
     clips = find_clips(options.clips)
-    if any(clip.media.name for clip in clips):
-        raise MegaSoraError(f"{options.clips} holds tars; a list names files, so unpack them first")
     threshold = options.threshold if options.scenes else NEVER
     waiting: deque[Source] = deque()
 
@@ -84,6 +82,8 @@ def line_of(clip: Source, folder: Path) -> str:
     media, path = clip.media, clip.media.path.absolute()
     name = path.relative_to(folder) if path.is_relative_to(folder) else path
     values: dict[str, object] = {"file": name.as_posix(), "split": clip.split}
+    if media.name:
+        values["member"] = media.name
     if clip.caption is not None:
         values["caption"] = clip.caption
     if media.start:

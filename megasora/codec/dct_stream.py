@@ -64,9 +64,9 @@ class DCTStream:
         self.column_color = np.ascontiguousarray(column_color.T.astype(np.float32))  # B transposed [pw*3, g]
         self.pick = np.array([pairs_th.index((t, h)) * len(pairs_wc) + pairs_wc.index((w, c)) for c, t, h, w in kept])
         self.gain = (1 / scale).astype(np.float32)
-        # a pixel is x = p / 127.5 - 1: the constant is a multiple of the coefficient without any frequency alone
-        constant = np.where(kept.any(1), 0.0, math.sqrt(3 * pt * ph * pw))
-        self.offset = (constant / scale).astype(np.float32)
+        # a byte is x = p / 127.5 - 1: the constant is a multiple of the coefficient without any frequency alone
+        self.constant = int(np.flatnonzero(~kept.any(1))[0])
+        self.offset = np.float32(math.sqrt(3 * pt * ph * pw) / scale[self.constant])
 
     def encode(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """[H, W, 3] each, uint8 or float32 in [-1, 1] -> float32 [H/ph, W/pw, C] each.
@@ -91,22 +91,20 @@ class DCTStream:
         _, ph, pw = self.factors
         height, width, _ = work.frame_shape
         latents = np.empty((height // ph, width // pw, self.channels), np.float32)
+        gain = np.tile(self.gain / np.float32(127.5) if frames[0].dtype == np.uint8 else self.gain, width // pw)
         for first in range(0, len(latents), work.rows):
             rows = min(work.rows, len(latents) - first)
-            pixels, reduced, pairs, ordered = (a[:rows] for a in (work.pixels, work.reduced, work.pairs, work.ordered))
+            pixels, reduced, pairs = (a[:rows] for a in (work.pixels, work.reduced, work.pairs))
             for t, frame in enumerate(frames):
                 pixels[:, t] = frame[first * ph : (first + rows) * ph].reshape(rows, ph, width, 3)
             np.matmul(self.time_row, pixels.reshape(rows, -1, width * 3), out=reduced)
-            blocks = reduced.reshape(rows, -1, pw * 3)
-            np.matmul(blocks, self.column_color, out=pairs.reshape(*blocks.shape[:2], -1))
-            ordered[:] = pairs.transpose(0, 2, 1, 3)
+            blocks = reduced.reshape(rows, -1, width // pw, pw * 3)
+            np.matmul(blocks, self.column_color, out=pairs.transpose(0, 2, 1, 3))  # the product lies as it is picked
             out = latents[first : first + rows]
-            np.take(ordered.reshape(*ordered.shape[:2], -1), self.pick, axis=2, out=out, mode="clip")
-        if frames[0].dtype == np.uint8:
-            latents *= self.gain / np.float32(127.5)
-            latents -= self.offset
-        else:
-            latents *= self.gain
+            np.take(pairs.reshape(rows, width // pw, -1), self.pick, axis=2, out=out, mode="clip")
+            out.reshape(rows, -1)[:] *= gain
+            if frames[0].dtype == np.uint8:
+                out[:, :, self.constant] -= self.offset
         return latents
 
 
@@ -122,5 +120,4 @@ class Workspace:
         th, wc = len(stream.time_row), stream.column_color.shape[1]
         self.pixels = np.empty((self.rows, pt, ph, width, 3), np.float32)
         self.reduced = np.empty((self.rows, th, width * 3), np.float32)
-        self.pairs = np.empty((self.rows, th, width // pw, wc), np.float32)
-        self.ordered = np.empty((self.rows, width // pw, th, wc), np.float32)
+        self.pairs = np.empty((self.rows, width // pw, th, wc), np.float32)

@@ -16,14 +16,11 @@ killed writer left is removed by the next writer of its block; what was complete
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import socket
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32
 
 from megasora.data.pack import Record
 from megasora.data.shards import (
@@ -50,8 +48,9 @@ from megasora.data.shards import (
 )
 from megasora.data.tar import BLOCK, END, group, padded, read_members, write_header
 from megasora.errors import MegaSoraError
+from megasora.files import locked, make_below, sync, whole_file, write_whole
 
-CHUNK = 4 << 20  # bytes in memory of what is streamed
+CHUNK = 1 << 18  # bytes of a file in memory at once: few enough to stay in the cache from one use to the next
 BLOCKS, LOCKS, PARTS = "blocks", ".locks", ".parts"
 
 
@@ -97,7 +96,7 @@ class BlockWriter:
         self.first = -1
 
     def __enter__(self) -> BlockWriter:
-        self.lock = locked(self.folder, block_name(self.block), f"block {self.block} of {self.folder}")
+        self.lock = locked(self.folder / LOCKS / block_name(self.block), f"block {self.block} of {self.folder}")
         self.lock.__enter__()
         try:
             if block_path(self.folder, self.block).exists():
@@ -187,12 +186,11 @@ class BlockWriter:
             for shard in shards:
                 for name in (shard.path.name, index_name(shard.path.name)):
                     os.replace(self.parts / name, self.folder / name)
-        flush_folder(self.folder)
+        sync(self.folder)
         sign = block_path(self.folder, self.block)
         sign.parent.mkdir(exist_ok=True)
-        write_file(self.parts / sign.name, json_bytes(asdict(facts)))
-        os.replace(self.parts / sign.name, sign)
-        flush_folder(sign.parent)
+        write_whole(sign, json_text(asdict(facts)))
+        sync(sign.parent)
         return facts
 
     def __exit__(self, *_: object) -> None:
@@ -233,7 +231,7 @@ class ShardFile:
             checksum = done = 0
             for chunk in chunks_of(content):
                 self.file.write(chunk)
-                checksum, done = zlib.crc32(chunk, checksum), done + len(chunk)
+                checksum, done = crc32(chunk, checksum), done + len(chunk)
             if done != size:
                 raise MegaSoraError(f"{content.path} changed while it was read: {done} of {size} bytes")
             self.file.write(bytes(padded(size) - size))
@@ -250,8 +248,9 @@ class ShardFile:
             self.rows = self.read_back(file)
             size = file.seek(0, 2)
         index = index_bytes(self.rows)
-        write_file(self.path.with_name(index_name(self.path.name)), index)
-        self.facts = {"clips": len(self.rows), "bytes": size, "index": zlib.crc32(index)}
+        with whole_file(self.path.with_name(index_name(self.path.name))) as file:
+            file.write(index)
+        self.facts = {"clips": len(self.rows), "bytes": size, "index": crc32(index)}
 
     def read_back(self, file: BinaryIO) -> np.ndarray:
         names = member_names(self.dtype)
@@ -261,18 +260,18 @@ class ShardFile:
             raise MegaSoraError(f"{self.path}: {len(found)} of {len(self.written)} clips are read back; check the disk")
         for row, (record, checksums), spans in zip(rows, self.written, found.values(), strict=True):
             row["sample_id"], row["grid"], row["native"] = record.sample_id, record.grid, record.native
-            for member, name in zip(MEMBERS, names, strict=True):
-                if name in checksums:
-                    offset, size = spans[name]
-                    row[member] = (offset, size, checksum_of(file, offset, size))
-                    if row[member]["crc32"] != checksums[name]:
-                        raise MegaSoraError(
-                            f"{self.path}: {name} of sample {record.sample_id} is read back with checksum "
-                            f"{row[member]['crc32']:08x}, written with {checksums[name]:08x}; check disk and memory"
-                        )
             start = min(offset for offset, _ in spans.values()) - BLOCK
             size = max(offset + padded(size) for offset, size in spans.values()) - start
-            row["record"] = (start, size, checksum_of(file, start, size))
+            whole, found_crc = checksums_of(file, start, size, spans)
+            row["record"] = (start, size, whole)
+            for member, name in zip(MEMBERS, names, strict=True):
+                if name in checksums:
+                    row[member] = (*spans[name], found_crc[name])
+                    if found_crc[name] != checksums[name]:
+                        raise MegaSoraError(
+                            f"{self.path}: {name} of sample {record.sample_id} is read back with checksum "
+                            f"{found_crc[name]:08x}, written with {checksums[name]:08x}; check disk and memory"
+                        )
         return rows
 
 
@@ -283,22 +282,40 @@ def raw_bytes(values: Tensor, dtype: str, name: str) -> bytes:
     return stored.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
 
 
-def chunks_of(content: bytes | RawPatches) -> Iterator[bytes]:
+def chunks_of(content: bytes | RawPatches) -> Iterator[bytes | memoryview]:
+    """Each is valid until the next is asked for."""
     if isinstance(content, bytes):
         yield content
         return
-    with open(content.path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+    with open(content.path, "rb", buffering=0) as file:
+        yield from read_chunks(file, content.path.stat().st_size)
 
 
-def checksum_of(file: BinaryIO, offset: int, size: int) -> int:
-    """CRC-32 of a range of a file, or of what is there of it."""
-    checksum, left = 0, size
-    file.seek(offset)
-    while left and (chunk := file.read(min(left, CHUNK))):
-        checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
-    return checksum
+def read_chunks(file: BinaryIO, size: int) -> Iterator[memoryview]:
+    """The next `size` bytes of a file, or what is there of them; each piece is valid until the next is asked for."""
+    buffer = memoryview(bytearray(min(size, CHUNK)))
+    while size and (count := file.readinto(buffer[:size])):
+        yield buffer[:count]
+        size -= count
+
+
+def checksums_of(
+    file: BinaryIO, start: int, size: int, spans: Mapping[str, tuple[int, int]]
+) -> tuple[int, dict[str, int]]:
+    """CRC-32 of a range of a file, and of `spans` of it, name -> (offset, size), read once."""
+    whole, parts, at = 0, {}, start
+    file.seek(start)
+    inner = sorted((offset, length, name) for name, (offset, length) in spans.items())
+    for offset, length, name in [*inner, (start + size, 0, None)]:
+        for chunk in read_chunks(file, offset - at):
+            whole = crc32(chunk, whole)
+        part = 0
+        for chunk in read_chunks(file, length):
+            whole, part = crc32(chunk, whole), crc32(chunk, part)
+        if name is not None:
+            parts[name] = part
+        at = offset + length
+    return whole, parts
 
 
 # ---------------------------------------------------------------- complete blocks
@@ -338,12 +355,10 @@ def write_manifest(
     `codec`, `text`: fingerprints. `codec_settings`: the configuration of the codec, from which it can be built again.
     Raises MegaSoraError where blocks are missing or do not fit together. May be called by several processes.
     """
-    with locked(folder, "manifest", f"the manifest of {folder}", wait=True):
+    with locked(folder / LOCKS / "manifest", f"the manifest of {folder}", wait=True):
         manifest = merge_blocks(folder, codec, text, patch, num_blocks, codec_settings)
-        part = folder / f".{MANIFEST}.part"
-        write_file(part, json_bytes(asdict(manifest)))
-        os.replace(part, folder / MANIFEST)
-        flush_folder(folder)
+        write_whole(folder / MANIFEST, json_text(asdict(manifest)))
+        sync(folder)
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # of writers that were killed when their block was complete
         for left in (folder / LOCKS).glob("[0-9]*"):
             left.unlink(missing_ok=True)
@@ -384,70 +399,5 @@ def merge_blocks(
     return manifest
 
 
-# ---------------------------------------------------------------- files that are whole, and who writes them
-
-
-@contextmanager
-def locked(folder: Path, name: str, what: str, wait: bool = False) -> Iterator[None]:
-    """Holds `folder/.locks/name`; the system lets go of it when this process ends (and its forks: spawn children).
-
-    Raises MegaSoraError where another holds it, unless `wait`.
-    """
-    path = folder / LOCKS / name
-    while True:
-        handle = make_below(path.parent, lambda: os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                break
-        except BlockingIOError:
-            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(handle)
-            raise MegaSoraError(
-                f"{what} is being written by {holder}; wait for it, or stop it and run this again"
-            ) from None
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            os.close(handle)
-            raise MegaSoraError(f"{path} cannot be locked ({error.strerror}); mount {folder} with flock") from None
-        os.close(handle)  # its last holder has removed the file: lock the new one
-    try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-            path.parent.rmdir()  # where nobody holds another
-        os.close(handle)
-
-
-def make_below(folder: Path, make: Callable[[], Any]) -> Any:
-    """`make()`, which puts something into `folder`, though others make this folder and remove it when it is empty."""
-    while True:
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-        with suppress(FileNotFoundError):
-            return make()
-
-
-def json_bytes(values: object) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """On disk when this returns."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """The names in it are on disk when this returns."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def json_text(values: object) -> str:
+    return json.dumps(values, indent=1) + "\n"

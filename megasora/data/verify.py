@@ -1,18 +1,19 @@
 """Every byte of a folder of shards, held against its index and manifest: what is wrong, file by file.
 
-Each byte is read once, in order, in pieces that fit a small memory. Records lie one behind the other from byte 0 of a
-tar, and behind the last there is the end of the archive, so checksums of records and that end cover the whole file.
+Each byte is read once, in order, in pieces that fit a small memory, and patches are searched for NaN and Inf on the
+way. Records lie one behind the other from byte 0 of a tar, and behind the last there is the end of the archive, so
+checksums of records and that end cover the whole file.
 """
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from megasora.data.folder import LocalFolder, RemoteFolder
 from megasora.data.shards import (
@@ -29,7 +30,8 @@ from megasora.data.shards import (
 from megasora.data.tar import END
 from megasora.errors import MegaSoraError
 
-CHUNK = 4 << 20  # bytes read at once
+CHUNK = 1 << 20  # bytes read at once
+EXPONENTS = {"f16": 0x7C00, "bf16": 0x7F80}  # of NaN and Inf, whose mantissas are not 0, and 0
 SMALL = 64 << 20  # bytes: a damaged record up to here is read whole, to name the file that is hit
 
 
@@ -95,9 +97,13 @@ def verify_tar(
                 name, at, entry.sample_id, f"the record begins at byte {start}: {start - at} bytes are nobody's"
             )
         at = start + size
-        if (what := verify_record(file, row, entries.files, advance)) is not None:
+        counted = NonFinite(row, manifest.dtype)
+        if (what := verify_record(file, row, entries.files, advance, counted)) is not None:
             yield Fault(name, what[0], entry.sample_id, f"{what[1]} of sample {entry.sample_id} is damaged")
             continue
+        if counted.first is not None:
+            what = f"sample {entry.sample_id}: its patches hold {counted.nan} NaN and {counted.inf} Inf"
+            yield Fault(name, counted.first, entry.sample_id, f"{what}; leave its clip out and ingest again")
         if wrong := contradictions(file, entry, row, manifest):
             yield Fault(name, start, entry.sample_id, f"sample {entry.sample_id}: {wrong}")
     file.seek(at)
@@ -108,14 +114,16 @@ def verify_tar(
 
 
 def verify_record(
-    file: BinaryIO, row: np.void, files: tuple[str, ...], advance: Callable[[int], None]
+    file: BinaryIO, row: np.void, files: tuple[str, ...], advance: Callable[[int], None], counted: NonFinite
 ) -> tuple[int, str] | None:
-    """Where in the tar, and what, is damaged."""
+    """Where in the tar, and what, is damaged. `counted` looks at every byte too."""
     start, size, checksum = row["record"].item()
     file.seek(start)
     found, done = 0, 0
     while done < size and (chunk := file.read(min(CHUNK, size - done))):
-        found, done = zlib.crc32(chunk, found), done + len(chunk)
+        found = crc32(chunk, found)
+        counted.add(chunk, start + done)
+        done += len(chunk)
         advance(len(chunk))
     if done == size and found == checksum:
         return None
@@ -124,6 +132,29 @@ def verify_record(
         return start if done == size else start + done, f"the record ({size} bytes, {what})"
     file.seek(start)
     return find_damage(row, file.read(size), files)
+
+
+class NonFinite:
+    """Counts NaN and Inf in the patches of a record, whose bytes pass in order."""
+
+    def __init__(self, row: np.void, dtype: str):
+        begin, size, _ = row["patches"].item()
+        self.begin, self.end, self.exponent = begin, begin + size, EXPONENTS[dtype]
+        self.nan, self.inf = 0, 0
+        self.first: int | None = None  # byte of the tar
+
+    def add(self, chunk: bytes, offset: int) -> None:
+        """`offset`: of the chunk in the tar, even; so are those of files in a tar."""
+        low, high = max(self.begin, offset) - offset, min(self.end, offset + len(chunk)) - offset
+        if high - low < 2:
+            return
+        magnitudes = np.frombuffer(chunk, "<u2", (high - low) // 2, low) & 0x7FFF
+        if magnitudes.max() < self.exponent:
+            return
+        self.nan += int((magnitudes > self.exponent).sum())
+        self.inf += int((magnitudes == self.exponent).sum())
+        if self.first is None:
+            self.first = offset + low + 2 * int(np.argmax(magnitudes >= self.exponent))
 
 
 def contradictions(file: BinaryIO, entry: Any, row: np.void, manifest: Manifest) -> str:

@@ -8,7 +8,6 @@ block is written by one process, so shards do not depend on how many there are, 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megasora.config import Config
-from megasora.data.blocks import BLOCKS, LOCKS, PARTS, locked, write_file
+from megasora.data.blocks import BLOCKS, LOCKS, PARTS
 from megasora.errors import MegaSoraError
+from megasora.files import locked, write_whole
 from megasora.ingest.sources import Source, listing_hash
 
 CHARTER = "ingest.json"
@@ -82,19 +82,15 @@ def claim(out: Path, charter: dict[str, Any]) -> bool:
 
     Raises MegaSoraError with every difference, and where `out` holds anything else.
     """
-    path, part = out / CHARTER, out / f".{CHARTER}.part"
+    path = out / CHARTER
     if out.exists() and not out.is_dir():
         raise MegaSoraError(f"{out} exists and is not empty; remove it or give another --out")
-    if not path.exists() and out.is_dir() and any(p.name not in (LOCKS, part.name) for p in out.iterdir()):
+    if not path.exists() and out.is_dir() and any(p.name not in (LOCKS, f".{CHARTER}.part") for p in out.iterdir()):
         raise MegaSoraError(f"{out} exists and is not empty; remove it or give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "charter", f"{path}", wait=True):
+    with locked(out / LOCKS / "charter", f"{path}", wait=True):
         if not path.exists():
-            try:
-                write_file(part, (json.dumps(charter, indent=2) + "\n").encode())
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_whole(path, json.dumps(charter, indent=2) + "\n")
             return True
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))

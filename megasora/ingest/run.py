@@ -18,14 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megasora.codec import build_codec
 from megasora.config import Config
-from megasora.data.blocks import BLOCKS, BlockWriter, RawPatches, locked, read_block, write_manifest
+from megasora.data.blocks import BLOCKS, LOCKS, BlockWriter, RawPatches, read_block, write_manifest
 from megasora.data.pack import Record
 from megasora.data.shards import Manifest
 from megasora.errors import MegaSoraError
+from megasora.files import locked
 from megasora.ingest.division import SPOOL, Part, charter_of, claim, disclaim, remove_empty
 from megasora.ingest.pool import Pool
 from megasora.ingest.sources import Source, find_clips
@@ -34,6 +36,7 @@ from megasora.ingest.worker import job_of, settings_of
 from megasora.text import build_text_encoder
 
 SHOWN_REJECTIONS = 5  # examples a reason that a block remembers
+CAPTIONS_AT_ONCE = 32  # of one block: what is encoded together depends on nothing but the block
 
 
 def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None) -> Manifest | None:
@@ -108,7 +111,7 @@ class Prepared:
 def ingest_part(clips: list[Source], num_blocks: int, out: Path, config: Config, encoder: Any, part: Part) -> None:
     """Every block of this part that is not complete yet."""
     name = f"part-{part.index + 1}-of-{part.count}"
-    with locked(out, name, f"part {part} of {out}"), spool_folder(out / SPOOL / name) as spool:
+    with locked(out / LOCKS / name, f"part {part} of {out}"), spool_folder(out / SPOOL / name) as spool:
         todo = [block for block in part.blocks(num_blocks) if read_block(out, block) is None]
         if todo:
             ingest_blocks(clips, todo, out, spool, config, encoder, part)
@@ -122,11 +125,12 @@ def ingest_blocks(
     line: deque[Prepared] = deque()  # handed to the pool and not written yet
 
     def jobs() -> Iterator[dict[str, Any] | None]:
-        for number in (n for block in numbers for n in block):
-            clip = prepare(number, clips[number], spool, config, encoder)
-            line.append(clip)
-            yield None if clip.rejection else job_of(clip.source.media, clip.spool)
+        for few in (block[i : i + CAPTIONS_AT_ONCE] for block in numbers for i in range(0, size, CAPTIONS_AT_ONCE)):
+            for clip in prepare(few, clips, spool, config, encoder):
+                line.append(clip)
+                yield None if clip.rejection else job_of(clip.source.media, clip.spool)
 
+    encoder.encode([""])  # one that cannot be loaded is an error here, and no caption's fault
     settings = settings_of(config.codec, config.ingest, config.data.patch)
     with (
         Pool(settings, config.ingest.workers or cores()) as pool,
@@ -150,22 +154,46 @@ def ingest_blocks(
                 writer.commit(counts.reasons, counts.details())
 
 
-def prepare(number: int, clip: Source, spool: Path, config: Config, encoder: Any) -> Prepared:
-    """Captions are read before any frame is: a clip that its caption rules out is not decoded."""
+def prepare(numbers: range, clips: list[Source], spool: Path, config: Config, encoder: Any) -> Iterator[Prepared]:
+    """A few clips in a row, their captions encoded together, before any frame is read: a clip that its caption rules
+    out is not decoded."""
+    rejections = {number: rejection_of(clips[number], config) for number in numbers}
+    wanted = [number for number in numbers if rejections[number] is None]
+    texts = dict(zip(wanted, encode_each(encoder, [clips[number].caption or "" for number in wanted]), strict=True))
+    for number in numbers:
+        source, rejection, text = clips[number], rejections[number], texts.get(number)
+        if isinstance(text, MegaSoraError):
+            rejection = ("caption too long", f"{source.media}: {text}")
+        elif text is not None and encoder.precomputed and not torch.isfinite(text.half()).all():
+            rejection = ("features not finite", f"{source.media}: features of its caption are not finite in float16")
+        if rejection:
+            reason, message = rejection
+            answer = {"stage": "caption", "reason": reason, "message": message}
+            yield Prepared(number, source, spool / str(number), rejection=answer)
+        else:
+            yield Prepared(number, source, spool / str(number), text)
 
-    def rejected(reason: str, message: str) -> Prepared:
-        rejection = {"stage": "caption", "reason": reason, "message": message}
-        return Prepared(number, clip, spool / str(number), rejection=rejection)
 
+def rejection_of(clip: Source, config: Config) -> tuple[str, str] | None:
+    """Reason and message where there is no caption to encode."""
     if clip.fault:
-        return rejected("unreadable caption", clip.fault)
+        return "unreadable caption", clip.fault
     if not clip.caption and config.ingest.missing_caption == "skip":
-        return rejected("no caption", f"{clip.media} has no caption")
+        return "no caption", f"{clip.media} has no caption"
+    return None
+
+
+def encode_each(encoder: Any, captions: list[str]) -> list[Tensor | MegaSoraError]:
+    """Of each caption its encoding, or why it has none: an encoder takes all that it is given, or none of it."""
+    if not captions:
+        return []
     try:
-        (text,) = encoder.encode([clip.caption or ""])
+        return encoder.encode(captions)
     except MegaSoraError as error:
-        return rejected("caption too long", f"{clip.media}: {error}")
-    return Prepared(number, clip, spool / str(number), text)
+        if len(captions) == 1:
+            return [error]
+    middle = len(captions) // 2
+    return encode_each(encoder, captions[:middle]) + encode_each(encoder, captions[middle:])
 
 
 def write_clip(writer: BlockWriter, clip: Prepared, facts: dict[str, Any], precomputed: bool) -> None:

@@ -2,11 +2,12 @@
 
     a folder            every clip below it, by path
     a list, .txt        a path a line
-    a list, .jsonl      {"file": ..., "caption": ..., "split": ..., "start": seconds, "end": seconds}; file is needed
+    a list, .jsonl      {"file": ..., "caption": ..., "split": ..., "start": seconds, "end": seconds}; file is needed,
+                        and where it is a tar, "member": the name of a clip in it
     tars                a .tar, a folder of them or a pattern: raw WebDataset, a clip and its caption under one key
 
-The clips of a list are sorted by path and start, those of tars by tar and place in it. A clip's place is its permanent
-sample id, so a source is read the same by everybody who takes part in an ingest.
+The clips of a list are sorted by path, place in a tar and start, those of tars by tar and place in it. A clip's place
+is its permanent sample id, so a source is read the same by everybody who takes part in an ingest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +137,43 @@ def caption_beside(path: Path) -> str | None:
 
 def clips_of_list(table: Path) -> list[Source]:
     lines = read_lines(table, ()) if table.suffix.lower() == ".jsonl" else read_names(table)
-    found = [source_of_line(table, number, name, values) for number, name, values in lines]
-    found.sort(key=lambda clip: (clip.media.path, clip.media.start, clip.media.end or math.inf))
+    tars = Tars()
+    found = [source_of_line(table, number, name, values, tars) for number, name, values in lines]
+    found.sort(key=lambda c: (c.media.path, c.media.offset, c.media.start, c.media.end or math.inf))
     for before, clip in zip(found, found[1:], strict=False):
         if before.media == clip.media:
             raise MegaSoraError(f"{table} lists {clip.media} twice")
     return found
 
 
-def source_of_line(table: Path, number: int, name: str, values: dict[str, Any]) -> Source:
-    path = table.parent / name
-    if not is_clip(path):
+class Tars:
+    """The clips of tars by name, each tar read once."""
+
+    def __init__(self) -> None:
+        self.found: dict[Path, dict[str, Source]] = {}
+
+    def clip(self, tar: Path, member: str) -> Source | None:
+        if tar not in self.found:
+            self.found[tar] = {source.media.name: source for source in clips_of_tars([tar], tar.parent)}
+        return self.found[tar].get(member)
+
+
+def source_of_line(table: Path, number: int, name: str, values: dict[str, Any], tars: Tars) -> Source:
+    path, member = table.parent / name, values.get("member")
+    if member is None and path.suffix.lower() == ".tar":
+        raise MegaSoraError(f'{table}:{number}: {name} is a tar; name a clip in it, in a .jsonl: "member": "NAME.mp4"')
+    if member is None and not is_clip(path):
         raise MegaSoraError(f"{table}:{number}: {name} is no clip: .mp4 .mov .mkv .webm .avi .png .jpg .webp are")
     if not path.is_file():
         raise MegaSoraError(f"{table}:{number}: {path} is not there; names are taken from the folder of the list")
-    split = values.get("split") or split_of(Path(name))
+    if member is None:
+        whole = Source(Media(path), name, path.stat().st_size, split_of(Path(name)), None)
+    else:
+        inside = tars.clip(path, member) if isinstance(member, str) else None
+        if inside is None:
+            raise MegaSoraError(f"{table}:{number}: {path} holds no clip of the name {member!r}")
+        whole = replace(inside, name=f"{name}/{member}")
+    split = values.get("split") or ("val" if split_of(Path(name)) == "val" else whole.split)
     if split not in SPLITS:
         raise MegaSoraError(f"{table}:{number}: split {split!r} is none of {', '.join(SPLITS)}")
     start, end = values.get("start") or 0.0, values.get("end")
@@ -161,13 +184,13 @@ def source_of_line(table: Path, number: int, name: str, values: dict[str, Any]) 
         raise MegaSoraError(f"{table}:{number}: end={end} is not behind start={start}")
     if "caption" in values:
         try:
-            caption = None if values["caption"] is None else one_line(values["caption"])
+            whole = replace(whole, caption=None if values["caption"] is None else one_line(values["caption"]), fault="")
         except ValueError as error:
             raise MegaSoraError(f"{table}:{number}: the caption: {error}") from None
-    else:
-        caption = caption_beside(path)
-    media = Media(path, start=float(start), end=None if end is None else float(end))
-    return Source(media, name, path.stat().st_size, split, caption)
+    elif member is None:
+        whole = replace(whole, caption=caption_beside(path))
+    media = replace(whole.media, start=float(start), end=None if end is None else float(end))
+    return replace(whole, media=media, split=split)
 
 
 def read_names(table: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from megasora.data.shards import Manifest
 
-STAGES = ("caption", "decode", "length", "motion and contrast", "scores")  # in the order in which a clip meets them
+# in the order in which a clip meets them
+STAGES = ("caption", "decode", "length", "motion and contrast", "codec", "scores")
 SHOWN_REJECTIONS = 5  # examples a reason
 
 

@@ -28,6 +28,7 @@ from megasora.config import CodecConfig, IngestConfig
 from megasora.data.video import Media, RejectedClip, open_clip, sha256
 from megasora.errors import MegaSoraError
 from megasora.ingest.duplicates import frame_hash
+from megasora.ingest.half import Half
 from megasora.ingest.scenes import Scenes, grid
 from megasora.ingest.stages import Meter, Thumbnails, load_scores, within_length
 
@@ -55,6 +56,7 @@ def look_of(media: Media, threshold: float, min_seconds: float) -> dict[str, Any
 class Worker:
     def __init__(self, codec: CodecConfig, limits: IngestConfig, patch: list[int]):
         self.stream, self.limits, self.patch = build_stream(codec), limits, tuple(patch[1:])
+        self.half = Half()
         self.scores = load_scores(limits.scores)
         self.hashes: dict[tuple, str] = {}
 
@@ -90,7 +92,11 @@ class Worker:
             seen = Counted(frames)
             grid_t = 0
             for latent in self.stream.encode(padded(seen, multiple)):
-                patches, grid = to_patches(latent, self.patch)
+                try:
+                    patches, grid = to_patches(self.half(latent), self.patch)
+                except OverflowError as error:
+                    message = f"{name}: latent frame {grid_t + 1}: {error}; look at its pixels and the codec"
+                    raise RejectedClip("not finite", message, "codec") from None
                 file.write(patches)
                 grid_t += 1
         if meter:
@@ -148,10 +154,10 @@ def padded(frames: Iterator[np.ndarray], multiple: tuple[int, int]) -> Iterator[
 
 
 def to_patches(latent_HWC: np.ndarray, patch: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """One latent frame -> its patches, f16 [h*w, C*ph*pw], and (h, w); as `data.patches.patchify`."""
+    """One latent frame -> its patches [h*w, C*ph*pw] and (h, w); as `data.patches.patchify`."""
     height, width, channels = latent_HWC.shape
     h, w = height // patch[0], width // patch[1]
-    x = latent_HWC.astype("<f2").reshape(h, patch[0], w, patch[1], channels).transpose(0, 2, 4, 1, 3)
+    x = latent_HWC.reshape(h, patch[0], w, patch[1], channels).transpose(0, 2, 4, 1, 3)
     return np.ascontiguousarray(x).reshape(h * w, -1), (h, w)
 
 

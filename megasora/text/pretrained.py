@@ -33,7 +33,7 @@ ENCODERS = {
     "t5": {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"},
     "clip": {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"},
 }
-ENCODER_BATCH = 16  # captions in one call of the encoder
+ENCODER_BATCH = 32  # captions in one call of the encoder
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # what transformers prefers comes first
 SMALL_FILES = ["*.json", "*.model", "*.txt"]  # config and tokenizer
 PAGES, PAGE_BYTES = 64, 4096  # of each weights file, hashed for the fingerprint
@@ -107,9 +107,12 @@ class PretrainedEncoder:
         """
         with self.loading:
             ids = [self.tokenize(caption) for caption in captions]
-            features = []
+            by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # so that little is padded
+            features: list[Tensor] = [torch.empty(0)] * len(ids)
             for i in range(0, len(ids), ENCODER_BATCH):
-                features += self.encode_batch(ids[i : i + ENCODER_BATCH])
+                numbers = by_length[i : i + ENCODER_BATCH]
+                for number, text_SE in zip(numbers, self.encode_batch([ids[n] for n in numbers]), strict=True):
+                    features[number] = text_SE
         if self.pad:
             features = [F.pad(text_SE, (0, 0, 0, self.max_tokens - len(text_SE))) for text_SE in features]
         return features

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasora.data.blocks import BlockWriter, RawPatches, locked, read_block, write_manifest
+from megasora.data.blocks import BlockWriter, RawPatches, read_block, write_manifest
 from megasora.data.folder import open_folder
 from megasora.data.pack import Record
 from megasora.data.shards import MANIFEST, Shards, read_manifest
@@ -260,46 +259,6 @@ def test_a_killed_writer_leaves_no_lock(tmp_path):
     write_block(tmp_path, 0)
     assert read_block(tmp_path, 0).last == 3 and not (tmp_path / ".parts").exists()
     assert not (tmp_path / ".locks").exists()
-
-
-def test_of_many_writers_at_once_one_writes(tmp_path):
-    """Processes that take and leave the same lock never hold it together, though its file comes and goes."""
-    (tmp_path / "log").touch()
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            done, deadline = 0, time.monotonic() + 60
-            while done < 10 and time.monotonic() < deadline:
-                try:
-                    with locked(tmp_path, "x", "x"), open(tmp_path / "log", "ab", buffering=0) as log:
-                        log.write(b"(")
-                        log.write(b")")
-                    done += 1
-                except MegaSoraError:
-                    pass
-            os._exit(0 if done == 10 else 1)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 3
-    assert (tmp_path / "log").read_bytes() == b"()" * 30
-    assert not (tmp_path / ".locks").exists()
-
-
-def test_a_lock_whose_file_its_last_holder_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
-    """Else a third would make the file again, and both would hold it."""
-    real, calls = fcntl.flock, []
-
-    def flock(handle, how):
-        if not calls:
-            (tmp_path / ".locks" / "x").unlink()
-        calls.append(how)
-        real(handle, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with locked(tmp_path, "x", "x"):
-        assert len(calls) == 2
-        with pytest.raises(MegaSoraError, match="is being written by"), locked(tmp_path, "x", "x"):
-            pass
 
 
 def test_a_complete_block_is_not_written_again_unasked(tmp_path):

@@ -61,6 +61,25 @@ def test_a_worker_writes_the_patches_of_the_whole_clip(patch, size, tmp_path):
     torch.testing.assert_close(torch.from_numpy(written).float(), expected.half().float(), rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -65520.0])
+def test_latents_that_half_precision_cannot_hold_refuse_their_clip_with_a_reason(value, tmp_path):
+    write_image(np.full((16, 16, 3), 7, np.uint8), tmp_path / "a.png")
+    worker = Worker(CodecConfig(), IngestConfig(), [1, 1, 1])
+    whole = worker.work(job_of(Media(tmp_path / "a.png"), tmp_path / "spool"))
+    encode = worker.stream.encode
+
+    def broken(frames):
+        for latent in encode(frames):
+            latent[1, 0, 3] = value
+            yield latent
+
+    worker.stream.encode = broken
+    answer = worker.work(job_of(Media(tmp_path / "a.png"), tmp_path / "spool"))
+    assert (answer["stage"], answer["reason"]) == ("codec", "not finite") and whole["grid"] == [1, 2, 2]
+    for word in ("a.png: latent frame 1", "1 of 192 numbers are not finite in float16"):
+        assert word in answer["message"]
+
+
 def stills(folder: Path, *levels: int) -> list[Path]:
     for number, level in enumerate(levels):
         write_image(np.full((16, 16, 3), level, np.uint8), folder / f"{number}.png")

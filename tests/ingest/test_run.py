@@ -225,13 +225,98 @@ def test_parts_are_given_from_1_to_n_and_cover_every_block_once():
 
 
 def test_a_part_that_somebody_else_is_doing_is_refused(clips, tmp_path):
-    from megasora.data.blocks import locked
+    from megasora.data.blocks import LOCKS
+    from megasora.files import locked
 
     with (
-        locked(tmp_path, "part-1-of-1", "the part"),
+        locked(tmp_path / LOCKS / "part-1-of-1", "the part"),
         pytest.raises(MegaSoraError, match=f"part 1/1 of {tmp_path} is being written by process {os.getpid()}"),
     ):
         ingest(clips, tmp_path, settings())
+
+
+# ---------------------------------------------------------------- captions
+
+
+class Encoder:
+    """Features that are the caption's bytes; up to ten are taken, and it remembers what it was given at once."""
+
+    precomputed, fingerprint = True, "bytes as features"
+
+    def __init__(self, wrong: str = ""):
+        self.calls, self.wrong = [], wrong
+
+    def encode(self, captions: list[str]) -> list[torch.Tensor]:
+        self.calls.append(captions)
+        if long := [caption for caption in captions if len(caption) > 10]:
+            raise MegaSoraError(f"{long[0]} is too long")
+        numbers = [[float("inf")] if caption == self.wrong else list(caption.encode()) or [0] for caption in captions]
+        return [torch.tensor(n, dtype=torch.float32)[:, None] for n in numbers]
+
+
+@pytest.fixture
+def stills(tmp_path) -> Path:
+    """Seventy images in blocks of 48, of which 11 and 57 have captions that are too long, and 20 has none."""
+    (tmp_path / "clips").mkdir()
+    for number in range(70):
+        write_image(np.full((8, 8, 3), number, np.uint8), tmp_path / "clips" / f"{number:02d}.png")
+        caption = {11: "eleven characters", 57: "fifty-seven", 20: ""}.get(number, f"clip {number:02d}")
+        (tmp_path / "clips" / f"{number:02d}.txt").write_text(caption)
+    return tmp_path / "clips"
+
+
+def ingest_encoded(source: Path, out: Path, encoder: Encoder, monkeypatch, part: Part | None = None):
+    monkeypatch.setattr("megasora.ingest.run.build_text_encoder", lambda config: encoder)
+    return ingest(source, out, settings("ingest.clips_per_block=48", "ingest.missing_caption=skip"), part)
+
+
+def test_captions_of_a_block_are_encoded_together_and_stored_with_their_clips(stills, tmp_path, monkeypatch):
+    encoder = Encoder()
+    manifest = ingest_encoded(stills, tmp_path / "out", encoder, monkeypatch)
+    assert manifest.rejected == {"caption too long": 2, "no caption": 1}
+    whole = [call for call in encoder.calls if len(call) > 16]
+    assert [(call[0], call[-1], len(call)) for call in whole] == [
+        ("clip 00", "clip 31", 31),
+        ("clip 48", "clip 69", 22),
+    ]
+    assert max(map(len, encoder.calls)) <= 32
+    shards = Shards.open(tmp_path / "out", "train")
+    assert ids(tmp_path / "out") == [n for n in range(70) if n not in (11, 20, 57)]
+    for i in range(len(shards)):
+        record = shards.read(i, None)
+        assert bytes(record.text_SE[:, 0].int().tolist()).decode() == record.caption == f"clip {record.sample_id:02d}"
+
+
+def test_parts_and_stops_encode_the_same_captions_together(stills, tmp_path, monkeypatch):
+    one, parts, again = Encoder(), Encoder(), Encoder()
+    ingest_encoded(stills, tmp_path / "one", one, monkeypatch)
+    for index in (1, 0):
+        ingest_encoded(stills, tmp_path / "parts", parts, monkeypatch, Part(index, 2))
+    assert contents(tmp_path / "one") == contents(tmp_path / "parts")
+    assert sorted(map(tuple, one.calls + [[""]])) == sorted(map(tuple, parts.calls))
+    shutil.copytree(tmp_path / "one", tmp_path / "again")
+    (tmp_path / "again" / "blocks" / "000001.json").unlink()
+    ingest_encoded(stills, tmp_path / "again", again, monkeypatch)
+    assert contents(tmp_path / "one") == contents(tmp_path / "again")
+    of_block_1 = {"fifty-seven", *(f"clip {n}" for n in range(48, 70))}
+    assert again.calls == [[""], *(call for call in one.calls if of_block_1.issuperset(call))]
+
+
+def test_features_that_half_precision_cannot_hold_reject_their_clip_alone(stills, tmp_path, monkeypatch):
+    manifest = ingest_encoded(stills, tmp_path / "out", Encoder(wrong="clip 30"), monkeypatch)
+    assert manifest.rejected == {"caption too long": 2, "features not finite": 1, "no caption": 1}
+    assert ids(tmp_path / "out") == [n for n in range(70) if n not in (11, 20, 30, 57)]
+
+
+def test_an_encoder_that_cannot_be_loaded_is_an_error_and_rejects_no_clip(stills, tmp_path, monkeypatch):
+    def unreadable(captions):
+        raise MegaSoraError("text.path=nowhere cannot be loaded")
+
+    encoder = Encoder()
+    encoder.encode = unreadable
+    with pytest.raises(MegaSoraError, match="^text.path=nowhere cannot be loaded"):
+        ingest_encoded(stills, tmp_path / "out", encoder, monkeypatch)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- sources, stages and memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,38 @@ def test_a_list_of_scenes_is_ingested_as_the_frames_between_the_cuts(tmp_path, c
     whole = read_clip(clips / "a.mp4", IngestConfig()).frames_FHWC.astype(float)
     expected = [(whole[i][:8, :8].mean() / 127.5 - 1) / 0.5 for i in (0, 15, 28)]  # of the first block, first frame
     assert np.allclose(means, expected, atol=5e-3)
+
+
+def test_a_list_of_scenes_in_tars_is_ingested_as_that_of_the_files_is(tmp_path):
+    frames = [*pan(0, 15, 1), *pan(1, 13, 1)]
+    clips, tars = tmp_path / "clips", tmp_path / "tars"
+    clips.mkdir()
+    tars.mkdir()
+    write_video(np.stack(frames), 12, clips / "a b.mp4")
+    write_image(frames[20], clips / "c.png")
+    (clips / "d.mp4").write_text("broken")
+    with tarfile.open(tars / "raw.tar", "w") as tar:
+        for path in sorted(clips.iterdir()):
+            (clips / "caption").write_text(f"this is {path.stem} 🦊", encoding="utf-8")
+            tar.add(path, f"in/{path.name}")
+            tar.add(clips / "caption", f"in/{path.stem}.txt")
+    for path in sorted(clips.glob("*.*")):
+        path.with_suffix(".txt").write_text(f"this is {path.stem} 🦊", encoding="utf-8")
+    run = runpy.run_path(str(TOOL))["main"]
+    records = {}
+    for source in (clips, tars):
+        table = tmp_path / f"{source.name}.jsonl"
+        options = ["--scenes", "--min-seconds", "0.5", "ingest.workers=1"]
+        assert run([str(source), "--out", str(table), *options]) == 0
+        ingest(table, tmp_path / f"of {source.name}", load(None, ["ingest.workers=1", "codec.channels=24"]))
+        shards = Shards.open(tmp_path / f"of {source.name}", "train")
+        assert shards.manifest.rejected == {"unreadable": 1}
+        records[source.name] = [
+            (r.caption, r.native, r.grid, r.patches_LP.tolist(), shards.meta(i)["sha256"], shards.meta(i).get("start"))
+            for i, r in ((i, shards.read(i, lambda text: torch.zeros(1, 1))) for i in range(len(shards)))
+        ]
+    assert records["clips"] == records["tars"] and len(records["tars"]) == 3
+    line = json.loads((tmp_path / "tars.jsonl").read_text().splitlines()[1])
+    assert line == {
+        "file": "tars/raw.tar", "split": "train", "member": "in/a b.mp4", "caption": "this is a b 🦊", "start": 1.25,
+    }  # fmt: skip

@@ -102,12 +102,20 @@ LINES = [
     ('{"file": "a.mp4"}\n{"file": "a.mp4"}', "lists .*a.mp4 twice"),
     ("", "no clip in"),
     ("\xff", "is not UTF-8"),
+    ('{"file": "t.tar"}', "1: t.tar is a tar; name a clip in it"),
+    ('{"file": "t.tar", "member": "no.mp4"}', "1: .*t.tar holds no clip of the name 'no.mp4'"),
+    ('{"file": "t.tar", "member": "in.txt"}', "1: .*t.tar holds no clip of the name 'in.txt'"),
+    ('{"file": "t.tar", "member": ["in.mp4"]}', "1: .*t.tar holds no clip of the name"),
+    ('{"file": "a.mp4", "member": "in.mp4"}', "a.mp4: byte 0: "),
+    ('{"file": "gone.tar", "member": "in.mp4"}', "1: .*gone.tar is not there"),
+    ('{"file": "t.tar", "member": "in.mp4"}\n' * 2, "lists .*t.tar: in.mp4 twice"),
 ]
 
 
 @pytest.mark.parametrize(("text", "words"), LINES)
 def test_a_line_that_cannot_be_used_is_named(text, words, tmp_path):
     touch(tmp_path, "a.mp4")
+    write_tar(tmp_path / "t.tar", {"in.mp4": b"video", "in.txt": b"caption"})
     (tmp_path / "list.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(MegaSoraError, match=f"list.jsonl:?{words}|{words}"):
         find_clips(tmp_path / "list.jsonl")
@@ -142,6 +150,38 @@ def test_clips_of_tars_have_the_caption_of_their_key_and_know_where_they_lie(tmp
     assert len(names(tmp_path / "train-01.tar")) == 3
 
 
+def test_a_list_names_clips_in_tars_as_it_names_files(tmp_path):
+    """By member; the caption is that of the line, else that of the tar; parts come in the order of time."""
+    write_tar(
+        tmp_path / "in here" / "t 🦊.tar",
+        {"z.mp4": b"video z", "z.txt": b"of z", "deep/a.mp4": b"video a", "b.png": b"image", "b.json": b"{"},
+    )
+    write_tar(tmp_path / "val" / "v.tar", {"v.mp4": b"held out"})
+    touch(tmp_path, "a.mp4")
+    tar = {"file": "in here/t 🦊.tar"}
+    table = write_list(
+        tmp_path / "list.jsonl",
+        {**tar, "member": "b.png"},
+        {**tar, "member": "deep/a.mp4", "start": 3, "caption": "late"},
+        {**tar, "member": "deep/a.mp4", "end": 3, "caption": "early", "split": "val"},
+        {**tar, "member": "z.mp4"},
+        {"file": "val/v.tar", "member": "v.mp4", "caption": None},
+        {"file": "a.mp4"},
+    )
+    found = find_clips(table)
+    assert [(c.name, c.caption, c.split, c.media.start, c.media.end) for c in found] == [
+        ("a.mp4", None, "train", 0.0, None),
+        ("in here/t 🦊.tar/z.mp4", "of z", "train", 0.0, None),
+        ("in here/t 🦊.tar/deep/a.mp4", "early", "val", 0.0, 3.0),
+        ("in here/t 🦊.tar/deep/a.mp4", "late", "train", 3.0, None),
+        ("in here/t 🦊.tar/b.png", None, "train", 0.0, None),
+        ("val/v.tar/v.mp4", None, "val", 0.0, None),
+    ]
+    assert "the caption of b.png" in found[4].fault and not any(c.fault for c in found[:4])
+    data = [c.media.path.read_bytes()[c.media.offset :][: c.media.size] for c in found[1:4]]
+    assert data == [b"video z", b"video a", b"video a"] and [c.size for c in found[1:4]] == [7, 7, 7]
+
+
 @pytest.mark.parametrize(
     ("name", "data"), [("a.txt", b"\xff"), ("a.json", b"{"), ("a.json", b"[]"), ("a.json", b'{"caption": 3}')]
 )
@@ -159,6 +199,19 @@ def a_link(path: Path) -> None:
         tar.addfile(info)
 
 
+def a_device(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("a.mp4")
+        info.type = tarfile.CHRTYPE
+        tar.addfile(info)
+
+
+def of_8_tib(path: Path) -> None:
+    info = tarfile.TarInfo("a.mp4")
+    info.size = 8 << 40
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+
+
 def a_cut(path: Path) -> None:
     write_tar(path, {"a.mp4": bytes(5000), "b.mp4": bytes(5000)})
     path.write_bytes(path.read_bytes()[: 512 + 5120])
@@ -166,6 +219,8 @@ def a_cut(path: Path) -> None:
 
 HOSTILE = {
     "a link": a_link,
+    "a device": a_device,
+    "8 TiB": of_8_tib,
     "cut between two members": a_cut,
     "leads out": lambda path: write_tar(path, {"../a.mp4": b"x"}),
     "absolute": lambda path: write_tar(path, {"/tmp/a.mp4": b"x"}),

@@ -89,12 +89,27 @@ def test_features_equal_the_encoder_run_on_one_caption_at_a_time(folders, kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_features_do_not_depend_on_the_batch_a_caption_is_in(folders, monkeypatch):
-    many = CAPTIONS * 3
-    whole = make(folders["t5"]).encode(many)
+@pytest.mark.parametrize("kind", ["t5", "umt5", "clip"])
+def test_features_do_not_depend_on_the_batch_a_caption_is_in(folders, kind, monkeypatch):
+    """32 and a few captions of 1 to 8 words, encoded together, by fours, and alone."""
+    encoder = make(folders[kind], "clip" if kind == "clip" else "t5")
+    many = [" ".join(WORDS[i % 9] for i in range(n, n + 1 + 5 * n % 8)) for n in range(37)]
+    together = encoder.encode(many)
+    alone = [encoder.encode([caption])[0] for caption in many]
     monkeypatch.setattr("megasora.text.pretrained.ENCODER_BATCH", 4)
-    for a, b in zip(whole, make(folders["t5"]).encode(many), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert [len(a) for a in alone] == [len(caption.split()) + (2 if kind == "clip" else 1) for caption in many]
+    for a, b, c in zip(together, encoder.encode(many), alone, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(b, c, rtol=1e-5, atol=1e-5)
+
+
+def test_captions_of_like_length_are_encoded_together(folders, monkeypatch):
+    encoder, sizes = make(folders["t5"]), []
+    encode_batch = encoder.encode_batch
+    encoder.encode_batch = lambda ids: sizes.append([len(tokens) for tokens in ids]) or encode_batch(ids)
+    monkeypatch.setattr("megasora.text.pretrained.ENCODER_BATCH", 3)
+    encoder.encode(["red " * n for n in (5, 1, 4, 2, 6, 1, 3)])
+    assert sizes == [[2, 2, 3], [4, 5, 6], [7]]
 
 
 def test_padded_features_are_the_features_and_zeros_up_to_the_longest(folders):
