@@ -79,7 +79,7 @@ def packed(grids_N3: np.ndarray, config: Config, attention_length: int, ranks: i
     for step in plan.steps(Cursor()):
         if step.after.epoch:
             return steps
-        steps.append([Batch(grids_N3[p], int(tokens[p].sum()), budget) for p in step.packs])
+        steps.append([Batch(grids_N3[p.clips], int(p.tokens.sum()), budget) for p in step.packs])
     raise AssertionError("a plan is endless")
 
 

@@ -2,10 +2,12 @@
 
 A pack is `L` tokens long whatever is in it. Its segments (clips) lie one after the other from token 0; what is left
 behind the last one is padding, which attends to nothing and counts for nothing. A segment consists of whole rows: a row
-is a run of tokens with one noise level. Tokens of a clip are ordered time first, so that a latent frame is contiguous.
+is a run of tokens with one noise level. Tokens of a clip are ordered time first, so that those of a latent frame lie
+together. A segment need not be the whole clip (a part of a long one, or what token dropping left of it): `places_L`
+says which token of its clip each one is.
 
 Where several ranks share a pack (context parallel), a PackPlan says which tokens are whose. A rank's share is a
-VideoBatch again: its segments are runs of consecutive tokens of clips, `starts_G` says where in the clip each begins.
+VideoBatch again: its segments are runs of consecutive tokens of the pack's.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Which tokens of a pack lie on which of `ranks` ranks: runs of consecutive tokens of a clip, called pieces.
+    """Which tokens of a pack lie on which of `ranks` ranks: runs of consecutive tokens of a segment, called pieces.
 
     A rank has at most one piece of a segment. Its pieces lie one after the other from slot 0 of its `tokens_per_rank`
     slots, in the order given here; what is left is padding.
@@ -27,7 +29,9 @@ class PackPlan:
 
     ranks: int
     tokens_per_rank: int
-    pieces_Q4: Tensor  # int64 [Q, 4], on the CPU, sorted by rank: rank, segment, first token in the clip, one past last
+    pieces_Q4: (
+        Tensor  # int64 [Q, 4], on the CPU, sorted by rank: rank, segment, its first token, one past last
+    )
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class VideoBatch:
 
     patches_LP: Tensor  # float; clean from the loader, noised for the model
     coords_L3: Tensor  # int32 (t, h, w) of each token in its own clip
+    places_L: Tensor  # int64, on the CPU: the number of each token in its own clip, increasing within a segment
     grids_G3: Tensor  # int64, on the CPU: latent frames, rows, columns of tokens of each clip
     cu_segments: Tensor  # int32 [G + 1], on the CPU: first token of each segment, then one past the last
     cu_rows: Tensor  # int32 [R + 1], on the CPU; contains every entry of cu_segments
@@ -46,7 +51,6 @@ class VideoBatch:
     drop_text_G: Tensor  # bool: this clip's caption is hidden from the model
     native_G4: Tensor  # float32: height and width in pixels, frames, frames a second
     sample_ids_G: Tensor  # int64, on the CPU
-    starts_G: Tensor  # int64, on the CPU: which token of its clip a segment begins with; 0 in a whole pack
     plan: PackPlan | None = None  # of the pack that this is a share of
 
     @property

@@ -30,6 +30,7 @@ class RunConfig:
     debug_parallel: bool = False  # compare, by hashes, what ranks must have in common
     debug_every: int = 100  # steps between two such comparisons; the first is at step 0
     hang_seconds: float = 540.0  # a run that has not moved for so long is ended: a step, a save, a validation
+    ledger: bool = False  # write down which clips each step was trained on
 
 
 @dataclass
@@ -48,6 +49,15 @@ class TextConfig:
 
 
 @dataclass
+class DropConfig:
+    """The fraction of each training clip's tokens that is left out (patch n' pack); it moves in a straight line."""
+
+    start: float = 0.0  # at the start; 0 here and at the end: nothing is left out
+    end: float = 0.0  # after `epochs` epochs, and from then on
+    epochs: float = 0.0
+
+
+@dataclass
 class DataConfig:
     shards: str = ""  # folder written by `megasora ingest`
     mixture: list[str] = field(default_factory=list)  # instead of it: several such folders ...
@@ -57,6 +67,7 @@ class DataConfig:
     packs_per_step: int = 8  # packs of all data-parallel ranks in one optimizer step
     lookahead: int = 262_144  # clips of an epoch's order that are packed together; more are better balanced
     split_long: bool = False  # a clip longer than a pack is split in time; false: it is refused
+    drop: DropConfig = field(default_factory=DropConfig)
     prefetch: int = 2  # steps read ahead
     threads: int = 4  # that read and check clips side by side; 0: the one that reads ahead does
     timeout: float = 300.0  # seconds after which the reading of a clip is given up
@@ -93,7 +104,7 @@ class ModelConfig:
     heads: int = 6
     mlp_ratio: float = 4.0
     modulation: str = "block"  # block: a projection in each block (DiT); shared: one and a table a block (PixArt, Wan)
-    weights: str = ""  # safetensors of a whole model to start from; empty: megasora.model.init
+    weights: str = ""  # to start from: safetensors of a whole model, or a checkpoint; empty: megasora.model.init
     qk_norm: str = "head"  # head: RMSNorm of each head; width: of all heads together (Wan); none
     rope_base: float = 10_000.0
     rope_scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # of t, h, w: clips over those trained on
@@ -413,6 +424,16 @@ def validate(config: Config) -> None:
     at_least("model.text_depth", m.text_depth, 0)
     for key in ("tokens_per_pack", "packs_per_step", "lookahead", "prefetch"):
         at_least(f"data.{key}", getattr(d, key), 1)
+    for key, rate in (("start", d.drop.start), ("end", d.drop.end)):
+        if not 0 <= rate < 1:
+            raise MegaSoraError(f"data.drop.{key}={rate} must be from 0 to below 1: the fraction of tokens left out")
+    if not 0 <= d.drop.epochs < math.inf:
+        raise MegaSoraError(f"data.drop.epochs={d.drop.epochs} must be a number, 0 or more")
+    if d.drop.start != d.drop.end and d.drop.epochs == 0:
+        raise MegaSoraError(
+            f"data.drop.start={d.drop.start} and data.drop.end={d.drop.end} differ: set data.drop.epochs, "
+            "in which the rate goes from one to the other"
+        )
     at_least("data.threads", d.threads, 0)
     positive("data.timeout", d.timeout)
     if not 0 <= d.max_bad_fraction < 1:

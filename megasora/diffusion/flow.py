@@ -77,8 +77,7 @@ def noise_batch(
     device, length = batch.patches_LP.device, len(batch.patches_LP)
     cu_rows, t_rows, owner = rows_of(batch, t_G, clean)
     segment_L = owner_of_tokens(batch.cu_segments, length)
-    place_L = torch.arange(length) - batch.cu_segments[segment_L] + batch.starts_G[segment_L]  # in its clip
-    first_L = place_L * even(batch.patches_LP.shape[1])
+    first_L = batch.places_L * even(batch.patches_LP.shape[1])
     noise_LP = noise.normal(keys_G[segment_L].to(device), first_L.to(device), batch.patches_LP.shape[1])
     t_L = t_rows[owner_of_tokens(cu_rows, length)]
     is_clip_L = batch.sample_ids_G[segment_L] >= 0  # what stands for clips that could not be read is none
@@ -103,13 +102,13 @@ def even(dim: int) -> int:
 def rows_of(batch: VideoBatch, t_G: Tensor, clean: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of a pack whose clips have `clean[i] = (head, tail)` clean latent frames: (cu_rows, timesteps, segment).
 
-    Of a clip that lies here in part, its rows are cut to that part.
+    Of a clip of which only some tokens are here, rows have what is here of them; a row without any is left out.
     """
     cu, levels, owner = [0], [], []
-    starts, lengths = batch.starts_G.tolist(), batch.cu_segments.diff().tolist()
+    segments = batch.places_L[: batch.num_tokens].split(batch.cu_segments.diff().tolist())
     for i, ((t, h, w), (head, tail)) in enumerate(zip(batch.grids_G3.tolist(), clean, strict=True)):
-        bounds = [0, head * h * w, (t - tail) * h * w, t * h * w]
-        here = [min(max(b - starts[i], 0), lengths[i]) for b in bounds]
+        bounds = torch.tensor([0, head * h * w, (t - tail) * h * w, t * h * w])
+        here = torch.searchsorted(segments[i], bounds).tolist()
         for first, end, level in zip(here, here[1:], (0.0, float(t_G[i]), 0.0), strict=False):
             if end > first:
                 cu.append(cu[-1] + end - first)

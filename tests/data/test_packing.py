@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megasora.data.packing import pack_clips
+from megasora.data.packing import best_trades, pack_clips
 from megasora.testing.mixes import heavy_mix
 
 
@@ -66,10 +66,29 @@ def test_clips_of_all_sizes_come_throughout():
     """Short clips fill every gap: were they used up first, what is left at the end would not fit together."""
     tokens = heavy_mix(65_536, 50_000, seed=3)
     packs = pack_clips(tokens, 65_536)
-    halves = np.split(packs.clip_N, [packs.cu_M1[len(packs) // 2]])
+    drawn = np.argsort(packs.clip_N[packs.cu_M1[:-1]])  # packs in the order in which most were filled
+    halves = [np.concatenate([packs[m] for m in half]) for half in np.array_split(drawn, 2)]
+    fill = [np.sort(tokens[half])[: 3 * len(half) // 4] for half in halves]
     for quantile in (0.1, 0.5, 0.9):
-        low, high = sorted(np.quantile(tokens[half], quantile) for half in halves)
+        low, high = sorted(np.quantile(half, quantile) for half in fill)
         assert high / low < 1.25
+
+
+def test_clips_that_do_not_go_together_have_packs_of_their_own():
+    assert len(check(np.full(1000, 6000), 8192)) == 1000
+    assert len(check(np.array([6000, 3000] * 500), 8192)) == 500 + 250
+
+
+def test_packs_are_full_before_they_are_balanced():
+    """Two of each size fill a pack; one long clip in each pack, which would balance them, does not."""
+    tokens = np.array([3000, 1096] * 500)
+    assert (check(tokens, 8192).sums(tokens) == 8192).all()
+
+
+def test_where_many_packs_want_the_same_few_clips_the_first_get_them():
+    nothing, packs = np.zeros(8, dtype=np.int64), np.arange(8)
+    given, taken = best_trades(nothing, packs, np.full(8, 5), np.array([5, 5, 5]))
+    assert given.tolist() == [0, 1, 2] and sorted(taken.tolist()) == [0, 1, 2]
 
 
 def test_packs_depend_on_nothing_but_the_tokens():

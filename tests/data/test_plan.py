@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megasora.data.plan import Cursor, Plan, clips_of_an_epoch, deal, shuffled
+from megasora.config import DropConfig
+from megasora.data.plan import Cursor, Plan, arrange, clips_of_an_epoch, deal, shuffled
 from megasora.testing.mixes import heavy_mix
 
 WAN_14B = 29_000  # tokens of a clip whose attention to itself costs as much as all else
@@ -25,7 +26,7 @@ def steps(plan, count, cursor=Cursor()):  # noqa: B008 frozen
 
 
 def ids(step):
-    return [pack.tolist() for pack in step.packs]
+    return [pack.clips.tolist() for pack in step.packs]
 
 
 def packs_of_epoch(plan, epoch):
@@ -57,7 +58,7 @@ def test_an_epoch_has_every_clip_once_and_all_in_packs_that_fit(lengths, packs_p
         assert sorted(epoch) == list(range(len(tokens)))
     for step in steps(plan, 5):
         assert len(step.packs) == packs_per_step
-        assert all(0 < tokens[pack].sum() <= 64 for pack in step.packs)
+        assert all(0 < tokens[pack.clips].sum() <= 64 for pack in step.packs)
 
 
 @given(
@@ -152,21 +153,63 @@ def imbalance(plan, ranks):
 
 
 @pytest.mark.parametrize(
-    ("budget", "packs_per_step", "median", "worst"),
-    [(8192, 64, 1.001, 1.06), (65_536, 64, 1.005, 1.2), (262_144, 64, 1.02, 1.3), (8192, 256, 1.001, 1.01),
-     (65_536, 256, 1.001, 1.02), (262_144, 256, 1.002, 1.04), (1_048_576, 256, 1.005, 1.06)],
+    ("budget", "packs_per_step", "median", "high"),
+    [(8192, 64, 1.0005, 1.01), (65_536, 64, 1.001, 1.02), (262_144, 64, 1.003, 1.1), (8192, 256, 1.0001, 1.001),
+     (65_536, 256, 1.0003, 1.012), (262_144, 256, 1.002, 1.03), (1_048_576, 256, 1.004, 1.05)],
 )  # fmt: skip
-def test_ranks_have_equal_costs(budget, packs_per_step, median, worst):
-    """The worst step has the few clips that are nearly as long as a pack: with a pack a rank, nothing is like them."""
+def test_ranks_have_equal_costs(budget, packs_per_step, median, high):
+    """All but the few steps that have the clips nearly as long as a pack: with a pack a rank, nothing is like them."""
     tokens = heavy_mix(budget, 100_000, seed=0)
     plan = make_plan([tokens], budget=budget, packs_per_step=packs_per_step, window=262_144, length=WAN_14B)
     found = imbalance(plan, 64)
-    assert np.median(found) <= median and found.max() <= worst
+    assert np.median(found) <= median and np.quantile(found, 0.97) <= high
+
+
+@pytest.mark.parametrize("budget", [65_536, 1_048_576])
+def test_no_step_is_much_worse_than_the_longest_clips_must_make_one(budget):
+    """The longest clip of an epoch at its best: beside the next in length, each with one clip that fills its pack."""
+    tokens = heavy_mix(budget, 100_000, seed=0)
+    plan = make_plan([tokens], budget=budget, packs_per_step=64, window=30_000, length=WAN_14B)
+    longest = np.sort(tokens)[:-65:-1]
+    rest = budget - longest
+    best = longest * (WAN_14B + longest) + rest * (WAN_14B + rest)
+    forced = longest[0] * (WAN_14B + longest[0]) / np.minimum(best, best[0]).mean()
+    assert forced > 1.1 and imbalance(plan, 64).max() <= 1.02 * forced
+
+
+def test_long_clips_that_are_alike_are_in_one_window_and_all_windows_have_some():
+    tokens = heavy_mix(65_536, 50_000, seed=2)
+    plan = make_plan([tokens], budget=65_536, packs_per_step=8, window=10_000)
+    longest = np.argsort(-tokens, kind="stable")[: (tokens > 32_768).sum() // 8 * 8]
+    window = {clip: w for w in range(5) for clip in plan.clips(0)[w].tolist()}
+    groups = np.array([window[clip] for clip in longest.tolist()]).reshape(-1, 8)
+    alike = np.ptp(groups, axis=1) == 0  # clips of one length come as they are drawn: two groups may share it
+    assert alike.mean() > 0.8
+    counts = np.bincount(groups[:, 0], minlength=5)
+    assert counts.max() - counts.min() <= 3 and (np.diff(groups[:, 0]) != 0).mean() > 0.5
+
+
+def test_steps_are_alike_in_how_much_of_them_is_short_clips():
+    """Were packs as drawn sorted by their cost, the spread would be 0.45: some steps had long clips alone."""
+    tokens = heavy_mix(65_536, 200_000, seed=4)
+    plan = make_plan([tokens], budget=65_536, packs_per_step=64, window=262_144, length=WAN_14B)
+    found = [np.concatenate([pack.tokens for pack in step.packs]) for step in steps(plan, 200)]
+    share = np.array([kept[kept <= 4096].sum() / kept.sum() for kept in found])
+    assert share.std() < 0.3 * share.mean()
+
+
+def test_packs_that_are_not_full_go_into_different_steps():
+    costs, full = np.array([100] * 30 + [40, 60]), np.array([True] * 30 + [False] * 2)
+    found = costs[arrange(costs, full, 8, 0, 0, 0, 0)].reshape(4, 8).sum(1)
+    assert sorted(found.tolist()) == [740, 760, 800, 800]
+    dear = np.array([100] * 30 + [200, 200])  # a clip that leaves room for none is no cheap pack
+    found = dear[arrange(dear, full, 8, 0, 0, 0, 0)].reshape(4, 8).sum(1)
+    assert sorted(found.tolist()) == [800, 800, 800, 1000]
 
 
 def test_costs_are_linear_and_quadratic_in_the_clips_of_a_pack():
     for step in steps(make_plan(length=30), 3):
-        assert step.costs.tolist() == [int((SMALL[p] * (30 + SMALL[p])).sum()) for p in step.packs]
+        assert step.costs.tolist() == [int((SMALL[p.clips] * (30 + SMALL[p.clips])).sum()) for p in step.packs]
 
 
 def test_steps_come_in_no_order_of_cost():
@@ -196,14 +239,30 @@ def test_a_deal_evens_out_what_can_be_evened_out():
 # ---- time
 
 
-def test_a_million_clips_are_planned_in_two_seconds_and_gone_on_with_in_one():
-    tokens = heavy_mix(8192, 1_000_000, seed=6)
-    start = time.process_time()
-    plan = make_plan([tokens], budget=8192, packs_per_step=64, window=262_144, length=WAN_14B)
-    for step in plan.steps(Cursor()):
-        if step.after.epoch > 0:
-            break
-    planned = time.process_time()
-    again = make_plan([tokens], budget=8192, packs_per_step=64, window=262_144, length=WAN_14B)
-    next(again.steps(Cursor(5, 3, 640)))
-    assert planned - start < 2 and time.process_time() - planned < 1
+def test_the_time_to_plan_grows_with_the_number_of_clips_and_no_faster():
+    def seconds(clips):
+        tokens = heavy_mix(8192, clips, seed=6)
+        start = time.process_time()
+        plan = make_plan([tokens], budget=8192, packs_per_step=64, window=262_144, length=WAN_14B)
+        assert sum(1 for _ in itertools.takewhile(lambda step: step.after.epoch == 0, plan.steps(Cursor()))) > 50
+        return time.process_time() - start
+
+    assert seconds(400_000) < 20 * min(seconds(40_000) for _ in range(3))  # 10 times the clips
+
+
+def test_dropped_tokens_make_room_and_the_rate_falls_by_windows():
+    """Rate 0.5 at the start, 0 after two epochs of four windows: each stair is an eighth of the way."""
+    tokens = np.arange(1000) % 50 + 1
+    plan = Plan([tokens], [1.0], 64, 4, 250, 30, 0, DropConfig(start=0.5, end=0.0, epochs=2.0))
+    whole = Plan([tokens], [1.0], 64, 4, 250, 30, 0)
+    packs = [[len(p.packs(e, w)) for e in range(3) for w in range(4)] for p in (plan, whole)]
+    assert sum(packs[0][:4]) < 0.65 * sum(packs[1][:4]) and packs[0][8:] == packs[1][8:]
+    for step in itertools.islice(plan.steps(Cursor()), 300):
+        for pack in step.packs:
+            assert pack.tokens.sum() <= 64 and pack.cost == (pack.tokens * (30 + pack.tokens)).sum()
+            rates = {0.5 - (pack.epoch + w / 4) / 4 if pack.epoch < 2 else 0.0 for w in range(4)}
+            kept = [tokens[pack.clips] - np.floor(tokens[pack.clips] * rate) for rate in rates]
+            assert any((pack.tokens == k).all() for k in kept)
+    for epoch in range(2):
+        seen = np.concatenate([plan.packs(epoch, w).clip_N for w in range(4)])
+        assert sorted(seen.tolist()) == list(range(1000))

@@ -18,7 +18,7 @@ GRIDS = [(1, 2, 3), (2, 2, 2), (5, 1, 2), (3, 3, 1), (9, 1, 1)]
 EVEN = ConditionConfig(none=1, first=1, last=1, head=1, tail=1, both=1)
 
 
-def make_pack(ids, padding=0):
+def unpacked(ids):
     """Clip `i` has the same content wherever it stands."""
     records = []
     for i in ids:
@@ -27,6 +27,11 @@ def make_pack(ids, padding=0):
         patches = torch.randn(tokens, PATCH_DIM, generator=torch.Generator().manual_seed(i))
         text = torch.full((1 + i % 3, 4), float(i))
         records.append(Record(i, patches, grid, text, (16.0, 16.0, 9.0, 8.0), f"clip {i}"))
+    return records
+
+
+def make_pack(ids, padding=0):
+    records = unpacked(ids)
     return make_batch(records, sum(len(r.patches_LP) for r in records) + padding)
 
 
@@ -282,3 +287,24 @@ def test_gradient_is_twice_the_error_where_there_is_weight_and_zero_elsewhere():
     prediction = torch.zeros_like(target).requires_grad_()
     velocity_error(prediction, target, weight).error.backward()
     torch.testing.assert_close(prediction.grad, -2 * target * weight[:, None] / PATCH_DIM)
+
+
+def test_a_kept_token_is_noised_as_in_the_whole_clip():
+    """Token dropping: rows, levels, noise and weight of what is left are those of the whole clip, token by token."""
+    ids, objective = list(range(40)), make_objective(3)
+    whole, target, weight = objective.corrupt(make_pack(ids), 5)
+    draw, records, kept = torch.Generator().manual_seed(1), [], []
+    for record in unpacked(ids):
+        tokens = len(record.patches_LP)
+        places = torch.randperm(tokens, generator=draw)[: max(1, tokens // 3)].sort().values
+        records.append(dataclasses.replace(record, patches_LP=record.patches_LP[places], places_L=places))
+        kept.append(places)
+    fewer, fewer_target, fewer_weight = objective.corrupt(make_batch(records, sum(map(len, kept)) + 3), 5)
+    here = torch.cat([places + first for places, first in zip(kept, whole.cu_segments.tolist(), strict=False)])
+    count = fewer.num_tokens
+    assert count == len(here) and bool((fewer.cu_rows.diff() > 0).all())
+    assert torch.equal(fewer.patches_LP[:count], whole.patches_LP[here])
+    assert torch.equal(fewer_target[:count], target[here])
+    assert torch.equal(fewer_weight[:count], weight[here]) and not fewer_weight[count:].any()
+    levels = [batch.timesteps_R.repeat_interleave(batch.cu_rows.diff()) for batch in (fewer, whole)]
+    assert torch.equal(levels[0], levels[1][here]) and len(levels[0].unique()) > 10
