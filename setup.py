@@ -43,13 +43,16 @@ setup(
         "rich",
         "matplotlib",
         "wandb",
+        "zlib-ng",
     ],
     extras_require={
         "gpu": ["flash-attn"],
         "encoders": ENCODERS,
         "dev": [
+            "aiohttp",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "build",

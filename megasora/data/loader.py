@@ -20,10 +20,12 @@ from torch import Tensor
 
 from megasora.batch import VideoBatch
 from megasora.config import DataConfig
+from megasora.data.dropping import kept_places
 from megasora.data.mixture import Mixture
-from megasora.data.pack import Record, make_batch
-from megasora.data.plan import Cursor, Plan, PlannedStep, deal
-from megasora.data.readers import Readers
+from megasora.data.pack import Blank, Record, make_batch
+from megasora.data.plan import Cursor, Plan, PlannedPack, PlannedStep, deal
+from megasora.data.readers import Readers, Waiting
+from megasora.data.slabs import Slabs
 from megasora.data.tar import DamagedTar
 from megasora.errors import DataError, MegaSoraError
 
@@ -37,6 +39,7 @@ class Step:
     packs: list[VideoBatch]  # whole
     shares: list[VideoBatch]  # what of each this rank computes with
     real_tokens: int  # of all ranks, as planned
+    dropped: float  # the fraction of their clips' tokens that is left out
     after: Cursor
     damaged: list[DamagedTar]  # what was left out of these packs
 
@@ -58,7 +61,7 @@ class PackLoader:
 
         `attention_length`: see Plan. Raises MegaSoraError where the ranks do not divide the packs of a step.
         """
-        self.clips, self.config, self.encode = clips, config, encode
+        self.clips, self.config, self.seed, self.encode = clips, config, seed, encode
         self.rank, self.ranks, self.cursor, self.share = rank, ranks, cursor or Cursor(), share
         if config.packs_per_step % ranks:
             raise MegaSoraError(
@@ -72,8 +75,11 @@ class PackLoader:
             config.lookahead,
             attention_length,
             seed,
+            config.drop,
         )
-        self.bad: set[int] = set()  # numbers of the damaged clips that this rank has met
+        in_flight = (config.prefetch + 2) * config.packs_per_step // ranks
+        size = Blank.bytes_of(config.tokens_per_pack, clips.manifest.patch_dim, clips.dtype)
+        self.slabs = Slabs(size, in_flight)
 
     def __iter__(self) -> Iterator[Step]:
         """Endless; `config.prefetch` steps are read ahead by a thread, whose errors are raised here.
@@ -124,8 +130,8 @@ class PackLoader:
         slowest = readers.slowest()
         if slowest is not None and slowest[1] > self.config.timeout:
             raise DataError(
-                f"{self.clips.where(slowest[0])}: reading it has taken {slowest[1]:.1f} s, more than data.timeout="
-                f"{self.config.timeout:g}; see whether its disk or its server answers, or raise the time"
+                f"{self.clips.where(slowest[0])}: reading it has taken {slowest[1]:.1f} s, more than "
+                f"data.timeout={self.config.timeout:g}; see whether its disk or its server answers, or raise the time"
             )
 
     def steps(self) -> Iterator[Step]:
@@ -138,45 +144,59 @@ class PackLoader:
             readers.join(self.config.timeout)
 
     def readers(self) -> Readers:
-        return Readers(self.read, self.config.threads)
+        return Readers(self.read_pack, self.config.threads)
 
     def read_steps(self, readers: Readers) -> Iterator[Step]:
-        """While a step is put together, threads read the next."""
+        """While a step is put together, threads read the next: as many as give each of them a pack."""
+        ahead = -(-readers.count * self.ranks // self.config.packs_per_step)
         asked: deque = deque()
         for planned in self.plan.steps(self.cursor):
-            mine = [planned.packs[m] for m in deal(planned.costs, self.ranks)[self.rank]]
-            asked.append((planned, mine, readers.ask([int(i) for pack in mine for i in pack])))
-            if len(asked) > min(1, readers.count):
-                planned, mine, clips = asked.popleft()
-                yield self.make_step(planned, [len(pack) for pack in mine], clips())
+            mine = deal(planned.costs, self.ranks)[self.rank]
+            asked.append((planned, readers.ask([planned.packs[m] for m in mine])))
+            if len(asked) > ahead:
+                planned, read = asked.popleft()
+                yield self.make_step(planned, list(read()))
+                del read  # else its packs are held while the next step is waited for
 
-    def read(self, number: int) -> Record | DamagedTar:
-        try:
-            return self.clips.read(number, self.encode)
-        except DamagedTar as error:
-            if self.config.max_bad_fraction == 0:
-                raise
-            self.bad.add(number)
-            if len(self.bad) > self.config.max_bad_fraction * len(self.clips) / self.ranks:
-                raise DataError(
-                    f"{len(self.bad)} damaged clips on one of {self.ranks} data-parallel ranks are more than its part "
-                    f"of data.max_bad_fraction={self.config.max_bad_fraction:g} of {len(self.clips)} clips; the last: "
-                    f"{error}"
-                ) from None
-            return error
+    def read_pack(
+        self, pack: PlannedPack, begin: Callable[[int], None], waiting: Waiting
+    ) -> tuple[VideoBatch, list[DamagedTar]]:
+        """Clips are read to where they stay in the pack; where one is left out, what is behind it moves up."""
+        numbers, tokens = pack.clips.tolist(), pack.tokens.tolist()
+        blank = Blank(self.slabs.take(), self.config.tokens_per_pack, self.clips.dtype)
+        parts = blank.patches_LP[: sum(tokens)].split(tokens)
+        good: list[Record] = []
+        damaged: list[DamagedTar] = []
+        for number, kept, into_LP in zip(numbers, tokens, parts, strict=True):
+            begin(number)
+            try:
+                places = self.places(number, kept, pack.epoch)
+                good.append(self.clips.read(number, self.encode, places, into_LP, waiting))
+            except DamagedTar as error:
+                if self.config.max_bad_fraction == 0:
+                    raise
+                error.sample_id = self.clips.sample_id(number)  # of the run: several datasets may number theirs alike
+                damaged.append(error)
+        batch = make_batch(good or [self.no_clip()], self.config.tokens_per_pack, None if damaged else blank)
+        return batch, damaged
 
-    def make_step(self, planned: PlannedStep, sizes: list[int], clips: Iterator[Record | DamagedTar]) -> Step:
-        packs, damaged = [], []
-        for size in sizes:
-            read = [next(clips) for _ in range(size)]
-            damaged += [clip for clip in read if isinstance(clip, DamagedTar)]
-            good = [clip for clip in read if isinstance(clip, Record)]
-            packs.append(make_batch(good or [self.no_clip()], self.config.tokens_per_pack))
-        real_tokens = int(sum(self.clips.tokens_N[pack].sum() for pack in planned.packs))
-        return Step(packs, [self.share(pack) for pack in packs], real_tokens, planned.after, damaged)
+    def places(self, number: int, kept: int, epoch: int) -> Tensor | None:
+        """Of the tokens that are kept of a clip; None: of all."""
+        tokens = self.clips.tokens_N.item(number)
+        if kept == tokens:
+            return None
+        first, sample_id = self.clips.start_N.item(number), self.clips.sample_id(number)
+        return torch.from_numpy(kept_places(self.seed, epoch, sample_id, first, tokens, kept))
+
+    def make_step(self, planned: PlannedStep, read: list[tuple[VideoBatch, list[DamagedTar]]]) -> Step:
+        packs = [pack for pack, _ in read]
+        real_tokens = int(sum(pack.tokens.sum() for pack in planned.packs))
+        damaged = [error for _, errors in read for error in errors]
+        dropped = 1 - real_tokens / int(sum(self.clips.tokens_N[pack.clips].sum() for pack in planned.packs))
+        return Step(packs, [self.share(pack) for pack in packs], real_tokens, dropped, planned.after, damaged)
 
     def no_clip(self) -> Record:
         """One token, so that a pack keeps its shapes."""
-        manifest = self.clips.manifest
+        manifest, dtype = self.clips.manifest, self.clips.dtype
         text = torch.zeros(1, manifest.text_dim) if self.encode is None else self.encode("")
-        return Record(NO_CLIP, torch.zeros(1, manifest.patch_dim), (1, 1, 1), text, (1.0, 1.0, 1.0, 0.0))
+        return Record(NO_CLIP, torch.zeros(1, manifest.patch_dim, dtype=dtype), (1, 1, 1), text, (1.0, 1.0, 1.0, 0.0))

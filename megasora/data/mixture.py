@@ -10,15 +10,18 @@ where it is follow from its place, so parts differ as parts of one clip do.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megasora.config import DataConfig
+from megasora.data.folder import READY
 from megasora.data.pack import Record
 from megasora.data.shards import Manifest, Shards
 from megasora.errors import MegaSoraError
@@ -51,10 +54,12 @@ class Mixture:
     def __init__(self, datasets: Sequence[Shards], weights: Sequence[float], budget: int, split_long: bool):
         self.datasets, self.weights = list(datasets), list(weights)
         check_alike(self.datasets)
+        # of patches in packs: what holds those of all datasets exactly
+        self.dtype = functools.reduce(torch.promote_types, (shards.dtype for shards in self.datasets))
         pieces = [split_clips(shards, budget, split_long) for shards in self.datasets]
-        self.tokens = [tokens for _, _, tokens in pieces]  # of each dataset, int64
+        self.tokens = [tokens for _, _, tokens, _ in pieces]  # of each dataset, int64
         self.dataset_N = np.repeat(np.arange(len(pieces)), [len(tokens) for tokens in self.tokens])
-        self.place_N, self.start_N, self.tokens_N = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        self.place_N, self.start_N, self.tokens_N, self.whole_N = map(np.concatenate, zip(*pieces, strict=True))
 
     def __len__(self) -> int:
         return len(self.tokens_N)
@@ -64,16 +69,34 @@ class Mixture:
         """Of the first dataset; what concerns the model is the same in all."""
         return self.datasets[0].manifest
 
-    def read(self, number: int, encode: Callable[[str], Tensor] | None) -> Record:
-        """Clip or part of a clip `number`; see Shards.read. May be called by several threads."""
-        dataset, start, tokens = (int(of[number]) for of in (self.dataset_N, self.start_N, self.tokens_N))
-        record = self.datasets[dataset].read(int(self.place_N[number]), encode)
-        return dataclasses.replace(
-            record,
-            sample_id=(dataset << DATASET_SHIFT) + record.sample_id,
-            patches_LP=record.patches_LP[start : start + tokens],
-            start=start,
-        )
+    def read(
+        self,
+        number: int,
+        encode: Callable[[str], Tensor] | None,
+        places: Tensor | None = None,
+        into_LP: Tensor | None = None,
+        waiting: AbstractContextManager = READY,
+    ) -> Record:
+        """Clip or part of a clip `number`; see Shards.read. May be called by several threads.
+
+        `places`: int64, of the clip's tokens those that are wanted; None: all that `number` stands for. `into_LP`:
+        where their patches go, of the mixture's dtype; None: new memory.
+        """
+        dataset, place = self.dataset_N.item(number), self.place_N.item(number)
+        shards = self.datasets[dataset]
+        if places is None and not self.whole_N.item(number):
+            places = torch.arange(self.tokens_N.item(number)) + self.start_N.item(number)
+        straight = places is None and self.dtype == shards.dtype  # as it lies in the tar
+        record = shards.read(place, encode, into_LP if straight else None, waiting)
+        patches_LP = record.patches_LP if places is None else record.patches_LP[places]
+        if into_LP is not None and not straight:
+            patches_LP = into_LP.copy_(patches_LP)
+        sample_id = (dataset << DATASET_SHIFT) + record.sample_id
+        return Record(sample_id, patches_LP, record.grid, record.text_SE, record.native, record.caption, places)
+
+    def sample_id(self, number: int) -> int:
+        dataset, place = int(self.dataset_N[number]), int(self.place_N[number])
+        return (dataset << DATASET_SHIFT) + int(self.datasets[dataset].entries.sample_ids[place])
 
     def where(self, number: int) -> str:
         """The tar and the sample, for people."""
@@ -92,8 +115,8 @@ class Mixture:
         return {"clips": sizes, "tokens": tokens, "weights": self.weights, "sha256": digest.hexdigest()}
 
 
-def split_clips(shards: Shards, budget: int, split_long: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(place in the dataset, first token, tokens) of each clip or part of one, int64."""
+def split_clips(shards: Shards, budget: int, split_long: bool) -> tuple[np.ndarray, ...]:
+    """Of each clip or part of one: (place in the dataset, first token, tokens), int64, and whether it is whole."""
     tokens = shards.tokens()
     long = np.flatnonzero(tokens > budget)
     if len(long) and not split_long:
@@ -119,7 +142,7 @@ def split_clips(shards: Shards, budget: int, split_long: bool) -> tuple[np.ndarr
     for place, cut in zip(long.tolist(), cuts, strict=True):
         here = np.s_[first[place] : first[place] + parts[place]]
         start_N[here], tokens_N[here] = cut[:-1], np.diff(cut)
-    return place_N, start_N, tokens_N
+    return place_N, start_N, tokens_N, parts[place_N] == 1
 
 
 def name(shards: Shards, place: int) -> str:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
-import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32
 
-from megasora.data.folder import LocalFolder, RemoteFolder, open_folder
+from megasora.data.folder import READY, LocalFolder, RemoteFolder, open_folder
 from megasora.data.pack import Record
 from megasora.data.tar import BLOCK, DamagedTar, read_header
 from megasora.errors import DataError, MegaSoraError
@@ -155,63 +157,77 @@ class Shards:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the patches."""
+        return DTYPES[self.manifest.dtype]
+
     def tokens(self) -> np.ndarray:
         """int64 [n]."""
         return self.entries.tokens
 
-    def read(self, number: int, encode: Callable[[str], Tensor] | None) -> Record:
+    def read(
+        self,
+        number: int,
+        encode: Callable[[str], Tensor] | None,
+        into_LP: Tensor | None = None,
+        waiting: AbstractContextManager = READY,
+    ) -> Record:
         """Clip `number`. `encode` reads the caption now; None takes the features that ingest stored.
 
-        May be called by several threads. Raises DamagedTar.
+        `into_LP`: where its patches go, of its size and dtype; None: new memory. What is in it after an error is
+        undefined. `waiting`: in which its bytes are waited for. May be called by several threads. Raises DamagedTar.
         """
-        row, data = self.entries.rows[number], self.record(number)
-        start = int(row["record"]["offset"])
-
-        def within(member: str) -> tuple[int, int]:
-            offset, size, _ = row[member].item()
-            return offset - start, size
-
-        offset, size = within("caption")
-        caption = bytes(data[offset : offset + size]).decode("utf-8")
-        offset, size = within("patches")
-        patches = torch.frombuffer(data, dtype=DTYPES[self.manifest.dtype], count=size // 2, offset=offset)
+        row = self.entries.rows[number]
+        sample_id, grid, native, (start, size, checksum), *spans = row.item()  # plain numbers, in one call
+        (caption_at, caption_bytes, _), _, (text_at, text_bytes, _), (patches_at, patches_bytes, _) = spans
+        if into_LP is None:
+            into_LP = torch.empty(math.prod(grid.tolist()), self.manifest.patch_dim, dtype=self.dtype)
+        patches = into_LP.view(torch.uint8).numpy().data.cast("B")
+        before, behind = patches_at - start, start + size - patches_at - patches_bytes
+        if len(patches) != patches_bytes or min(before, behind) < 0:
+            raise DataError(
+                f"{self.folder}: the index says that sample {sample_id} has {patches_bytes} bytes of patches at byte "
+                f"{patches_at} of a record from {start} to {start + size}; they are {len(patches)}; ingest again"
+            )
+        head = memoryview(bytearray(before))
+        pieces = head, patches, memoryview(bytearray(behind))  # patches are the last file of a record
+        self.fill(number, start, pieces, waiting)
+        found = 0
+        for piece in pieces:
+            found = crc32(piece, found)
+        if found != checksum:
+            raise self.damage(number, *find_damage(row, b"".join(pieces), self.entries.files))
+        caption = str(head[caption_at - start :][:caption_bytes], "utf-8")
         if encode is None:
-            offset, size = within("text")
-            text = torch.frombuffer(data, dtype=torch.float16, count=size // 2, offset=offset).float()
+            text = torch.frombuffer(head[text_at - start :][:text_bytes], dtype=torch.float16).float()
             text = text.view(-1, self.manifest.text_dim)
         else:
             text = encode(caption)
-        t, h, w = row["grid"].tolist()
-        native = tuple(row["native"].tolist())
-        return Record(int(row["sample_id"]), patches.view(t * h * w, -1), (t, h, w), text, native, caption)
-
-    def record(self, number: int) -> bytearray:
-        """All bytes of clip `number`, headers and padding included, as they lie in the tar. Raises DamagedTar."""
-        row = self.entries.rows[number]
-        data = self.read_span(number, row["record"])
-        if zlib.crc32(data) != row["record"]["crc32"]:
-            raise self.damage(number, *find_damage(row, data, self.entries.files))
-        return data
+        return Record(sample_id, into_LP, tuple(grid.tolist()), text, tuple(native.tolist()), caption)
 
     def meta(self, number: int) -> dict[str, Any]:
         """Its meta.json, without reading the patches. Raises DamagedTar."""
-        row = self.entries.rows[number]
-        data = self.read_span(number, row["meta"])
-        if zlib.crc32(data) != row["meta"]["crc32"]:
-            raise self.damage(number, int(row["meta"]["offset"]), "meta.json")
+        offset, size, checksum = self.entries.rows[number]["meta"].item()
+        data = bytearray(size)
+        self.fill(number, offset, [memoryview(data)])
+        if crc32(data) != checksum:
+            raise self.damage(number, offset, "meta.json")
         return json.loads(data)
 
-    def read_span(self, number: int, span: np.void) -> bytearray:
-        name, (offset, size, _) = self.names[self.shard_of[number]], span.item()
+    def fill(
+        self, number: int, offset: int, pieces: Sequence[memoryview], waiting: AbstractContextManager = READY
+    ) -> None:
+        """Reads what lies from `offset` on in the tar of clip `number`. Raises DamagedTar where the tar ends before."""
+        name, size = self.names[self.shard_of[number]], sum(map(len, pieces))
         try:
-            data = self.folder.read(name, offset, size)
+            found = self.folder.read_into(name, offset, pieces, waiting)
         except FileNotFoundError:
             sample_id = int(self.entries.sample_ids[number])
             raise DamagedTar(f"{self.folder}/{name}", offset, missing(self.folder, name), sample_id) from None
-        if len(data) < size:
-            what = f"the record ({len(data)} of {size} bytes: the tar was cut)"
-            raise self.damage(number, offset + len(data), what)
-        return data
+        if found < size:
+            what = f"the record ({found} of {size} bytes: the tar was cut)"
+            raise self.damage(number, offset + found, what)
 
     def damage(self, number: int, offset: int, what: str) -> DamagedTar:
         name, sample_id = self.names[self.shard_of[number]], int(self.entries.sample_ids[number])
@@ -236,7 +252,7 @@ def find_damage(row: np.void, data: bytes, files: Sequence[str]) -> tuple[int, s
             whole = False
         if not whole:
             return offset - BLOCK, f"the header of {file}"
-        if (actual := zlib.crc32(data[here : here + length])) != checksum:
+        if (actual := crc32(data[here : here + length])) != checksum:
             return offset, f"{file} ({length} bytes, checksum {actual:08x}, expected {checksum:08x})"
     return start, "a header or the padding behind a file"
 
@@ -261,7 +277,7 @@ NPY_MAGIC, NPY_TEXT = (lambda data: (data[:8], data[10 : data.index(b"'shape'")]
 
 def read_index(data: bytes, path: str, checksum: int, remedy: str) -> np.ndarray:
     """The inverse of `index_bytes`, held against its CRC-32. Reads INDEX and nothing else, whatever it declares."""
-    actual = zlib.crc32(data)
+    actual = crc32(data)
     if actual != checksum:
         raise DataError(f"{path} is damaged: its checksum is {actual:08x}, {MANIFEST} says {checksum:08x}; {remedy}")
     start = 10 + int.from_bytes(data[8:10], "little")

@@ -7,6 +7,9 @@ token, the sum of an embedding for each (place, byte), as in the space-delimited
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +19,8 @@ from megasora.kernels.attention import Segments, attention
 
 WORD_BYTES = 16
 PAD = 256  # behind the end of a word
+NO_BYTE = b"\xff"  # UTF-8 has none: it stands for PAD while a caption is bytes
+SYMBOLS = np.where(np.arange(256) == NO_BYTE[0], PAD, np.arange(256))
 
 
 class BytesEncoder:
@@ -42,17 +47,18 @@ class BytesEncoder:
         return words
 
     def words(self, caption: str) -> Tensor:
-        pieces = []
-        for word in caption.lower().split():
-            data = word.encode("utf-8")
-            pieces += [data[i : i + WORD_BYTES] for i in range(0, len(data), WORD_BYTES)]
-        words = torch.full((max(1, len(pieces)), WORD_BYTES), PAD, dtype=torch.int64)
-        for i, piece in enumerate(pieces):
-            words[i, : len(piece)] = torch.frombuffer(bytearray(piece), dtype=torch.uint8)
-        return words
+        data = b"".join(map(filled, caption.lower().split())) or NO_BYTE * WORD_BYTES
+        return torch.from_numpy(SYMBOLS[np.frombuffer(data, np.uint8)].reshape(-1, WORD_BYTES))
 
     def build_embedder(self, width: int, depth: int, heads: int) -> nn.Module:
         return BytesEmbedder(width, depth, heads)
+
+
+@lru_cache(maxsize=8192)  # few words are most of what captions say
+def filled(word: str) -> bytes:
+    """UTF-8, filled up to whole tokens."""
+    data = word.encode("utf-8")
+    return data.ljust(-(-len(data) // WORD_BYTES) * WORD_BYTES, NO_BYTE)
 
 
 class BytesEmbedder(nn.Module):

@@ -20,7 +20,7 @@ ALIKE = Manifest("codec-a", "text-a", [1, 1, 1], 2, {}, {}, 4)
 class Memory(Shards):
     """Shards without files: every token of a clip holds its place in it."""
 
-    def read(self, number, encode):
+    def read(self, number, encode, into_LP=None, waiting=None):
         entry = self.entries[number]
         patches = torch.arange(entry.tokens).float()[:, None].expand(-1, 2)
         return Record(entry.sample_id, patches, entry.grid, encode("ab"), entry.native, "ab")
@@ -72,7 +72,7 @@ def test_parts_of_a_clip_are_whole_frames_of_even_number_that_make_up_the_clip(f
     assert all(len(part.patches_LP) % 15 == 0 for part in parts) and max(counts) - min(counts) <= 1
     assert {(part.sample_id, part.grid) for part in parts} == {(101, (frames, 3, 5))}
     assert torch.equal(torch.cat([part.patches_LP[:, 0] for part in parts]), torch.arange(frames * 15).float())
-    assert [part.start for part in parts] == [int(part.patches_LP[0, 0]) for part in parts]
+    assert [int(part.places_L[0]) for part in parts] == [int(part.patches_LP[0, 0]) for part in parts]
     coords = torch.cat([make_batch([part], 64).coords_L3[: len(part.patches_LP)] for part in parts])
     assert torch.equal(coords, grid_coords((frames, 3, 5)))
 

@@ -77,12 +77,13 @@ def test_a_full_pack_has_no_padding_and_one_clip_too_many_is_refused():
         make_batch([], 10)
 
 
-def test_a_part_of_a_clip_keeps_its_coords_and_says_where_it_begins():
+def test_some_tokens_of_a_clip_keep_their_coords_and_places():
     whole = record(5, (3, 1, 2), 3)
-    part = dataclasses.replace(whole, patches_LP=whole.patches_LP[2:6], start=2)
+    places = torch.tensor([0, 3, 4, 5])
+    part = dataclasses.replace(whole, patches_LP=whole.patches_LP[places], places_L=places)
     batch = make_batch([record(1, (1, 1, 1), 1), part], 8)
-    assert batch.coords_L3[1:5].tolist() == [[1, 0, 0], [1, 0, 1], [2, 0, 0], [2, 0, 1]]
-    assert batch.starts_G.tolist() == [0, 2] and batch.starts_G.dtype == torch.int64
+    assert batch.coords_L3[1:5].tolist() == [[0, 0, 0], [1, 0, 1], [2, 0, 0], [2, 0, 1]]
+    assert batch.places_L.tolist() == [0, 0, 3, 4, 5, 0, 0, 0] and batch.places_L.dtype == torch.int64
     assert batch.grids_G3[1].tolist() == [3, 1, 2] and batch.cu_segments.tolist() == [0, 1, 5]
 
 
@@ -90,4 +91,4 @@ def test_plans_are_made_from_what_stays_on_the_cpu():
     _, batch = make_pack()
     moved = batch.to("meta")
     on_cpu = {name for name, value in vars(moved).items() if value is not None and value.device.type == "cpu"}
-    assert on_cpu == {"grids_G3", "cu_segments", "cu_rows", "cu_text", "sample_ids_G", "starts_G"}
+    assert on_cpu == {"grids_G3", "cu_segments", "cu_rows", "cu_text", "sample_ids_G", "places_L"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -272,10 +274,62 @@ def test_few_files_are_open_however_many_shards_there_are(tmp_path):
         (tmp_path / str(i)).write_bytes(b"%d" % i)
     before, folder = len(os.listdir("/proc/self/fd")), LocalFolder(tmp_path)
     for i in range(2 * OPEN_FILES):
-        assert folder.read(str(i), 0, 10) == b"%d" % i
+        data = bytearray(10)
+        assert bytes(data[: folder.read_into(str(i), 0, [memoryview(data)])]) == b"%d" % i
     assert len(os.listdir("/proc/self/fd")) - before <= OPEN_FILES
     del folder
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("flaw", [0, errno.EAGAIN, errno.EOPNOTSUPP])
+def test_what_the_system_reads_in_small_portions_is_read_to_the_end(flaw, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    whole, calls = os.preadv, []
+
+    def preadv(number, buffers, offset, flags=0):
+        calls.append(offset)
+        if flags and flaw:
+            raise OSError(flaw, "not now")
+        short = memoryview(bytearray(min(7, sum(map(len, buffers)))))
+        found, done = whole(number, [short], offset), 0
+        for buffer in buffers:
+            part = short[done : min(found, done + len(buffer))]
+            buffer[: len(part)] = part
+            done += len(part)
+        return found
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for end in (90, 120):  # in the file, and behind it
+        pieces = [memoryview(bytearray(n)) for n in (3, 0, 20, 1, end - 10 - 24, 0)]
+        found = LocalFolder(tmp_path).read_into("file", 10, pieces)
+        assert found == min(end, 100) - 10
+        assert b"".join(pieces)[:found] == bytes(range(10, 10 + found)) and len(calls) > 10
+        calls.clear()
+
+
+def test_only_what_is_not_in_memory_is_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    folder, waited, whole = LocalFolder(tmp_path), [], os.preadv
+
+    @contextlib.contextmanager
+    def waiting():
+        waited.append(1)
+        yield
+
+    def read() -> bytes:
+        pieces = [memoryview(bytearray(n)) for n in (30, 60)]
+        assert folder.read_into("file", 10, pieces, waiting()) == 90
+        return b"".join(pieces)
+
+    assert read() == bytes(range(10, 100)) and not waited  # it was just written
+
+    def preadv(number, buffers, offset, flags=0):  # memory holds 40 bytes of it
+        if not flags:
+            return whole(number, buffers, offset)
+        return whole(number, [buffers[0], buffers[1][:10]], offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert read() == bytes(range(10, 100)) and len(waited) == 1
 
 
 # ---------------------------------------------------------------- damage of tars
@@ -501,12 +555,23 @@ def test_an_index_that_contradicts_the_manifest_is_refused(change, words, tmp_pa
         (set_row("native", 1, (16, 16, 9, 24)), "meta.json says fps"),
         (set_row("grid", 1, (3, 4, 1)), "meta.json says grid"),
         (set_row("record", 1, (0, 1, 0)), "nobody's"),
+        (set_row("patches", 1, (0, 2, 0)), "patches"),
     ],
 )
 def test_verify_holds_the_index_against_what_lies_in_the_tar(change, words, tmp_path):
     folder = write(tmp_path / "shards", records())
     forge(folder, change)
     assert any(words in fault.what and fault.sample_id == 3 for fault in verify(open_folder(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "span"), [("patches", (2560, 60, 0)), ("patches", (8, 120, 0)), ("record", (0, 9, 0))]
+)
+def test_an_index_whose_patches_are_none_of_the_clip_is_refused_when_it_is_read(name, span, tmp_path):
+    folder = write(tmp_path / "shards", records())
+    forge(folder, set_row(name, 1, span))
+    with pytest.raises(MegaSoraError, match="the index says that sample 3 has .* bytes of patches .*ingest again"):
+        Shards.open(folder, "train").read(1, count_letters)
 
 
 def test_a_folder_without_manifest_says_how_to_make_one(tmp_path):

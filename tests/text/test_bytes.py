@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from megasora.config import TextConfig
 from megasora.errors import MegaSoraError
@@ -36,6 +38,19 @@ def test_no_byte_of_a_long_word_or_another_script_is_lost():
     (words,) = make().encode([caption])
     assert bytes(b for b in words.flatten().tolist() if b != PAD).decode() == caption.replace(" ", "")
     assert len(words) == 3 + 2  # 40 bytes; 24 bytes
+
+
+@given(st.text(max_size=80))
+@example("\0 nul\0 \x1c\x85\u3000 ÿ\xff 😀" + "é" * 20)
+@settings(deadline=None)
+def test_words_are_the_bytes_of_what_white_space_leaves(caption):
+    expected = []
+    for word in caption.lower().split():
+        data = list(word.encode())
+        expected += [data[i : i + WORD_BYTES] for i in range(0, len(data), WORD_BYTES)]
+    (words,) = make(max_tokens=1000).encode([caption])
+    assert words.dtype == torch.int64
+    assert words.tolist() == [piece + [PAD] * (WORD_BYTES - len(piece)) for piece in expected or [[]]]
 
 
 def test_an_empty_caption_is_one_word_without_bytes():
