@@ -69,7 +69,7 @@ class DataConfig:
     split_long: bool = False  # a clip longer than a pack is split in time; false: it is refused
     drop: DropConfig = field(default_factory=DropConfig)
     prefetch: int = 2  # steps read ahead
-    threads: int = 4  # that read and check clips side by side; 0: the one that reads ahead does
+    threads: int = 4  # that wait for clips side by side; 0: the one that reads ahead does
     timeout: float = 300.0  # seconds after which the reading of a clip is given up
     max_bad_fraction: float = 0.0  # damaged clips are left out until they are more of all than this; 0: none may be
 
