@@ -15,7 +15,7 @@ help:
 	@echo "make install     make .venv and install MegaSora in it, editable (every other target does this first)"
 	@echo "make demo        clips -> shards -> training on 2 processes -> a video -> runs/demo/report.html, in 10 minutes"
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
-	@echo "make test        the test suite; GPU tests skip where there is no GPU"
+	@echo "make test        the test suite, in a process a core, 4 at most; GPU tests skip where there is no GPU"
 	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data -> benchmarks/results/, 12 minutes"
 	@echo "make gpu         on a machine with a GPU: tests of kernels, then their speed -> benchmarks/results/, 10 minutes;"
 	@echo "                 PYTHON=python3 takes a python that has PyTorch for CUDA, and installs nothing"
@@ -68,7 +68,7 @@ $(RUNS:=/report.html): runs/%/report.html: runs/%/sample.mp4
 	$(BIN)/megasora report runs/$*
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.balance --out benchmarks/results/balance.json

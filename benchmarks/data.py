@@ -436,7 +436,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, help="where shards and videos are put for the while; else, for temporary"
     )
-    parser.add_argument("--load-clips", type=int, default=1200, help="in packs of 16,384 tokens, about 0.25 MB each")
+    parser.add_argument("--load-clips", type=int, default=4800, help="in packs of 16,384 tokens, about 0.25 MB each")
     parser.add_argument("--plan-clips", type=int, default=1_000_000)
     parser.add_argument("--budgets", type=int, nargs="+", default=[8192, 65_536, 1 << 20], help="tokens of a pack")
     parser.add_argument("--ranks", type=int, default=64)

@@ -29,9 +29,7 @@ class PackPlan:
 
     ranks: int
     tokens_per_rank: int
-    pieces_Q4: (
-        Tensor  # int64 [Q, 4], on the CPU, sorted by rank: rank, segment, its first token, one past last
-    )
+    pieces_Q4: Tensor  # int64 [Q, 4], on the CPU, sorted by rank: rank, segment, its first token, one past last
 
 
 @dataclass(frozen=True)

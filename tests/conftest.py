@@ -1,11 +1,19 @@
-"""What several folders of tests share: rendered clips, their shards, and one short training run."""
+"""What several folders of tests share: rendered clips, their shards, and one short training run.
+
+`make test` deals the files to several processes. What is shared is made by the first that asks for it. The files with
+the most slow tests are dealt first, those that want to be alone last.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,28 +29,56 @@ TINY = [  # a model that trains in milliseconds, with every mechanism on
 ]  # fmt: skip
 
 
+def is_one_of_several(config: pytest.Config) -> bool:
+    """Whether this process has been dealt a part of the suite."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if is_one_of_several(config):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: (item.get_closest_marker("alone") is not None, -slow[item.path]))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
     return list(TINY)
 
 
 @pytest.fixture(scope="session")
-def clips(tmp_path_factory) -> Path:
-    """60 training clips and 8 held-out ones, mp4 and png."""
-    from megasora.testing.clips import write_dataset
+def made_once(tmp_path_factory, pytestconfig) -> Callable[[str, Callable[[Path], object]], Path]:
+    """made_once(name, make): a folder of that name that `make(folder)` has filled, in one of the suite's processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if is_one_of_several(pytestconfig) else base) / "shared"
 
-    folder = tmp_path_factory.mktemp("data") / "clips"
-    write_dataset(folder, 60, 8, seed=1, processes=1, show_progress=False)
-    return folder
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        shared.mkdir(exist_ok=True)
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def shards(clips) -> Path:
+def clips(made_once) -> Path:
+    """60 training clips and 8 held-out ones, mp4 and png."""
+    from megasora.testing.clips import write_dataset
+
+    return made_once("clips", lambda folder: write_dataset(folder, 60, 8, seed=1, processes=1, show_progress=False))
+
+
+@pytest.fixture(scope="session")
+def shards(made_once, clips) -> Path:
     from megasora.config import load
     from megasora.ingest import ingest
 
-    ingest(clips, clips.parent / "shards", load(None, TINY))
-    return clips.parent / "shards"
+    return made_once("shards", lambda folder: ingest(clips, folder, load(None, TINY)))
 
 
 @pytest.fixture(scope="session")
@@ -69,12 +105,14 @@ def launch():
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, shards, launch, tiny) -> Path:
+def trained(made_once, shards, launch, tiny) -> Path:
     """A run of 20 steps on one process, saved at 10 and 20."""
-    run = tmp_path_factory.mktemp("runs") / "single"
-    code, output = launch("megasora.train", *train_arguments(run, shards, tiny))
-    assert code == 0, output
-    return run
+
+    def make(run: Path) -> None:
+        code, output = launch("megasora.train", *train_arguments(run, shards, tiny))
+        assert code == 0, output
+
+    return made_once("single", make)
 
 
 def train_arguments(run: Path, shards: Path, tiny: list[str]) -> list[str]:

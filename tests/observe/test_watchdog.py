@@ -20,10 +20,11 @@ from megasora.observe.launches import read_exit
 RUN = """
 import sys, time
 from pathlib import Path
-from megasora.observe.watchdog import Watchdog
+from megasora.observe import watchdog
 
 run, seconds, asked = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "asked"
-dog = Watchdog(run, 0, 3, seconds, lambda: asked)
+watchdog.STOP_SECONDS = 2.0  # else 10
+dog = watchdog.Watchdog(run, 0, 3, seconds, lambda: asked)
 with dog.watching():
     for step in range(4):
         dog.moved(f"step {step}")
@@ -57,15 +58,16 @@ def test_a_run_that_does_not_move_ends_within_its_time_and_names_the_silent_proc
     assert told["code"] == HANG
     words = "no move for 1 s; process 2: silent, stopped or gone; process 0, 1: at step 3; stacks in"
     assert told["reason"].startswith(words) and words in error
-    assert "Current thread" in error and 'File "<string>", line 13' in error  # the stack of the thread that sleeps
+    assert "Current thread" in error and 'File "<string>", line 14' in error  # the stack of the thread that sleeps
 
 
-def test_a_process_that_was_asked_to_stop_is_not_waited_for_when_others_are_gone(tmp_path, monkeypatch):
+def test_a_process_that_was_asked_to_stop_is_not_waited_for_when_others_are_gone(tmp_path):
     code, seconds, _ = watched(tmp_path, 100.0, "asked", 60.0)
-    assert code == CRASH and 8 < seconds  # 10 s and three moves of 0.3 s
+    assert code == CRASH and 2.4 < seconds < 30  # 2 s and three moves of 0.3 s, of which one is before the start
     assert "others are gone" in read_exit(tmp_path)["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_stopped_process_of_a_run_is_named_by_the_other(shards, tiny, tmp_path):
     run = tmp_path / "run"
@@ -85,6 +87,7 @@ def test_a_stopped_process_of_a_run_is_named_by_the_other(shards, tiny, tmp_path
     while read_exit(run) is None:
         assert time.monotonic() - start < 40, "not found"
         time.sleep(0.1)
+    os.kill(victim, signal.SIGKILL)  # torchrun does so too, after 30 s
     assert process.wait(timeout=60) == 1
     told = json.loads((run / "exit.json").read_text())
     assert told["code"] == HANG and "process 1: silent, stopped or gone; process 0: at step" in told["reason"]

@@ -18,6 +18,7 @@ def expected(dialect: str, depth: int, packs: int, dtype: torch.dtype, steps: in
     return single_process(config, dtype, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_a_layout_trains_the_same_model(layout):
@@ -44,6 +45,7 @@ IN_BFLOAT16 = [  # ways of DeepSpeed to keep gradients in fp32, with a sum over 
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("layout", IN_BFLOAT16, ids=lambda layout: layout.name)
 def test_bfloat16_is_as_far_from_float32_in_every_layout(layout):

@@ -23,6 +23,7 @@ LAUNCHES = [  # (last step, processes, settings)
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_in_five_layouts_is_the_uninterrupted_run(shards, tiny, tmp_path):
     whole, chain = tmp_path / "whole", tmp_path / "chain"

@@ -17,6 +17,7 @@ LAYOUTS = {  # settings: processes
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("settings", LAYOUTS, ids=",".join)
 def test_a_run_in_another_layout_is_the_same_run_and_resumes_bit_for_bit(settings, trained, shards, tiny, tmp_path):

@@ -58,16 +58,16 @@ REFUSALS = {  # overrides -> words that the one line must have
 
 
 @pytest.mark.parametrize("override", REFUSALS)
-def test_a_launch_that_cannot_be_right_is_refused_in_one_line(override, trained, shards, tiny, capsys, monkeypatch):
+def test_a_launch_that_cannot_be_right_is_refused_in_one_line(override, trained, shards, tiny, capsys, tmp_path):
     from megasora.train import main
 
-    run = trained if override.startswith("optim") else trained.parent / "refused"
+    run = trained if override.startswith("optim") else tmp_path / "refused"
     assert main([*train_arguments(run, shards, tiny), override]) == 2
     message = capsys.readouterr().err.strip()
     assert len(message.splitlines()) == 1
     for word in REFUSALS[override]:
         assert word in message
-    assert not (trained.parent / "refused").exists()
+    assert not (tmp_path / "refused").exists()
 
 
 def test_under_a_launcher_the_reason_is_said_once(shards, launch, tiny, tmp_path):
