@@ -1,7 +1,7 @@
 """What several folders of tests share: rendered clips, their shards, and one short training run.
 
 `make test` deals the files to several processes. What is shared is made by the first that asks for it. The files with
-the most slow tests are dealt first, those that want to be alone last.
+the most slow tests are dealt first, then those that mostly wait, beside which the many quick ones run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_one_of_several(config: pytest.Config) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if is_one_of_several(config):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        items.sort(key=lambda item: (item.get_closest_marker("alone") is not None, -slow[item.path]))
+        items.sort(key=lambda item: (-slow[item.path], item.get_closest_marker("waits") is None))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
 import slurm_lab  # noqa: E402
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.waits, pytest.mark.timeout(400)]
 
 SECRET = "0123456789-key-that-no-file-may-hold"
 NAME = "runs/of 2; touch pwned $(touch pwned) `touch pwned` > pwned"  # no shell may read it
