@@ -151,6 +151,14 @@ def lines(run: Path, file: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
+def is_running(pid: int) -> bool:
+    """Not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def check_repeats(whole: Path, resumed: Path) -> None:
     """`resumed`, a copy of `whole` that went on from step 10 to 20 once more, has repeated it bit for bit."""
     first, again = lines(whole), lines(resumed)[20:]

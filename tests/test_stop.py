@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import check_same_saves, lines, train_arguments
+from conftest import check_same_saves, is_running, lines, train_arguments
 
 from megasora.errors import CONFIGURATION, DONE, STOPPED
 from megasora.stop import STOP_SIGNALS, StopSignal
@@ -75,17 +75,9 @@ def test_processes_of_a_killed_launcher_end_within_five_seconds(shards, tiny, tm
     process.kill()
     process.wait()
     end = time.monotonic() + 5
-    while any(is_alive(pid) for pid in ranks):
+    while any(is_running(pid) for pid in ranks):
         assert time.monotonic() < end, f"processes {ranks} go on without their launcher"
         time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    """Not ended; one that nobody has waited for yet has."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_of_two_launches_on_one_run_folder_the_second_is_refused_and_the_first_goes_on(shards, tiny, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import is_running
 
 from megasora.codec import build_codec
 from megasora.config import CodecConfig, IngestConfig
@@ -160,16 +161,9 @@ def test_workers_are_gone_with_their_parent_however_it_ends(scores, tmp_path):
             assert time.monotonic() < deadline and parent.poll() is None
             time.sleep(0.02)
         os.kill(parent.pid, signal.SIGKILL)
-    while alive(child):
+    while is_running(child):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_worker_loads_no_torch(tmp_path):
