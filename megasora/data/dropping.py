@@ -12,8 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from megasora.config import DropConfig
-
-GOLDEN, MIX_A, MIX_B = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+from megasora.data.shuffle import TOKENS, shuffled
 
 
 def rate_at(config: DropConfig, epochs: float) -> float:
@@ -29,23 +28,5 @@ def kept_tokens(tokens_N: np.ndarray, rate: float) -> np.ndarray:
 
 
 def kept_places(seed: int, epoch: int, sample_id: int, first: int, tokens: int, kept: int) -> np.ndarray:
-    """int64 [kept], increasing: which of the places `first .. first + tokens - 1` of a clip stay.
-
-    Every place has a number of its own (SplitMix64); the smallest stay.
-    """
-    places = np.arange(first, first + tokens, dtype=np.int64)
-    if kept == tokens:
-        return places
-    with np.errstate(over="ignore"):  # products wrap
-        key = np.zeros(1, np.uint64)
-        for part in (seed, epoch, sample_id):
-            key = mixed(key + np.array([part + 1]).astype(np.uint64) * GOLDEN)
-        drawn = mixed(key + (places + 1).astype(np.uint64) * GOLDEN)
-    return np.sort(places[np.argpartition(drawn, kept)[:kept]])
-
-
-def mixed(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser on uint64."""
-    z = (z ^ (z >> np.uint64(30))) * MIX_A
-    z = (z ^ (z >> np.uint64(27))) * MIX_B
-    return z ^ (z >> np.uint64(31))
+    """int64 [kept], increasing: which of the places `first .. first + tokens - 1` of a clip stay."""
+    return first + np.sort(shuffled(tokens, seed, TOKENS, epoch, sample_id, first)[:kept])

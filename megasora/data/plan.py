@@ -17,8 +17,7 @@
   windows and epochs: such a step takes packs from the middle of both, which are alike too.
 - deal: of a step's packs, every rank gets equally many, of equal cost. The number of ranks changes nothing before.
 
-All of it is a pure function of (seed, epoch, window), so the state of a run is a cursor. Random numbers are the raw
-output of a bit generator, which numpy keeps the same in all its versions, unlike that of its shuffles.
+All of it is a pure function of (seed, epoch, window), so the state of a run is a cursor.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ import numpy as np
 from megasora.config import DropConfig
 from megasora.data.dropping import kept_tokens, rate_at
 from megasora.data.packing import Packs, pack_clips
+from megasora.data.shuffle import GROUPS, INTERLEAVE, ORDER, STEPS, shuffled
 
-ORDER, INTERLEAVE, STEPS, GROUPS = range(4)  # streams of random numbers
 PART = 64  # a pack with more room than budget / PART is not full
 
 
@@ -213,12 +212,6 @@ def clips_of_an_epoch(sizes: list[int], weights: list[float]) -> list[int]:
     if len(sizes) == 1:
         return list(sizes)
     return [max(1, round(sum(sizes) * weight / sum(weights))) for weight in weights]
-
-
-def shuffled(count: int, seed: int, *key: int) -> np.ndarray:
-    """int64 [count]: a permutation that depends on (seed, key) alone."""
-    drawn = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
-    return np.argsort(drawn, kind="stable")
 
 
 def deal(costs: np.ndarray, ranks: int) -> np.ndarray:

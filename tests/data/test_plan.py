@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megasora.config import DropConfig
-from megasora.data.plan import Cursor, Plan, arrange, clips_of_an_epoch, deal, shuffled
+from megasora.data.plan import Cursor, Plan, arrange, clips_of_an_epoch, deal
+from megasora.data.shuffle import shuffled
 from megasora.testing.mixes import heavy_mix
 
 WAN_14B = 29_000  # tokens of a clip whose attention to itself costs as much as all else
