@@ -6,7 +6,7 @@ Packs of a heavy-tailed mix of images and clips are split over the ranks of a co
     ring, same clip   the same runs; a hop passes only tokens whose segment the receiver has too
     USP               every segment evenly over ring ranks of 8 Ulysses ranks each: even work, and every segment travels
                       all the way round
-    plan_pack         ours, on a ring of all ranks and on a ring of Ulysses groups of 8 like USP's
+    split_pack         ours, on a ring of all ranks and on a ring of Ulysses groups of 8 like USP's
 
 A rank sends in a step, for each layer, of width D, on u Ulysses ranks:
 
@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import surroundings, write_record
-from megasora.batch import PackPlan
-from megasora.parallel.plan import attention_work, check_lengths, plan_pack, sent_tokens, sum_by, tokens
+from megasora.batch import ContextSplit
+from megasora.parallel.context_split import attention_work, check_lengths, split_pack, sent_tokens, sum_by, tokens
 
 WIDTH, LAYERS = 5120, 40  # Wan-14B
 ULYSSES = 8
@@ -47,17 +47,17 @@ REPEATS = 20  # times that each plan is made
 # ---- the ways to split
 
 
-def contiguous_split(lengths: Sequence[int] | np.ndarray, ranks: int, tokens_per_rank: int) -> PackPlan:
-    """The pack as it comes, a run of `tokens_per_rank` slots a rank. Arguments and errors as of plan_pack."""
+def contiguous_split(lengths: Sequence[int] | np.ndarray, ranks: int, tokens_per_rank: int) -> ContextSplit:
+    """The pack as it comes, a run of `tokens_per_rank` slots a rank. Arguments and errors as of split_pack."""
     starts = np.concatenate([[0], np.cumsum(check_lengths(lengths, ranks, tokens_per_rank))])
     ends = np.unique(np.concatenate([starts, np.arange(0, starts[-1], tokens_per_rank)]))
     segment_Q = np.searchsorted(starts, ends[:-1], side="right") - 1
     first_Q, last_Q = ends[:-1] - starts[segment_Q], ends[1:] - starts[segment_Q]
     pieces_Q4 = np.stack([ends[:-1] // tokens_per_rank, segment_Q, first_Q, last_Q], axis=1)
-    return PackPlan(ranks, tokens_per_rank, torch.from_numpy(pieces_Q4))
+    return ContextSplit(ranks, tokens_per_rank, torch.from_numpy(pieces_Q4))
 
 
-def even_split(lengths: Sequence[int] | np.ndarray, ranks: int, tokens_per_rank: int) -> PackPlan:
+def even_split(lengths: Sequence[int] | np.ndarray, ranks: int, tokens_per_rank: int) -> ContextSplit:
     """Every segment over all ranks; the tokens that do not divide are dealt out, one a rank, in turn."""
     lengths_G1 = check_lengths(lengths, ranks, tokens_per_rank)[:, None]
     extra_G1 = lengths_G1 % ranks
@@ -67,13 +67,13 @@ def even_split(lengths: Sequence[int] | np.ndarray, ranks: int, tokens_per_rank:
     rank_Q, segment_Q = np.nonzero(length_GR.T)
     last_Q = last_GR[segment_Q, rank_Q]
     pieces_Q4 = np.stack([rank_Q, segment_Q, last_Q - length_GR[segment_Q, rank_Q], last_Q], axis=1)
-    return PackPlan(ranks, tokens_per_rank, torch.from_numpy(pieces_Q4))
+    return ContextSplit(ranks, tokens_per_rank, torch.from_numpy(pieces_Q4))
 
 
 @dataclass(frozen=True)
 class Way:
     name: str
-    split: Callable[[Sequence[int] | np.ndarray, int, int], PackPlan]
+    split: Callable[[Sequence[int] | np.ndarray, int, int], ContextSplit]
     ulysses: int
     everything: bool = False  # every token makes every hop, whoever needs it
 
@@ -82,22 +82,22 @@ WAYS = (
     Way("plain ring", contiguous_split, 1, everything=True),
     Way("ring, same clip", contiguous_split, 1),
     Way("USP", even_split, ULYSSES),
-    Way("plan_pack, ring", plan_pack, 1),
-    Way(f"plan_pack, {ULYSSES} x ring", plan_pack, ULYSSES),
+    Way("split_pack, ring", split_pack, 1),
+    Way(f"split_pack, {ULYSSES} x ring", split_pack, ULYSSES),
 )
 
 
 # ---- what is counted
 
 
-def received_tokens(plan: PackPlan) -> np.ndarray:
+def received_tokens(plan: ContextSplit) -> np.ndarray:
     """int64 [ranks]: tokens of other ranks in segments of which a rank has a piece."""
     rank_Q, segment_Q, first_Q, last_Q = plan.pieces_Q4.numpy().T
     length_G = sum_by(segment_Q, last_Q - first_Q, segment_Q.max() + 1)
     return sum_by(rank_Q, length_G[segment_Q] - (last_Q - first_Q), plan.ranks)
 
 
-def bytes_a_layer(plan: PackPlan, way: Way) -> np.ndarray:
+def bytes_a_layer(plan: ContextSplit, way: Way) -> np.ndarray:
     """float64 [ranks]: what one GPU of each ring rank sends in a layer's forward and backward; see the top."""
     here, sent, received = tokens(plan), sent_tokens(plan), received_tokens(plan)
     if way.everything:
@@ -151,12 +151,12 @@ def heavy_tailed(num_tokens: int, shortest: int, longest: int, seed: int) -> np.
 def measure(ranks: int, tokens_per_rank: int, seed: int) -> list[Result]:
     """One pack in every way."""
     lengths = heavy_tailed(ranks * tokens_per_rank, SHORTEST, LONGEST, seed)
-    plans: dict[str, PackPlan] = {}
+    plans: dict[str, ContextSplit] = {}
     times: dict[str, list[float]] = {}
     for way in WAYS:
         split = partial(way.split, lengths, ranks // way.ulysses, tokens_per_rank * way.ulysses)
         plans[way.name], times[way.name] = split(), []
-        for _ in range(REPEATS if way.split is plan_pack else 0):
+        for _ in range(REPEATS if way.split is split_pack else 0):
             start = time.perf_counter()
             split()
             times[way.name].append(1e3 * (time.perf_counter() - start))

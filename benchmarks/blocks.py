@@ -4,11 +4,12 @@ The block is the model's own (megasora/model/block.py), in bf16 and in the shape
 a caption of 512 tokens. MFU counts what megasora/model/flops.py counts, three times the forward pass, no recompute,
 divided by the time and by the FLOP/s of a large matrix product in the same run. The ways:
 
-    ours       model.kernels=triton
-    eager      model.kernels=torch: the same maths in PyTorch
+    ours       model.kernel_backend=triton
+    eager      model.kernel_backend=torch: the same maths in PyTorch
     compile    torch.compile of the references of kernels/ in the place of their operations: a block written plainly
 
-each with every model.recompute: none keeps all activations, attention all but self-attention's, full the input alone.
+each with every model.recompute: none keeps all activations, keep_attention the input and self-attention's output, full
+the input alone.
 Attention is the same in all of them. What the block is given is taken from a forward pass of a whole model around it,
 as the model gives it; what is made once a pack, not once a block, is so left out of the time.
 """
@@ -25,7 +26,6 @@ from unittest import mock
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.gpu import Clock, take_turns
 from megasora.batch import VideoBatch
@@ -37,9 +37,9 @@ from megasora.kernels.gated_add import gated_add_reference
 from megasora.kernels.gated_residual_adaln import gated_residual_adaln_reference
 from megasora.kernels.qk_norm_rope3d import qk_norm_rope3d_reference
 from megasora.kernels.rms_norm import rms_norm_reference
-from megasora.kernels.rope3d import Rope
 from megasora.model import attention as model_attention
 from megasora.model import block as model_block
+from megasora.model.block import BlockInputs, run_block
 from megasora.model.flops import pack_flops
 from megasora.testing.operations import Angles
 
@@ -49,7 +49,7 @@ SHAPES = {  # width, heads, MLP width
 }
 GRIDS = {8_192: (8, 32, 32), 36_864: (36, 32, 32), 73_728: (72, 32, 32)}  # tokens: frames, rows, columns of them
 WORDS = 512
-RECOMPUTE = ("none", "attention", "full")
+RECOMPUTE = ("none", "keep_attention", "full")
 KERNELS = {"ours": "triton", "eager": "torch", "compile": "torch"}
 PLAINLY: list[tuple[ModuleType, str, Callable]] = [  # operations that the model's files call, and the maths instead
     (model_block, "adaln_modulate", lambda *given, via, **named: adaln_modulate_reference(*given, **named)),
@@ -97,8 +97,8 @@ def block_cases(quick: bool) -> Iterator[Case]:
 def config_of(case: Case, kernels: str, depth: int = 1) -> Config:
     width, heads, hidden = SHAPES[case.shape]
     model = ModelConfig(
-        width=width, depth=depth, heads=heads, mlp_ratio=hidden / width, modulation="shared", qk_norm="width",
-        text_depth=0, recompute=case.recompute, kernels=kernels,
+        width=width, depth=depth, heads=heads, mlp_ratio=hidden / width, modulation="shared", qk_norm="across_heads",
+        text_depth=0, recompute=case.recompute, kernel_backend=kernels,
     )  # fmt: skip
     return Config(run=RunConfig(dtype="bfloat16"), codec=CodecConfig(channels=64), model=model)
 
@@ -124,37 +124,27 @@ def block_flops(case: Case) -> int:
 Step = Callable[[], Tensor]  # the block's forward pass
 
 
-def build_block(case: Case, kernels: str, device: str) -> tuple[torch.nn.Module, tuple]:
-    """The block, and the arguments that its model calls it with; tensors among them want gradients as they did there.
-
-    The only function here that knows how a model calls its blocks: by place, hidden tokens first.
-    """
+def build_block(case: Case, kernels: str, device: str) -> tuple[torch.nn.Module, Tensor, BlockInputs]:
+    """A block of the model, hidden tokens and the block's other inputs; tensors are leaves."""
     config = config_of(case, kernels)
     with torch.device(device):
         model = build_model(config, patch_dim(config)).bfloat16().train()
     draw = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02, generator=draw)
-    block, caught = model.blocks["0"], []
-    hook = block.register_forward_pre_hook(lambda module, given: caught.append(given))
+    batch = one_clip(config, case.tokens).to(device)
     with torch.no_grad():
-        model(one_clip(config, case.tokens).to(device))
-    hook.remove()
-    return block, tuple(
-        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in caught[0]
-    )
+        x_LD, inputs = model.embed_patches(batch), model.block_inputs(batch)
+    return model.blocks["0"], as_leaf(x_LD), BlockInputs(*map(as_leaf, inputs))
 
 
-def step_of(block: Callable[..., Tensor], given: tuple, recompute: str) -> Step:
-    """The forward pass as the model does it. A list in `given` is where self-attention leaves its output."""
-    if recompute == "none":
-        return lambda: block(*given)
+def as_leaf(x: object) -> object:
+    return x.detach().requires_grad_() if isinstance(x, Tensor) else x
 
-    def step() -> Tensor:
-        fresh = (([] if isinstance(x, list) else x) for x in given)
-        return checkpoint(block, *fresh, use_reentrant=False, preserve_rng_state=False)
 
-    return step
+def forward_step(block: Callable[..., Tensor], x_LD: Tensor, inputs: BlockInputs, recompute: str) -> Step:
+    """The forward pass as the model does it."""
+    return lambda: run_block(block, x_LD, inputs, recompute)
 
 
 @contextmanager
@@ -166,9 +156,9 @@ def plainly() -> Iterator[None]:
         yield
 
 
-def with_angles(given: tuple) -> tuple:
+def with_angles(inputs: BlockInputs) -> BlockInputs:
     """Cosines and sines in place of the Rope, which holds them as complex numbers: a compiler makes little of these."""
-    return tuple(Angles(x.cos.contiguous(), x.sin.contiguous()) if isinstance(x, Rope) else x for x in given)
+    return inputs._replace(rope=Angles(inputs.rope.cos.contiguous(), inputs.rope.sin.contiguous()))
 
 
 def turn_of(step: Step, leaves: list[Tensor], held: list[float]) -> Callable[[Clock], None]:
@@ -187,13 +177,14 @@ def measure_block(case: Case, matmul_tflop_s: float, clock: Clock) -> list[Block
     flops = block_flops(case)
     ways, held = {}, {way: [] for way in KERNELS}
     for way, kernels in KERNELS.items():
-        block, given = build_block(case, kernels, "cuda")
-        leaves = [x for x in (*given, *block.parameters()) if isinstance(x, Tensor) and x.requires_grad]
+        block, x_LD, inputs = build_block(case, kernels, "cuda")
+        leaves = [x for x in (x_LD, *inputs, *block.parameters()) if isinstance(x, Tensor) and x.requires_grad]
         if way == "compile":
             compiled = torch.compile(block, dynamic=False)
-            ways[way] = plainly()(turn_of(step_of(compiled, with_angles(given), case.recompute), leaves, held[way]))
+            step = forward_step(compiled, x_LD, with_angles(inputs), case.recompute)
+            ways[way] = plainly()(turn_of(step, leaves, held[way]))
         else:
-            ways[way] = turn_of(step_of(block, given, case.recompute), leaves, held[way])
+            ways[way] = turn_of(forward_step(block, x_LD, inputs, case.recompute), leaves, held[way])
     results = []
     for way, times in take_turns(ways, clock, warm_up=1).items():
         fields = dataclasses.asdict(case) | {"way": way, "flops": float(flops)}

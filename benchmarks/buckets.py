@@ -28,7 +28,7 @@ from megasora.batch import VideoBatch
 from megasora.build import build_model, patch_dim
 from megasora.config import Config
 from megasora.data.pack import Record, make_batch
-from megasora.data.plan import Cursor, Plan
+from megasora.data.packing_plan import Cursor, PackingPlan
 from megasora.diffusion.flow import FlowMatching, velocity_error
 from megasora.model.flops import pack_flops
 from megasora.testing.mixes import heavy_grids
@@ -71,22 +71,22 @@ def bucket_batches(grids_N3: np.ndarray, budget: int, up: bool, seed: int) -> li
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def packed(grids_N3: np.ndarray, config: Config, attention_length: int, ranks: int) -> list[list[Batch]]:
+def packed(grids_N3: np.ndarray, config: Config, attention_break_even_tokens: int, ranks: int) -> list[list[Batch]]:
     """Steps of an epoch, a pack a rank."""
     tokens, budget = grids_N3.prod(1), config.data.tokens_per_pack
-    plan = Plan([tokens], [1.0], budget, ranks, config.data.lookahead, attention_length, config.run.seed)
+    plan = PackingPlan([tokens], [1.0], budget, ranks, config.data.packing_window, attention_break_even_tokens, config.run.seed)
     steps = []
     for step in plan.steps(Cursor()):
-        if step.after.epoch:
+        if step.next_cursor.epoch:
             return steps
         steps.append([Batch(grids_N3[p.clips], int(p.tokens.sum()), budget) for p in step.packs])
     raise AssertionError("a plan is endless")
 
 
-def steps_of(way: str, grids_N3: np.ndarray, config: Config, attention_length: int, ranks: int) -> list[list[Batch]]:
+def steps_of(way: str, grids_N3: np.ndarray, config: Config, attention_break_even_tokens: int, ranks: int) -> list[list[Batch]]:
     """Whole steps of an epoch in one of the ways."""
     if way == PACKS:
-        return packed(grids_N3, config, attention_length, ranks)
+        return packed(grids_N3, config, attention_break_even_tokens, ranks)
     batches = bucket_batches(grids_N3, config.data.tokens_per_pack, way == PAD, config.run.seed)
     return [batches[i : i + ranks] for i in range(0, len(batches) - ranks + 1, ranks)]
 
@@ -114,14 +114,14 @@ class Arithmetic:
     dearest_over_mean: float  # FLOPs of a step's ranks, mean over steps
 
 
-def count_arithmetic(config: Config, attention_length: int, clips: int, ranks: int) -> list[Arithmetic]:
+def count_arithmetic(config: Config, attention_break_even_tokens: int, clips: int, ranks: int) -> list[Arithmetic]:
     budget = config.data.tokens_per_pack
     grids = heavy_grids(budget, clips, config.run.seed)
     down = bucket_of(grids, budget, up=False)
     kept = {PACKS: 1.0, PAD: 1.0, CROP: float(np.minimum(grids, down).prod(1).sum() / grids.prod(1).sum())}
     found = {}
     for way in (PACKS, PAD, CROP):
-        steps = steps_of(way, grids, config, attention_length, ranks)
+        steps = steps_of(way, grids, config, attention_break_even_tokens, ranks)
         costs_SR = np.array([[flops_of(batch, config) for batch in step] for step in steps])
         useful = sum(batch.useful for step in steps for batch in step)
         slots = sum(batch.slots for step in steps for batch in step)
@@ -152,13 +152,13 @@ class Seconds:
     packs_over_this: list[float]
 
 
-def measure_seconds(config: Config, attention_length: int, clips: int, steps: int, turns: int) -> list[Seconds]:
+def measure_seconds(config: Config, attention_break_even_tokens: int, clips: int, steps: int, turns: int) -> list[Seconds]:
     """One process, a pack or batch a step; the first step of each way is not counted."""
     grids = heavy_grids(config.data.tokens_per_pack, clips, config.run.seed)
     model = build_model(config, patch_dim(config))
     model.initialise(0)
     objective, draw = FlowMatching(config.objective, config.run.seed), torch.Generator().manual_seed(0)
-    batches = {way: [s[0] for s in steps_of(way, grids, config, attention_length, 1)] for way in (PACKS, PAD, CROP)}
+    batches = {way: [s[0] for s in steps_of(way, grids, config, attention_break_even_tokens, 1)] for way in (PACKS, PAD, CROP)}
     for all_of in batches.values():
         all_of.sort(key=lambda batch: flops_of(batch, config))
     speeds: dict[str, list[float]] = {way: [] for way in batches}
@@ -167,11 +167,11 @@ def measure_seconds(config: Config, attention_length: int, clips: int, steps: in
         for step in range(-(turn == 0), steps):
             for way, all_of in batches.items():
                 batch = all_of[int((max(step, 0) + (turn + 0.5) / turns) / steps * len(all_of))]
-                noised, target, weight = objective.corrupt(make_clips(batch, config, draw), max(step, 0))
+                noised, target, weight = objective.add_noise(make_clips(batch, config, draw), max(step, 0))
                 model.zero_grad()
                 start = time.process_time()
                 error = velocity_error(model(noised), target, weight)
-                (error.error / max(1, error.tokens)).backward()
+                (error.squared_error_sum / max(1, error.tokens)).backward()
                 if step >= 0:
                     spent[way] += time.process_time() - start
                     useful[way] += batch.useful

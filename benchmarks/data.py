@@ -41,15 +41,15 @@ from benchmarks.buckets import count_arithmetic, measure_seconds
 from benchmarks.record import surroundings, write_record
 from megasora.build import patch_dim
 from megasora.config import Config, load
-from megasora.data.blocks import BlockWriter, write_manifest
+from megasora.data.shard_writer import BlockWriter, write_manifest
 from megasora.data.loader import PackLoader
 from megasora.data.mixture import open_mixture
 from megasora.data.pack import Record
-from megasora.data.plan import Cursor, Plan, deal
+from megasora.data.packing_plan import Cursor, PackingPlan, assign_packs_to_ranks
 from megasora.ingest import ingest
+from megasora.model.flops import attention_break_even_tokens
 from megasora.testing.mixes import heavy_grids, heavy_mix
 from megasora.text import build_text_encoder
-from megasora.trainer import attention_length
 
 PRESET = Path(__file__).resolve().parents[1] / "configs" / "dit_7b.yaml"  # whose arithmetic is counted
 SMALL = [  # the model whose steps are timed
@@ -116,12 +116,12 @@ def run_loader(config: Config, threads: int) -> Amount:
     """Whole steps of an epoch, from the first that is asked for."""
     clips = open_mixture(config.data, "train")
     encoder = build_text_encoder(config.text)
-    length = attention_length(config.model, patch_dim(config))
+    length = attention_break_even_tokens(config.model, patch_dim(config))
     loader = PackLoader(
-        clips, replace(config.data, threads=threads), 0, lambda caption: encoder.encode([caption])[0], length
+        clips, replace(config.data, reader_threads=threads), 0, lambda caption: encoder.encode([caption])[0], length
     )
-    tokens = int(clips.tokens_N.sum())
-    size_of = clips.datasets[0].entries.rows["record"]["size"]
+    tokens = int(clips.tokens_I.sum())
+    size_of = clips.datasets[0].index.rows["record"]["size"]
     seen, total, start = 0, 0, time.perf_counter()
     steps = iter(loader)
     for step in itertools.islice(steps, tokens // (config.data.tokens_per_pack * config.data.packs_per_step)):
@@ -249,11 +249,11 @@ class Planning:
 
 
 def measure_plan(budget: int, clips: int, ranks: int, packs_a_rank: list[int], length: int) -> Planning:
-    """`length`: see Plan's `attention_length`."""
-    tokens, window = heavy_mix(budget, clips, 0), load(None, []).data.lookahead
+    """`length`: see PackingPlan's `attention_break_even_tokens`."""
+    tokens, window = heavy_mix(budget, clips, 0), load(None, []).data.packing_window
 
-    def plan(packs_per_step: int) -> Plan:
-        return Plan([tokens], [1.0], budget, packs_per_step, window, length, 0)
+    def plan(packs_per_step: int) -> PackingPlan:
+        return PackingPlan([tokens], [1.0], budget, packs_per_step, window, length, 0)
 
     start = time.process_time()
     whole = plan(ranks)
@@ -280,14 +280,14 @@ def measure_plan(budget: int, clips: int, ranks: int, packs_a_rank: list[int], l
     )  # fmt: skip
 
 
-def step_costs(plan: Plan) -> Iterator[np.ndarray]:
+def step_costs(plan: PackingPlan) -> Iterator[np.ndarray]:
     """Of the packs of each step of the first epoch."""
-    for step in itertools.takewhile(lambda step: step.after.epoch == 0, plan.steps(Cursor())):
+    for step in itertools.takewhile(lambda step: step.next_cursor.epoch == 0, plan.steps(Cursor())):
         yield step.costs
 
 
 def rank_balance(costs: np.ndarray, ranks: int) -> float:
-    sums = costs[deal(costs, ranks)].sum(1)
+    sums = costs[assign_packs_to_ranks(costs, ranks)].sum(1)
     return float(sums.max() / sums.mean())
 
 
@@ -449,7 +449,7 @@ def main(arguments: list[str] | None = None) -> None:
     head, console = surroundings(), Console(width=156)
     torch.set_num_threads(1)
     preset = load(str(PRESET), [])
-    length = attention_length(preset.model, patch_dim(preset))
+    length = attention_break_even_tokens(preset.model, patch_dim(preset))
     body: dict[str, object] = {"load_average": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -474,7 +474,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         console.print(table_of(title, columns, rows))
         small = load(None, small_settings(options.tokens))
-        small_length = attention_length(small.model, patch_dim(small))
+        small_length = attention_break_even_tokens(small.model, patch_dim(small))
         timed = measure_seconds(small, small_length, options.bucket_clips // 5, options.steps, 2)
         rows = [[r.way, spread(r.tokens_per_second, ",.0f"), spread(r.packs_over_this)] for r in timed]
         title = f"packs of {options.tokens:,}, width 64, 2 blocks, CPU seconds"

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 COLOURS = {"ours": "#0072b2", "compile": "#e69f00", "eager": "#8a8a8a", "liger": "#009e73", "quack": "#cc79a7"}
 MARKS = {"ours": "o", "compile": "s", "eager": "^", "liger": "D", "quack": "v"}
 BAR = 0.26
-RECOMPUTE = ("none", "attention", "full")
+RECOMPUTE = ("none", "keep_attention", "full")
 
 
 def draw(record: Mapping, path: Path) -> None:

@@ -37,13 +37,12 @@ from megasora.batch import VideoBatch
 from megasora.build import build_model, patch_dim
 from megasora.config import Config, load
 from megasora.data.pack import Record, make_batch
-from megasora.model.flops import mlp_hidden
 
 DIALECTS = {
-    "DiT": ["model.modulation=block", "model.qk_norm=head", "model.mlp_ratio=4"],
-    "Wan": ["model.modulation=shared", "model.qk_norm=width", "model.mlp_ratio=2.7"],
+    "DiT": ["model.modulation=block", "model.qk_norm=per_head", "model.mlp_ratio=4"],
+    "Wan": ["model.modulation=shared", "model.qk_norm=across_heads", "model.mlp_ratio=2.7"],
 }
-MODES = ("none", "full", "attention")
+MODES = ("none", "full", "keep_attention")
 HEAD_DIM, WORDS = 64, 8
 
 
@@ -93,7 +92,7 @@ def held_bytes(config: Config) -> int:
 
 def formula(mode: str, width: int, hidden: int) -> float:
     """Bytes a token and block."""
-    return {"none": 34 * width + 4 * hidden, "full": 2 * width, "attention": 4 * width}[mode]
+    return {"none": 34 * width + 4 * hidden, "full": 2 * width, "keep_attention": 4 * width}[mode]
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,9 @@ def measure(dialect: str, width: int, mode: str, tokens: int) -> Result:
     ]  # fmt: skip
     shallow, deep = (load(None, [*settings, f"model.depth={depth}"]) for depth in (1, 2))
     held = held_bytes(deep) - held_bytes(shallow)
-    expected = formula(mode, width, mlp_hidden(deep.model))
+    expected = formula(mode, width, deep.model.mlp_hidden)
     return Result(
-        dialect, width, mlp_hidden(deep.model), mode, tokens, held, held / tokens, expected, held / tokens / expected
+        dialect, width, deep.model.mlp_hidden, mode, tokens, held, held / tokens, expected, held / tokens / expected
     )
 
 

@@ -1,6 +1,6 @@
 """Time of a training step over ways to split a pack: python -m benchmarks.step [--out benchmarks/results/step.json]
 
-Heavy-tailed packs on a few processes, over gloo, are split in three ways: plan_pack, ours; even, every segment over all
+Heavy-tailed packs on a few processes, over gloo, are split in three ways: split_pack, ours; even, every segment over all
 ranks, as USP does; contiguous, a run of slots a rank. Only the plan differs: weights, pack, noise, attention and its
 messages (each rank sends what the others need, directly) are the same, and so must be loss and gradient norm.
 
@@ -31,14 +31,14 @@ from torch import Tensor
 
 from benchmarks.balance import contiguous_split, even_split, heavy_tailed
 from benchmarks.record import surroundings, write_record
-from megasora.batch import PackPlan, VideoBatch
+from megasora.batch import ContextSplit, VideoBatch
 from megasora.build import patch_dim
 from megasora.config import Config, load
 from megasora.data.pack import Record, make_batch
 from megasora.diffusion.flow import FlowMatching, velocity_error
 from megasora.parallel.mesh import Mesh, build_mesh
-from megasora.parallel.plan import attention_work, plan_pack
-from megasora.parallel.share import take_share, tokens_per_rank
+from megasora.parallel.context_split import attention_work, split_pack
+from megasora.parallel.share import share_length, take_share
 from megasora.parallelize import LocalModel, build_local_model
 from megasora.testing.spawn import run_ranks
 
@@ -47,8 +47,8 @@ LAYOUTS = {  # name: processes, settings
     "tensor=2,context=2": (4, ["parallel.tensor=2", "parallel.context=2"]),
     "context=2": (2, ["parallel.context=2"]),
 }
-WAYS: dict[str, Callable[..., PackPlan]] = {"plan_pack": plan_pack, "even": even_split, "contiguous": contiguous_split}
-OURS = "plan_pack"
+WAYS: dict[str, Callable[..., ContextSplit]] = {"split_pack": split_pack, "even": even_split, "contiguous": contiguous_split}
+OURS = "split_pack"
 SHORTEST, LONGEST = 16, 131_072  # tokens of a clip: the mix of balance.py, for smaller ranks
 SAME = 1e-5  # relative difference of losses and gradient norms
 
@@ -86,7 +86,7 @@ class Step:
     bytes_sent: int
 
 
-def run_steps(config: Config, plans: dict[str, PackPlan], pack: VideoBatch, turns: int) -> dict[str, list[Step]]:
+def run_steps(config: Config, plans: dict[str, ContextSplit], pack: VideoBatch, turns: int) -> dict[str, list[Step]]:
     """What each rank does: `turns` steps with each plan, in turn, after one that is not counted."""
     mesh = build_mesh(config.parallel, "cpu")
     local = build_local_model(config, torch.device("cpu"), mesh)
@@ -94,8 +94,8 @@ def run_steps(config: Config, plans: dict[str, PackPlan], pack: VideoBatch, turn
     steps: dict[str, list[Step]] = {way: [] for way in plans}
     for turn in range(turns + 1):
         for way, plan in plans.items():
-            share = take_share(pack, plan, mesh.ring.rank, mesh.ulysses.rank, tokens_per_rank(config))
-            problem = FlowMatching(config.objective, config.run.seed).corrupt(share, 0)
+            share = take_share(pack, plan, mesh.ring.rank, mesh.ulysses.rank, share_length(config))
+            problem = FlowMatching(config.objective, config.run.seed).add_noise(share, 0)
             step = train_step(local, problem, mesh)
             if turn > 0:
                 steps[way].append(step)
@@ -106,14 +106,14 @@ def train_step(local: LocalModel, problem: tuple[VideoBatch, Tensor, Tensor], me
     noised, target, weight = problem
     model, attention = local.stages[0], local.attention
     model.zero_grad()
-    attention.take_bytes_sent()
+    attention.pop_bytes_sent()
     dist.barrier()
     start, cpu_start = time.perf_counter(), time.thread_time()
 
     error = velocity_error(model(noised), target, weight)
-    sums = torch.tensor([float(error.error.detach()), error.tokens], dtype=torch.float64)
-    dist.all_reduce(sums, group=mesh.zero.group)
-    (error.error / sums[1].float()).backward()
+    sums = torch.tensor([float(error.squared_error_sum.detach()), error.tokens], dtype=torch.float64)
+    dist.all_reduce(sums, group=mesh.data_context.group)
+    (error.squared_error_sum / sums[1].float()).backward()
     sum_gradients(local, mesh)
 
     cpu_seconds = time.thread_time() - cpu_start
@@ -121,25 +121,26 @@ def train_step(local: LocalModel, problem: tuple[VideoBatch, Tensor, Tensor], me
     slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     loss = float(sums[0] / sums[1])
-    return Step(loss, gradient_norm(local, mesh), float(slowest), cpu_seconds, attention.take_bytes_sent())
+    return Step(loss, gradient_norm(local, mesh), float(slowest), cpu_seconds, attention.pop_bytes_sent())
 
 
 def sum_gradients(local: LocalModel, mesh: Mesh) -> None:
     """Over data and context in one message, then over whatever else a parameter's gradient is a part of."""
     named = dict(local.stages[0].named_parameters())
     flat = torch.cat([p.grad.flatten() for p in named.values()])
-    dist.all_reduce(flat, group=mesh.zero.group)
+    dist.all_reduce(flat, group=mesh.data_context.group)
     for parameter, part in zip(named.values(), flat.split([p.numel() for p in named.values()]), strict=True):
         parameter.grad.copy_(part.view_as(parameter))
     for name, parameter in named.items():
-        for axis in local.placements[name].summed:
+        for axis in local.placements[name].partial_axes:
             dist.all_reduce(parameter.grad, group=getattr(mesh, axis).group)
 
 
 def gradient_norm(local: LocalModel, mesh: Mesh) -> float:
     """Of the gradient whose parts lie along the tensor axis; a parameter that is whole there counts once."""
-    mine = (p for name, p in local.stages[0].named_parameters() if mesh.counts_here(local.placements[name]))
-    square = sum((p.grad.double().square().sum() for p in mine), torch.zeros((), dtype=torch.float64))
+    ranks, named = (mesh.pipeline.rank, mesh.tensor.rank), local.stages[0].named_parameters()
+    primary = (p for name, p in named if local.placements[name].is_primary_replica(*ranks))
+    square = sum((p.grad.double().square().sum() for p in primary), torch.zeros((), dtype=torch.float64))
     dist.all_reduce(square, group=mesh.model.group)
     return float(square.sqrt())
 
@@ -171,7 +172,7 @@ def measure(config: Config, processes: int, seed: int, turns: int) -> list[Resul
     """
     pack, p = heavy_pack(config, seed), config.parallel
     lengths = pack.cu_segments.diff().tolist()
-    ring, slots = p.context // p.ulysses, p.ulysses * tokens_per_rank(config)
+    ring, slots = p.context // p.ulysses, p.ulysses * share_length(config)
     plans = {way: split(lengths, ring, slots) for way, split in WAYS.items()}
     ranks = run_ranks(run_steps, processes, config, plans, pack, turns, timeout=3600)
 

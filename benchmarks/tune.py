@@ -35,7 +35,7 @@ FILES: dict[str, ModuleType] = {  # operation that a file's tables are tried on
     "gated_residual_adaln": gated_residual_adaln,
     "gated_add": gated_add,
     "rope3d": rope3d,
-    "qk_norm_rope3d, head": qk_norm_rope3d,
+    "qk_norm_rope3d, per_head": qk_norm_rope3d,
     "rms_norm": rms_norm,
     "merge_partial_attention": merge_partial_attention,
 }

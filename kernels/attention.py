@@ -21,7 +21,7 @@ Who computes is the `backend`; all mean the same:
     varlen           the same by PyTorch's own flash attention
     sdpa             PyTorch's attention, bucket by bucket: flash attention for CPUs; on GPUs memory-efficient
                      attention, or flash attention for 16 bit without padding
-    plain            the equations in PyTorch, bucket by bucket, anywhere
+    math             the equations in PyTorch, bucket by bucket, anywhere
     auto             the first of these that can
 
 Kernels for GPUs add up dq by atomics, in an order that changes from run to run. `deterministic` fixes the order, at the
@@ -55,13 +55,13 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     return out.to(q.dtype), lse
 
 
-BACKENDS = ("flash3", "flash2", "varlen", "sdpa", "plain")  # "auto" takes the first that can
+BACKENDS = ("flash3", "flash2", "varlen", "sdpa", "math")  # "auto" takes the first that can
 
 
 @functools.cache
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why it cannot compute with such queries, None if it can."""
-    if backend == "plain" or (backend == "sdpa" and device.type == "cpu"):
+    if backend == "math" or (backend == "sdpa" and device.type == "cpu"):
         return None
     if device.type != "cuda":
         return f"it has no kernel for device {device}"
@@ -155,7 +155,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         raise ValueError(f"k has {len(k)} tokens, its segments end at {segments.num_keys}")
 
 
-def kept_or_computed(kept: list | None, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def reuse_or_compute(kept: list | None, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(out, lse) from `kept` where a run before this one left them, otherwise computed and left there."""
     if kept:
         out, lse = kept
@@ -169,7 +169,7 @@ def kept_or_computed(kept: list | None, compute: Callable[[], tuple[Tensor, Tens
 class SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments: Segments, kept: list | None, backend: str, deterministic: bool) -> Tensor:
-        out, lse = kept_or_computed(kept, lambda: attention_forward(q, k, v, segments, backend))
+        out, lse = reuse_or_compute(kept, lambda: attention_forward(q, k, v, segments, backend))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.segments, ctx.backend, ctx.deterministic = segments, backend, deterministic
         return out.detach()  # what is returned gets a history, what is kept must not

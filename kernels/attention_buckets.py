@@ -1,7 +1,7 @@
 """Attention bucket by bucket: segments of similar lengths side by side, padded to the longest, in one batched call.
 
 The maths, and who uses it: attention.py. Here it is computed by PyTorch's scaled dot product kernels ("sdpa"), or by
-the equations as they stand ("plain"). Padding among the keys is masked by a bias of -inf; a query that is repeated as
+the equations as they stand ("math"). Padding among the keys is masked by a bias of -inf; a query that is repeated as
 padding gets a log-sum-exp of +inf in the backward pass, so that its p, and with it its part in dk and dv, is 0.
 """
 
@@ -139,7 +139,7 @@ EFFICIENT = BucketKernel(efficient_forward, efficient_backward, True)
 
 def bucket_kernel(backend: str, q: Tensor, is_padded: bool) -> BucketKernel:
     """For queries [..., K] of a bucket whose keys are padded or not."""
-    if backend == "plain":
+    if backend == "math":
         return PLAIN
     if q.device.type == "cpu":
         return CPU

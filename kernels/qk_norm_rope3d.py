@@ -4,7 +4,8 @@
     n = x r,   r = 1 / sqrt(mean x^2 + eps)        x is q or k, the mean over what is normed together
     y = R (n w)                                    R turns every pair by the angle of its token
 
-    norm="head": each head's K numbers, w [K].  "width": all N K numbers of a token, w [N K] (Wan, arXiv 2503.20314).
+    norm="per_head": each head's K features, w [K].
+    norm="across_heads": all N K features of a token, w [N K] (Wan, arXiv 2503.20314).
     "none": y = R x
 
     a = R^T dy                                     turned back
@@ -50,7 +51,7 @@ BACKWARD: Table = {"any": Launch(tile=1024, numbers=8)}
 FORWARD_CHUNKS = 5  # tiles that hold all heads of a token: 6, 12, 20, 24 and 40 heads leave no gap
 BACKWARD_CHUNKS = 3  # fewer, as registers hold their gradients and sums of the weight as well
 BACKWARD_REGISTERS = 128  # of a thread, at most: 16 warps share a multiprocessor then, each with 3 KiB on the way
-NORMS = ("head", "width", "none")
+NORMS = ("per_head", "across_heads", "none")
 
 
 def qk_norm_rope3d_reference(
@@ -59,7 +60,7 @@ def qk_norm_rope3d_reference(
     k_weight: Tensor | None,
     rope: Rope | None,
     eps: float,
-    norm: str = "head",
+    norm: str = "per_head",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maths, differentiable; arguments as of `qk_norm_rope3d`."""
     *qk, v_LNK = qkv_L3NK.unbind(1)
@@ -77,7 +78,7 @@ def qk_norm_rope3d_reference(
 def vectors(x_LNK: Tensor, norm: str) -> Tensor:
     """[L, M, W]: the M vectors of a token that are normed, of W numbers, in fp32 at least."""
     (x,) = widened(x_LNK)
-    return x.flatten(1)[:, None] if norm == "width" else x
+    return x.flatten(1)[:, None] if norm == "across_heads" else x
 
 
 def forward_torch(
@@ -152,7 +153,7 @@ def load_weight(
     if NORM == "none":
         chunks = ()
     else:
-        chunks = load_heads(weight + d, there, N, K, H, C, K if NORM == "width" else 0)
+        chunks = load_heads(weight + d, there, N, K, H, C, K if NORM == "across_heads" else 0)
     return chunks
 
 
@@ -166,7 +167,7 @@ def means(xs, ys, ws, NORM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
             product *= ws[c].to(tl.float32)
         products += (product,)
     found = ()
-    if NORM == "head":
+    if NORM == "per_head":
         for c in tl.static_range(len(xs)):
             found += (tl.sum(products[c], 2, keep_dims=True) / K,)
     else:
@@ -231,7 +232,7 @@ def norm_gradient(xs, gs, ws, sums, eps, NORM: tl.constexpr, N: tl.constexpr, K:
         inverse = tl.rsqrt(squares[c] + eps)
         n = xs[c].to(tl.float32) * inverse
         dxs += (inverse * (gs[c] * ws[c].to(tl.float32) - n * (inverse * alongs[c])),)
-        if NORM == "width":
+        if NORM == "across_heads":
             added += (sums[c] + gs[c] * n,)
         elif c == 0:
             added = (sums[0] + gs[c] * n,)
@@ -251,7 +252,7 @@ def backward_part(
     if coords_L3 is not None:
         frequency = tl.load(frequency_P + p, mask=p < K // 2, other=0.0)
     sums = ()
-    for _ in tl.static_range(C if NORM == "width" else 1):
+    for _ in tl.static_range(C if NORM == "across_heads" else 1):
         sums += (tl.zeros([T, H, BLOCK_K], tl.float32),)
     for first in range(start, end, T):
         token = first + tl.arange(0, T)
@@ -275,11 +276,11 @@ def backward_part(
         for c in tl.static_range(C):
             store_heads(dqkv_L3NK + (at * 3 + PART) * (N * K) + d, c, dxs[c], there, N, K, H)
     run = PART * tl.num_programs(0) + tl.program_id(0)
-    if NORM == "width":
+    if NORM == "across_heads":
         for c in tl.static_range(C):
             of_run = tl.sum(sums[c], 0, keep_dims=True)
             store_heads(dweights_2QW + run.to(tl.int64) * (N * K) + d, c, of_run, True, N, K, H)
-    elif NORM == "head":
+    elif NORM == "per_head":
         of_run = tl.sum(tl.sum(sums[0], 1, keep_dims=True), 0, keep_dims=True)
         tl.store(dweights_2QW + run * K + d, of_run, mask=d < K)
 
@@ -399,7 +400,7 @@ def _(dq_LNK, dk_LNK, dv_LNK, qkv_L3NK, q_weight, k_weight, coords_L3, frequency
 def empty_backward(dq_LNK: Tensor, norm: str, num_runs: int) -> tuple[Tensor, Tensor]:
     """dqkv, and fp32 [2, Q, W] for the weights' gradients of each run."""
     num_tokens, num_heads, head_dim = dq_LNK.shape
-    width = {"head": head_dim, "width": num_heads * head_dim, "none": 0}[norm]
+    width = {"per_head": head_dim, "across_heads": num_heads * head_dim, "none": 0}[norm]
     dqkv_L3NK = dq_LNK.new_empty(num_tokens, 3, num_heads, head_dim)
     return dqkv_L3NK, dq_LNK.new_empty(2, num_runs, width, dtype=torch.float32)
 
@@ -450,13 +451,13 @@ def qk_norm_rope3d(
     k_weight: Tensor | None,
     rope: Rope | None,
     eps: float,
-    norm: str = "head",
+    norm: str = "per_head",
     via: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k, normed, times their weights and turned by `rope`, and v: each [L, N, K] in the dtype of `qkv_L3NK`.
 
-    Weights are [K] for norm="head", [N K] for "width", None for "none"; rope None turns nothing. v is a view of
-    `qkv_L3NK`, which must not be written to afterwards. `via`: see launch.py. Differentiable once, in qkv and the
+    Weights are [K] for norm="per_head", [N K] for "across_heads", None for "none"; rope None turns nothing. v is a view
+    of `qkv_L3NK`, which must not be written to afterwards. `via`: see launch.py. Differentiable once, in qkv and the
     weights. ValueError on what does not fit.
     """
     check(qkv_L3NK, q_weight, k_weight, rope, norm)
@@ -473,7 +474,7 @@ def check(qkv_L3NK: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, ro
     if qkv_L3NK.ndim != 4 or qkv_L3NK.shape[1] != 3 or not qkv_L3NK.is_floating_point():
         raise ValueError(f"qkv {tuple(qkv_L3NK.shape)} of {qkv_L3NK.dtype} must be [L, 3, N, K] of floating point")
     num_heads, head_dim = qkv_L3NK.shape[2:]
-    wanted = {"head": (head_dim,), "width": (num_heads * head_dim,), "none": None}[norm]
+    wanted = {"per_head": (head_dim,), "across_heads": (num_heads * head_dim,), "none": None}[norm]
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         found = None if weight is None else tuple(weight.shape)
         if found != wanted:

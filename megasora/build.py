@@ -1,4 +1,4 @@
-"""A model from a configuration: the one place where text and transformer meet, for training and for sampling."""
+"""Builds the model of a configuration, for training and for sampling: the transformer with its text embedder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from megasora.text import build_text_encoder
 
 
 def build_model(config: Config, patch_dim: int) -> VideoDiT:
-    """VideoDiT with its text embedder, on torch's default device; its weights are still to be initialised or loaded."""
+    """VideoDiT with its text embedder on torch's default device; its weights are not initialised or loaded yet."""
     m = config.model
     return VideoDiT(m, patch_dim, build_text_encoder(config.text).build_embedder(m.width, m.text_depth, m.heads))
 
 
 def patch_dim(config: Config) -> int:
-    """Numbers in a token: latent channels times latents in a patch."""
+    """P, elements of a patch: latent channels times the latents in a patch."""
     t, h, w = config.data.patch
     return config.codec.channels * t * h * w

@@ -1,4 +1,4 @@
-"""`megasora ingest|shards|train|status|sample|report|checkpoint|doctor`: its --help says what each reads and writes."""
+"""`megasora ingest|shards|train|status|sample|report|checkpoint|doctor`; `--help` says what each reads and writes."""
 
 from __future__ import annotations
 
@@ -11,43 +11,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megasora import __version__
-from megasora.errors import MegaSoraError
+from megasora.errors import CONFIGURATION, MegaSoraError
 
 if TYPE_CHECKING:
     import torch
 
-EXIT_ERROR = 2
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if "overrides" in options and all("=" in text and not text.startswith("-") for text in rest):
-        options.overrides += rest  # key=value behind an option, which argparse gives to no positional argument
+        options.overrides += rest  # key=value after an option, which argparse assigns to no positional argument
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return options.work(options)
-    except (MegaSoraError, OSError) as error:  # no space, no permission: the system's words name the file
+        return options.function(options)
+    except (MegaSoraError, OSError) as error:  # OSError, e.g. no space: its message names the file
         print(f"megasora: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return CONFIGURATION
     except KeyboardInterrupt:
         print("megasora: stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megasora", description="Pretraining of video diffusion transformers.")
     parser.add_argument("--version", action="version", version=f"megasora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_ingest(commands)
+    add_shards(commands)
+    add_train(commands)
+    add_status(commands)
+    add_sample(commands)
+    add_report(commands)
+    add_checkpoint(commands)
+    add_command(commands, "doctor", doctor, "Names what is slow or missing on this machine, and the remedy.", DOCTOR)
+    return parser
 
-    def command(name: str, work, summary: str, text: str, group=commands) -> argparse.ArgumentParser:
-        formatter = argparse.RawDescriptionHelpFormatter
-        sub = group.add_parser(name, help=summary, description=f"{summary}\n\n{text}", formatter_class=formatter)
-        sub.set_defaults(work=work)
-        return sub
 
-    p = command("ingest", ingest, "Clips and captions to shards.", INGEST)
+def add_command(commands, name: str, function, summary: str, text: str) -> argparse.ArgumentParser:
+    """A subparser of `commands`; `function(options)` runs the command and returns its exit code."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, help=summary, description=f"{summary}\n\n{text}", formatter_class=formatter)
+    parser.set_defaults(function=function)
+    return parser
+
+
+def add_ingest(commands) -> None:
+    p = add_command(commands, "ingest", ingest, "Converts clips and captions to shards.", INGEST)
     p.add_argument(
         "clips", type=Path, metavar="CLIPS",
         help="folder of .mp4 .mov .mkv .webm .avi .png .jpg .webp files, a list of these (.txt, .jsonl), or tars",
@@ -55,118 +68,132 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; new, empty, or of the same ingest"
     )
-    p.add_argument("--part", metavar="I/N", help="the I-th of N parts, as 1/8; default: as torchrun or Slurm say")
+    p.add_argument("--part", metavar="I/N", help="the I-th of N parts, e.g. 1/8; default: from torchrun or Slurm")
     p.add_argument("--config", type=Path, metavar="YAML", help="configuration of the run that the shards are for")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. ingest.missing_caption=skip")
 
-    p = command("shards", shards, "What is in a folder of shards.", SHARDS)
-    p.add_argument("dir", metavar="DIR", help="folder, or a url that fsspec opens, as s3://bucket/shards")
+
+def add_shards(commands) -> None:
+    p = add_command(commands, "shards", shards, "Shows what is in a folder of shards.", SHARDS)
+    p.add_argument("dir", metavar="DIR", help="folder, or a URL that fsspec opens, e.g. s3://bucket/shards")
     p = p.add_mutually_exclusive_group()
-    p.add_argument("--budget", type=int, metavar="TOKENS", help="also print the padding in packs of so many tokens")
+    p.add_argument("--tokens-per-pack", type=int, metavar="N", help="also print the padding in packs of N tokens")
     p.add_argument("--verify", action="store_true", help="read every byte and name what is damaged; exit code 2 if any")
     p.add_argument("--show", nargs=2, metavar=("ID", "FILE"), help="draw the clip with this sample id into FILE (.png)")
 
-    p = command("train", train, "Train a run in this process, or go on with it.", TRAIN)
+
+def add_train(commands) -> None:
+    p = add_command(commands, "train", train, "Trains or resumes a run in this process.", TRAIN)
     p.add_argument("config", metavar="YAML")
     p.add_argument("overrides", nargs="*", metavar="key=value")
 
-    p = command("status", status, "Where a run is, alive or dead.", STATUS)
+
+def add_status(commands) -> None:
+    p = add_command(commands, "status", status, "Shows the state of a run.", STATUS)
     p.add_argument("run", type=Path, metavar="RUN")
     p.add_argument("--watch", action="store_true", help="refresh until it has ended")
 
-    p = command("sample", sample, "A prompt to a video.", SAMPLE)
+
+def add_sample(commands) -> None:
+    p = add_command(commands, "sample", sample, "Samples a video from a prompt.", SAMPLE)
     p.add_argument("run", type=Path, metavar="RUN", help="run folder with a checkpoint")
     p.add_argument("--prompt", required=True, help="what the clip shows")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4, or .png for one frame")
-    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame; without --size, it gives the size")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame; also sets the size, unless --size does")
     p.add_argument(
-        "--size", metavar="HxW", help="pixels, multiples of what a token covers; default sample.size of the run"
+        "--size", metavar="HxW", help="pixels, multiples of the pixels of a token; default sample.size of the run"
     )
     p.add_argument("--frames", type=int, help="number of frames; 1 makes an image; default sample.frames")
-    p.add_argument("--fps", type=float, help="frames a second; default sample.fps")
+    p.add_argument("--fps", type=float, help="frames per second; default sample.fps")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
-        "--guidance", type=float, help="1: none; higher follows the prompt more closely; default sample.guidance"
+        "--guidance-scale", type=float, help="1: none; higher follows the prompt more closely; default sample.guidance_scale"
     )
-    p.add_argument("--steps", type=int, help="solver steps; default sample.steps")
+    p.add_argument("--num-inference-steps", type=int, help="solver steps; default sample.num_inference_steps")
     p.add_argument("--solver", choices=("euler", "heun"))
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
+    add_weights_option(p)
 
-    p = command("report", report, "One HTML page on a run.", REPORT)
+
+def add_report(commands) -> None:
+    p = add_command(commands, "report", report, "Writes one HTML page about a run.", REPORT)
     p.add_argument("run", type=Path, metavar="RUN")
 
-    p = command("checkpoint", None, "Weights from and for elsewhere.", CHECKPOINT)
+
+def add_checkpoint(commands) -> None:
+    p = add_command(commands, "checkpoint", None, "Imports and exports weights.", CHECKPOINT)
     kinds = p.add_subparsers(required=True, metavar="WHAT")
-    p = command("import-wan", import_wan, "Weights of Wan 2.x, to train them further.", IMPORT_WAN, kinds)
+    p = add_command(kinds, "import-wan", import_wan, "Imports weights of Wan 2.x, to train them further.", IMPORT_WAN)
     p.add_argument("folder", type=Path, metavar="FOLDER", help="saved by diffusers: config.json and .safetensors files")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
-    p = command("export", export, "Weights of a run in one file.", EXPORT, kinds)
+    p = add_command(kinds, "export", export, "Exports the weights of a run into one file.", EXPORT)
     p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights, or the last step's")
+    add_weights_option(p)
 
-    command("doctor", doctor, "What this machine has, what is slow or missing, and the remedy.", DOCTOR)
-    return parser
+
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="EMA weights, or the last step's")
 
 
 INGEST = """\
 Reads every clip below CLIPS at its native size and length, never cropped or resized. A caption is NAME.txt, the key
 "caption" of NAME.json, or a line {"file": "NAME.mp4", "caption": "..."} of captions.jsonl. Clips below CLIPS/val are
-held out for validation. CLIPS may also be a list: .txt, a path a line, or .jsonl, {"file": ..., "caption": ...,
-"start": seconds, "end": seconds} a line; or raw WebDataset tars: a .tar, a folder of them, or a quoted pattern.
-Writes WebDataset tars, an index beside each, and dataset.json; then prints a table of what was taken and what was
-rejected, and why. The same command goes on where an earlier one was stopped. Several processes share the work under
+held out for validation. CLIPS may also be a list: .txt, one path per line, or .jsonl, {"file": ..., "caption": ...,
+"start": seconds, "end": seconds} per line; or raw WebDataset tars: a .tar, a folder of them, or a quoted pattern.
+Writes WebDataset tars, an index per tar, and dataset.json; then prints a table of the clips that were accepted and
+rejected, and why. The same command resumes an ingest that was stopped. Several processes share the work under
 torchrun, as a Slurm array, or each with its --part; the last one writes dataset.json.
 
 example: megasora ingest data/clips --out data/shards codec.channels=64"""
 
 SHARDS = """\
-Reads dataset.json and the indices; prints clips, tokens and sizes of each split and a histogram of tokens a clip.
---verify holds every byte against its checksum and the counts, and prints a line for each record that is damaged.
---show decodes a clip, writes a contact sheet of it to FILE (.png), and prints its caption and its facts.
+Reads dataset.json and the indices; prints clips, tokens and sizes of each split and a histogram of tokens per clip.
+--verify checks every byte against the checksums, and the counts, and prints a line for each record that is damaged.
+--show decodes a clip, writes a contact sheet of it to FILE (.png), and prints its caption and metadata.
 
-example: megasora shards data/shards --budget 4096"""
+example: megasora shards data/shards --tokens-per-pack 4096"""
 
 TRAIN = """\
-Reads a configuration, key=value overrides and data.shards; writes the run folder run.dir: config.yaml, metrics.jsonl (a
-line a step; times in seconds), validation.jsonl, checkpoints/. The same command goes on from the newest checkpoint.
+Reads a configuration, key=value overrides and data.shards; writes the run folder run.dir: config.yaml, metrics.jsonl
+(one line per step; times in seconds), validation.jsonl, checkpoints/. The same command resumes from the newest
+checkpoint.
 On several processes: torchrun --nproc-per-node N -m megasora.train YAML [key=value ...]
 
 example: megasora train configs/demo.yaml run.dir=runs/demo data.shards=data/shards"""
 
 STATUS = """\
-Reads the folder RUN; prints state, step, loss, tokens a second, MFU, the last checkpoint, and for each launch when and
-where it began and how it ended. Works from any machine that sees the folder; nothing is asked of the run itself.
+Reads the folder RUN; prints state, step, loss, tokens per second, MFU, the last checkpoint, and for each launch when
+and where it began and how it ended. Works from any machine that sees the folder; it contacts no process of the run.
 
 example: megasora status runs/demo --watch"""
 
 SAMPLE = """\
 Reads the newest checkpoint of RUN; writes FILE (H.264 mp4, or PNG for one frame), FILE.sheet.png (a contact sheet) and
-FILE.json (how it was made). The files say that they are generated, and by which run.
+FILE.json (how it was made). The files are marked as generated, with the name of the run.
 
 example: megasora sample runs/demo --prompt "a red circle moves right" --out out.mp4 --size 48x80 --frames 17"""
 
 REPORT = """\
 Reads the metrics of RUN; writes RUN/report.html, one page without external links, and RUN/report.json. If the run has
-evaluation.prompts, they are first sampled from the newest checkpoint into RUN/samples and read back by a detector.
+evaluation.prompts, these are first sampled from the newest checkpoint into RUN/samples and evaluated by a detector.
 
 example: megasora report runs/demo"""
 
 CHECKPOINT = """\
-import-wan reads a model of Wan as diffusers saves it, and writes its weights as MegaSora reads them.
-export reads a checkpoint, whatever layout saved it, and writes its whole weights.
+import-wan reads a Wan model as diffusers saves it, and writes its weights as MegaSora reads them.
+export reads a checkpoint of any layout and writes its full weights.
 
 example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
 
 IMPORT_WAN = """\
-Reads FOLDER/transformer, or FOLDER itself: config.json and the files of weights of a text-to-video model. Writes FILE,
-fp32, 4 bytes a weight; then prints the settings of a run that starts from it, for the line of `megasora train`.
+Reads FOLDER/transformer, or FOLDER itself: config.json and the weights of a text-to-video model. Writes FILE, fp32,
+4 bytes per weight; then prints the settings of a run that starts from it, to append to `megasora train YAML`.
 
 example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
 
 EXPORT = """\
-Reads the newest checkpoint of a run, or the one that is named, after holding it against its checksums. Writes FILE,
-fp32, 4 bytes a weight, for other programs, or for model.weights=FILE of another run.
+Reads the newest checkpoint of a run, or the given one, and verifies its checksums. Writes FILE, fp32, 4 bytes per
+weight, for other programs, or for model.init_from=FILE of another run.
 
 example: megasora checkpoint export runs/demo --out demo.safetensors"""
 
@@ -183,23 +210,23 @@ def ingest(options: argparse.Namespace) -> int:
     import os
 
     from megasora.ingest import ingest
-    from megasora.ingest.division import Part
+    from megasora.ingest.parts import Part
 
-    part = Part.parse(options.part) if options.part else Part.of_environment(os.environ)
+    part = Part.parse(options.part) if options.part else Part.from_environment(os.environ)
     if ingest(options.clips, options.out, config, part):
         print(f"shards in {options.out}")
     return 0
 
 
 def shards(options: argparse.Namespace) -> int:
-    from megasora.observe.shards import describe_shards, verify_shards
+    from megasora.observe.inspect_shards import describe_shards, verify_shards
 
     if options.show:
         show_clip(options.dir, *options.show)
     elif options.verify:
-        return EXIT_ERROR if verify_shards(options.dir) else 0
+        return CONFIGURATION if verify_shards(options.dir) else 0
     else:
-        describe_shards(options.dir, options.budget)
+        describe_shards(options.dir, options.tokens_per_pack)
     return 0
 
 
@@ -207,7 +234,7 @@ def show_clip(folder: str, sample_id: str, file: str) -> None:
     import json
 
     from megasora.data.video import write_image
-    from megasora.observe.shards import decode_clip, preview
+    from megasora.observe.inspect_shards import decode_clip, preview
     from megasora.sampling.sheet import contact_sheet
 
     out = Path(file)
@@ -215,12 +242,12 @@ def show_clip(folder: str, sample_id: str, file: str) -> None:
         raise MegaSoraError(f"--show {sample_id} {file}: give a sample id, a whole number, and the name of a .png file")
     if not out.parent.is_dir():
         raise MegaSoraError(f"--show {file}: there is no folder {out.parent}; make it first")
-    frames, facts = decode_clip(folder, int(sample_id))
+    frames, metadata = decode_clip(folder, int(sample_id))
     tiles, zoom = preview(frames)
-    title = f"{sample_id}: {facts['caption']}"[:120]
-    write_image(contact_sheet([(title, tiles)], len(tiles), zoom), out, comment=json.dumps(facts))
-    for key, value in facts.items():
-        print(f"{key:>14}  {json.dumps(value, ensure_ascii=False)}")  # in quotes: a caption is no code of a terminal
+    title = f"{sample_id}: {metadata['caption']}"[:120]
+    write_image(contact_sheet([(title, tiles)], len(tiles), zoom), out, comment=json.dumps(metadata))
+    for key, value in metadata.items():
+        print(f"{key:>14}  {json.dumps(value, ensure_ascii=False)}")  # JSON escapes terminal control codes in captions
     print(f"drawn into {out}")
 
 
@@ -264,41 +291,41 @@ def import_wan(options: argparse.Namespace) -> int:
     from megasora.config import load
     from megasora.model.dit import VideoDiT
     from megasora.model.init import initial_value
-    from megasora.text.pretrained import FeatureEmbedder
+    from megasora.text.embedders import FeatureEmbedder
 
     wan = read_wan(options.folder)
     config = load(None, wan.settings())
     m = config.model
-    with torch.device("meta"):  # for its shapes; the text encoder need not be on this machine
+    with torch.device("meta"):  # only shapes are needed, so the text encoder need not be on this machine
         model = VideoDiT(m, patch_dim(config), FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    with progress_of("import", shapes) as advance:
+    with show_progress("import", shapes) as advance:
         import_wan(wan, shapes, partial(initial_value, seed=config.run.seed), options.out, advance)
-    print(f"weights in {options.out}; to train them further, put behind `megasora train YAML`:")
-    print(" \\\n".join(shlex.quote(setting) for setting in (*wan.settings(), f"model.weights={options.out}")))
+    print(f"weights in {options.out}; to train them further, append to `megasora train YAML`:")
+    print(" \\\n".join(shlex.quote(setting) for setting in (*wan.settings(), f"model.init_from={options.out}")))
     return 0
 
 
 def export(options: argparse.Namespace) -> int:
-    from megasora.checkpoint.slices import Slices, export
-    from megasora.checkpoint.store import find_checkpoint, verify
-    from megasora.checkpoint.tensors import check_new_file
+    from megasora.checkpoint.safetensors_file import check_new_file
+    from megasora.checkpoint.sharded import ShardedCheckpoint, export
+    from megasora.checkpoint.store import find_checkpoint, verify_checksums
     from megasora.sampling.pipeline import WEIGHTS
 
     check_new_file(options.out)
-    checkpoint = find_checkpoint(options.checkpoint)
-    verify(checkpoint)
-    slices = Slices(checkpoint)
-    with progress_of("export", slices.shapes) as advance:
-        export(slices, WEIGHTS[options.weights], options.out, advance)
-    print(f"{options.weights} weights of {checkpoint} in {options.out}")
+    folder = find_checkpoint(options.checkpoint)
+    verify_checksums(folder)
+    checkpoint = ShardedCheckpoint(folder)
+    with show_progress("export", checkpoint.shapes) as advance:
+        export(checkpoint, WEIGHTS[options.weights], options.out, advance)
+    print(f"{options.weights} weights of {folder} in {options.out}")
     return 0
 
 
 @contextmanager
-def progress_of(what: str, shapes: dict[str, torch.Size]) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; gives what is to be told the bytes of each tensor."""
+def show_progress(what: str, shapes: dict[str, torch.Size]) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; yields a function to call with the bytes of each tensor that is done."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,9 +1,9 @@
-"""Files that are there whole or not at all: written beside their name, flushed to the disk, then renamed; and locks,
-that one process at a time may write."""
+"""Atomic writes (to a temporary name, flushed to the disk, then renamed), file locks, and JSONL files."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -16,25 +16,25 @@ from megasora.errors import MegaSoraError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which gets its name at the end, in place of an older one; a failure leaves nothing."""
-    part = path.with_name(f".{path.name}.part")
+    """A file opened for writing that replaces `path` atomically on exit; after an exception `path` is unchanged."""
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
-        sync(part)
-        os.replace(part, path)
+        sync(temporary)
+        os.replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A text file in one step."""
+    """Writes a text file atomically."""
     with whole_file(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,10 +44,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Holds the file `path`, which is gone afterwards, as is its folder where nothing else is in it.
+    """Holds an exclusive lock on the file `path`; on exit removes the file, and its folder if that is empty.
 
-    The system lets go of it when this process ends (and its forks: spawn children). Raises MegaSoraError, which says
-    who writes `what`, where another process holds it, unless `wait`.
+    The system releases the lock when this process and its forks have ended, so spawn children, do not fork them. If
+    another process holds it, waits if `wait`, else raises MegaSoraError that names the process and `what` it writes.
     """
     while True:
         handle = make_below(path.parent, lambda: os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
@@ -66,7 +66,7 @@ def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             os.close(handle)
             raise MegaSoraError(f"{path} cannot be locked ({error.strerror}); mount {path.parent} with flock") from None
-        os.close(handle)  # its last holder has removed the file: lock the new one
+        os.close(handle)  # the previous holder has removed the file: lock the new one
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -74,14 +74,30 @@ def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
-            path.parent.rmdir()  # where nobody holds another
+            path.parent.rmdir()  # if no other lock is in it
         os.close(handle)
 
 
 def make_below(folder: Path, make: Callable[[], Any]) -> Any:
-    """`make()`, which puts something into `folder`, though others make this folder and remove it when it is empty."""
+    """Result of `make()`, which creates a file in `folder`, although other processes may create and remove `folder`."""
     while True:
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
         with suppress(FileNotFoundError):
             return make()
+
+
+class JsonlWriter:
+    """Appends one JSON object per line to a file, unbuffered; closes a line that a killed process left incomplete."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
+        end = self.file.seek(0, os.SEEK_END)
+        if end and os.pread(self.file.fileno(), 1, end - 1) != b"\n":
+            self.file.write(b"\n")
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps(values).encode() + b"\n")
+
+    def close(self) -> None:
+        self.file.close()

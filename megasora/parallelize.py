@@ -18,32 +18,32 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megasora.build import build_model, patch_dim
-from megasora.checkpoint.slices import Slices
-from megasora.checkpoint.store import verify
+from megasora.checkpoint.sharded import ShardedCheckpoint
+from megasora.checkpoint.store import verify_checksums
 from megasora.config import Config
 from megasora.errors import MegaSoraError
-from megasora.model.attention import WidthNorm
+from megasora.model.attention import AcrossHeadsNorm
 from megasora.model.dit import VideoDiT
 from megasora.model.init import initial_value
-from megasora.parallel.collectives import Join, Split, Spread, total
-from megasora.parallel.context import ContextAttention
+from megasora.parallel.collectives import CopyToTensorParallel, GatherTokens, ScatterTokens, all_reduce_sum
+from megasora.parallel.context_attention import ContextAttention
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.pipeline import Pipeline, num_stages, stage_numbers
-from megasora.parallel.share import tokens_per_rank
-from megasora.parallel.tensor import ColumnLinear, RowLinear
+from megasora.parallel.share import share_length
+from megasora.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
 from megasora.placement import Placement
 
-# Linears that are cut over the tensor axis, and how: options of ColumnLinear; the others by rows.
+# Linears that are cut over the tensor axis, and how: options of ColumnParallelLinear; the others by rows.
 COLUMNS = {
-    "blocks.*.attention.qkv": {"runs": 3},
+    "blocks.*.attention.qkv": {"num_chunks": 3},
     "blocks.*.cross.q": {},
-    "blocks.*.cross.kv": {"runs": 2, "tokens": False},
+    "blocks.*.cross.kv": {"num_chunks": 2, "sequence_parallel": False},
     "blocks.*.mlp.up": {},
-    "blocks.*.modulation.proj": {"runs": 6, "tokens": False, "whole": True},
-    "shared_modulation": {"runs": 6, "tokens": False, "whole": True},
-    "final_modulation.proj": {"runs": 2, "tokens": False, "whole": True},
+    "blocks.*.modulation.proj": {"num_chunks": 6, "sequence_parallel": False, "gather_output": True},
+    "shared_modulation": {"num_chunks": 6, "sequence_parallel": False, "gather_output": True},
+    "final_modulation.proj": {"num_chunks": 2, "sequence_parallel": False, "gather_output": True},
 }
 ROWS = ("blocks.*.attention.out", "blocks.*.cross.out", "blocks.*.mlp.down")
 # Parameters that meet only this rank's tokens or heads: their gradient is a part of the sum over the tensor axis.
@@ -54,7 +54,7 @@ PARTIAL = (
 # What conditions the blocks is computed on every pipeline stage, from the pack.
 CONDITIONING = ("timestep", "native", "text", "null_text", "pooled_text", "shared_modulation")
 
-NOT_DECAYED = ("patch_in.*", "patch_out.*", "*.table")  # nor is any vector: what has to keep a scale of its own
+NO_WEIGHT_DECAY = ("patch_in.*", "patch_out.*", "*.table")  # nor is any vector: what has to keep a scale of its own
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
     pipeline = (
         partial(build_pipeline, local.stages, config, mesh, world.device, dtype) if mesh.pipeline.is_split else None
     )
-    return ZeroEngine(local.stages, local.placements, is_decayed, config, world, mesh, dtype, pipeline, local.attention)
+    return ZeroEngine(local.stages, local.placements, uses_weight_decay, config, world, mesh, dtype, pipeline, local.attention)
 
 
 def build_local_model(config: Config, device: torch.device, mesh: Mesh) -> LocalModel:
     """This rank's stages in fp32, filled with the weights of step 0."""
-    how = config.model.attention, config.model.deterministic
+    how = config.model.attention_backend, config.model.deterministic
     attention = ContextAttention(mesh.ring, mesh.ulysses, *how) if mesh.context.is_split else None
-    stages, placements, value_of = {}, {}, first_values(config)
-    for number, first_block, num_blocks in stages_here(config, mesh.pipeline):
+    stages, placements, weight_of = {}, {}, initial_weights(config)
+    for number, first_block, num_blocks in local_stages(config, mesh.pipeline):
         with torch.device("meta"):
             stage = build_model(config, patch_dim(config))
         stage.keep_stage(first_block, num_blocks)
@@ -89,10 +89,10 @@ def build_local_model(config: Config, device: torch.device, mesh: Mesh) -> Local
         if attention is not None:
             apply_context_parallel(stage, attention)
         found = {name: placement_of(name, stage, mesh) for name, _ in stage.named_parameters()}
-        fill(stage.to_empty(device=device), found, mesh.tensor, value_of)
+        load_local_weights(stage.to_empty(device=device), found, mesh.tensor, weight_of)
         stages[number] = stage
         placements |= found
-    share_conditioning(list(stages.values()))
+    tie_conditioning(list(stages.values()))
     return LocalModel(stages, placements, attention)
 
 
@@ -105,12 +105,12 @@ def build_pipeline(
     fold: Callable[[nn.Module], None],
 ) -> Pipeline:
     p = config.parallel
-    hidden = torch.empty(tokens_per_rank(config) // p.tensor, config.model.width, dtype=dtype, device="meta")
+    hidden = torch.empty(share_length(config) // p.tensor, config.model.width, dtype=dtype, device="meta")
     total = num_stages(p.schedule, p.pipeline, p.stages_per_rank)
     return Pipeline(mesh.pipeline, stages, total, p.schedule, device, fold, hidden)
 
 
-def stages_here(config: Config, axis: Axis) -> list[tuple[int, int, int]]:
+def local_stages(config: Config, axis: Axis) -> list[tuple[int, int, int]]:
     """(number, first block, number of blocks) of this rank's stages; the whole model without a pipeline."""
     p, depth = config.parallel, config.model.depth
     if not axis.is_split:
@@ -124,21 +124,21 @@ def apply_tensor_parallel(model: VideoDiT, axis: Axis) -> None:
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         columns = next((options for pattern, options in COLUMNS.items() if fnmatch(name, pattern)), None)
-        if isinstance(module, WidthNorm):
+        if isinstance(module, AcrossHeadsNorm):
             module.weight = nn.Parameter(module.weight.new_empty(module.width // axis.size))
-            module.sum_over_heads = lambda x: total(x, axis)
+            module.sum_over_heads = lambda x: all_reduce_sum(x, axis)
         elif columns is not None:
-            setattr(model.get_submodule(parent), child, ColumnLinear(module, axis, **columns))
+            setattr(model.get_submodule(parent), child, ColumnParallelLinear(module, axis, **columns))
         elif any(fnmatch(name, pattern) for pattern in ROWS):
-            setattr(model.get_submodule(parent), child, RowLinear(module, axis))
-    model.split_tokens = lambda x: Split.apply(x, axis)
-    model.join_tokens = lambda x: Join.apply(x, axis)
-    model.spread_rows = lambda x: Spread.apply(x, axis)
+            setattr(model.get_submodule(parent), child, RowParallelLinear(module, axis))
+    model.scatter_tokens = lambda x: ScatterTokens.apply(x, axis)
+    model.gather_tokens = lambda x: GatherTokens.apply(x, axis)
+    model.copy_rows_to_tensor_parallel = lambda x: CopyToTensorParallel.apply(x, axis)
 
 
 def apply_context_parallel(model: VideoDiT, attention: ContextAttention) -> None:
     """Self-attention goes over the whole pack; everything else sees this rank's share of it alone."""
-    model.segments_of = attention.segments
+    model.build_segments = attention.segments
     for block in model.blocks.values():
         block.attention.inner = attention
 
@@ -148,70 +148,70 @@ def placement_of(name: str, stage: VideoDiT, mesh: Mesh) -> Placement:
     owner, _, own_name = name.rpartition(".")
     module = stage.get_submodule(owner)
     summed = ("pipeline",) if mesh.pipeline.is_split and name.split(".")[0] in CONDITIONING else ()
-    if isinstance(module, ColumnLinear):
-        return Placement(cut=0, runs=module.runs, summed=summed)
-    if isinstance(module, RowLinear) and own_name == "weight":
-        return Placement(cut=1, summed=summed)
-    if mesh.tensor.is_split and isinstance(module, WidthNorm):
-        return Placement(cut=0, summed=summed)
+    if isinstance(module, ColumnParallelLinear):
+        return Placement(shard_dim=0, num_chunks=module.num_chunks, partial_axes=summed)
+    if isinstance(module, RowParallelLinear) and own_name == "weight":
+        return Placement(shard_dim=1, partial_axes=summed)
+    if mesh.tensor.is_split and isinstance(module, AcrossHeadsNorm):
+        return Placement(shard_dim=0, partial_axes=summed)
     if mesh.tensor.is_split and any(fnmatch(name, pattern) for pattern in PARTIAL):
         summed = (*summed, "tensor")
-    return Placement(summed=summed)
+    return Placement(partial_axes=summed)
 
 
-def first_values(config: Config) -> Callable[[str, torch.Size], Tensor]:
-    """(name, full shape) -> the weight at step 0: drawn from its own key, or read from model.weights."""
-    path = config.model.weights
+def initial_weights(config: Config) -> Callable[[str, torch.Size], Tensor]:
+    """(name, full shape) -> the weight at step 0: drawn from its own key, or read from model.init_from."""
+    path = config.model.init_from
     if not path:
         return lambda name, shape: initial_value(name, shape, config.run.seed)
-    shapes, read = weights_of(Path(path))
+    shapes, read = open_weights(Path(path))
 
-    def value_of(name: str, shape: torch.Size) -> Tensor:
+    def weight_of(name: str, shape: torch.Size) -> Tensor:
         found = shapes.get(name)
         if found != shape:
             has = f"has {list(found)}" if found is not None else "has none"
             raise MegaSoraError(
-                f"model.weights={path}: this model's {name} is {list(shape)}, the file {has}; give the "
+                f"model.init_from={path}: this model's {name} is {list(shape)}, the file {has}; give the "
                 "model.*, text.* and codec.* settings that the weights were made with"
             )
         return read(name)
 
-    return value_of
+    return weight_of
 
 
-def weights_of(path: Path) -> tuple[dict[str, torch.Size], Callable[[str], Tensor]]:
+def open_weights(path: Path) -> tuple[dict[str, torch.Size], Callable[[str], Tensor]]:
     """(full shapes by name, what reads one) of a safetensors file, or of a checkpoint, whose last weights are taken."""
     if path.is_dir():
-        verify(path)
-        slices = Slices(path)
-        return slices.shapes, partial(slices.whole, "weights")
+        verify_checksums(path)
+        checkpoint = ShardedCheckpoint(path)
+        return checkpoint.shapes, partial(checkpoint.full_tensor, "weights")
     try:
         file = safe_open(path, "pt")
     except Exception as error:  # safetensors raises its own kinds
-        raise MegaSoraError(f"model.weights={path} cannot be read: {error}") from None
+        raise MegaSoraError(f"model.init_from={path} cannot be read: {error}") from None
     return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor  # noqa: SIM118
 
 
 @torch.no_grad()
-def fill(
-    stage: VideoDiT, placements: dict[str, Placement], axis: Axis, value_of: Callable[[str, torch.Size], Tensor]
+def load_local_weights(
+    stage: VideoDiT, placements: dict[str, Placement], axis: Axis, weight_of: Callable[[str, torch.Size], Tensor]
 ) -> None:
     """Each weight is made whole, and this rank's part of it kept."""
     for name, parameter in stage.named_parameters():
         placement = placements[name]
-        full = value_of(name, placement.full_shape(parameter.shape, axis.size))
+        full = weight_of(name, placement.full_shape(parameter.shape, axis.size))
         parameter.copy_(placement.local(full, axis.rank, axis.size))
 
 
-def share_conditioning(stages: list[VideoDiT]) -> None:
+def tie_conditioning(stages: list[VideoDiT]) -> None:
     """Stages on one rank have one copy of what conditions the blocks."""
     for stage in stages[1:]:
         for name in CONDITIONING:
             setattr(stage, name, getattr(stages[0], name))
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in NOT_DECAYED)
+def uses_weight_decay(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in NO_WEIGHT_DECAY)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -1,8 +1,8 @@
-"""Where each parameter lies on the mesh: the one description that initialisation, gradient sums, the gradient's norm,
-checkpoints and the debug guard read.
+"""How each parameter is placed on the mesh: sharded or replicated over the tensor axis, and over which axes its gradient
+is partial. Initialisation, gradient sums, the gradient norm, checkpoints and the replica check all read it.
 
-Over data and context every parameter is the same and its gradient is summed by ZeRO; a placement says what is special
-on the tensor and the pipeline axis. A fragment is what ZeRO leaves to one rank of its part of a parameter.
+Over data and context every parameter is replicated and ZeRO sums its gradient, so a placement describes the tensor and
+pipeline axes only. In DTensor's terms: Shard(shard_dim) or Replicate for the parameter, Partial for its gradient.
 """
 
 from __future__ import annotations
@@ -15,47 +15,39 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Placement:
-    cut: int | None = None  # dim that is cut over the tensor axis; None: every tensor rank has it whole
-    runs: int = 1  # equal runs of that dim, each cut by itself: 3 for queries, keys and values in one matrix
-    summed: tuple[str, ...] = ()  # axes over which a rank's gradient is a part only, and must be summed
+    """Placement of one parameter. The local tensor is what one tensor rank holds of it."""
+
+    shard_dim: int | None = None  # dim that is sharded over the tensor axis; None: replicated on all tensor ranks
+    num_chunks: int = 1  # equal chunks of that dim, each sharded by itself: 3 for q, k and v in one matrix
+    partial_axes: tuple[str, ...] = ()  # axes over which the ranks' gradients must still be summed
+
+    def is_primary_replica(self, pipeline_rank: int, tensor_rank: int) -> bool:
+        """Whether these ranks hold the one replica that the gradient norm counts and a checkpoint saves."""
+        is_primary_tensor_rank = self.shard_dim is not None or tensor_rank == 0
+        return is_primary_tensor_rank and ("pipeline" not in self.partial_axes or pipeline_rank == 0)
 
     def local(self, full: Tensor, rank: int, size: int) -> Tensor:
-        """Rank `rank`'s part of a full tensor; a view where it is whole."""
-        if self.cut is None or size == 1:
+        """The local tensor of tensor rank `rank` of `size`; a view of `full` where it is replicated."""
+        if self.shard_dim is None or size == 1:
             return full
-        runs = full.unflatten(self.cut, (self.runs, -1))
-        return runs.chunk(size, self.cut + 1)[rank].flatten(self.cut, self.cut + 1)
+        chunks = full.unflatten(self.shard_dim, (self.num_chunks, -1))
+        return chunks.chunk(size, self.shard_dim + 1)[rank].flatten(self.shard_dim, self.shard_dim + 1)
 
-    def full(self, parts: list[Tensor]) -> Tensor:
-        """The inverse: the parts of all tensor ranks, in their order, to the full tensor."""
-        if self.cut is None or len(parts) == 1:
-            return parts[0]
-        runs = [part.unflatten(self.cut, (self.runs, -1)) for part in parts]
-        return torch.cat(runs, self.cut + 1).flatten(self.cut, self.cut + 1)
+    def full(self, local_tensors: list[Tensor]) -> Tensor:
+        """The full tensor, from the local tensors of all tensor ranks in their order; the inverse of `local`."""
+        if self.shard_dim is None or len(local_tensors) == 1:
+            return local_tensors[0]
+        chunks = [local.unflatten(self.shard_dim, (self.num_chunks, -1)) for local in local_tensors]
+        return torch.cat(chunks, self.shard_dim + 1).flatten(self.shard_dim, self.shard_dim + 1)
 
     def full_shape(self, local: torch.Size, size: int) -> torch.Size:
-        if self.cut is None:
+        """The shape of the full tensor, from a local tensor's and the number of tensor ranks."""
+        if self.shard_dim is None:
             return local
-        return torch.Size(n * size if dim == self.cut else n for dim, n in enumerate(local))
+        return torch.Size(n * size if dim == self.shard_dim else n for dim, n in enumerate(local))
 
     def local_shape(self, full: torch.Size, size: int) -> torch.Size:
-        if self.cut is None:
+        """The shape of a local tensor, from the full tensor's and the number of tensor ranks."""
+        if self.shard_dim is None:
             return full
-        return torch.Size(n // size if dim == self.cut else n for dim, n in enumerate(full))
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A run of consecutive numbers of one tensor rank's flattened part of a parameter, and what a rank keeps of it."""
-
-    name: str
-    shape: torch.Size  # of the full parameter
-    placement: Placement
-    tensor_rank: int  # whose part it is
-    tensor_size: int
-    start: int  # in the flattened part
-    values: dict[str, Tensor]  # what: fp32 [n], live; of all kinds equally many
-
-    @property
-    def count(self) -> int:
-        return len(next(iter(self.values.values())))
+        return torch.Size(n // size if dim == self.shard_dim else n for dim, n in enumerate(full))

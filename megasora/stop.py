@@ -1,7 +1,7 @@
-"""A request to stop: SIGTERM (a person, a preemption) or SIGUSR1 (a time limit is near).
+"""Stop requests: SIGTERM (a person, a preemption) or SIGUSR1 (a time limit is near).
 
-The signal is only noted here. The trainer adds the notes of all processes to a sum that every step makes anyway, so
-that all stop after the same step, whichever of them was asked; it saves there and ends with `errors.STOPPED`.
+The signal handler only records the request. The trainer all-reduces the requests of all ranks with the sums of each
+step, so that all ranks stop after the same step, save a checkpoint there and exit with `errors.STOPPED`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """`with StopSignal() as stop:` the signals do not end the process; `stop.name` says which came, or is empty."""
+    """Context in which stop signals do not end the process. `name`: the last signal received, or empty."""
 
     def __init__(self) -> None:
         self.name = ""
 
     def __enter__(self) -> StopSignal:
-        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        self.previous_handlers = {number: signal.signal(number, self.record) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         stopping = kind is not None and issubclass(kind, StopRequested)
-        for number, handler in self.before.items():
-            # the launcher asks those that still end once more, up to their last moment: their exit code shall be ours
+        for number, handler in self.previous_handlers.items():
+            # torchrun signals processes again while they exit; ignore that, so that the exit code stays STOPPED
             signal.signal(number, signal.SIG_IGN if stopping else handler)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def record(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
 
     def requested(self) -> bool:

@@ -24,8 +24,9 @@ if not torch.cuda.is_available():  # read when Triton is imported: its kernels t
 
 TINY = [  # a model that trains in milliseconds, with every mechanism on
     "run.seed=3", "data.tokens_per_pack=256", "data.packs_per_step=2", "model.width=32",
-    "model.depth=2", "model.heads=2", "codec.channels=24", "optim.rate=1e-3", "optim.warmup=5", "optim.ema=0.9",
-    "validation.clips=8", "validation.bins=3", "wandb.mode=disabled", "run.threads=1", "sample.steps=2",
+    "model.depth=2", "model.heads=2", "codec.channels=24",
+    "optim.lr=1e-3", "optim.warmup_steps=5", "optim.ema_decay=0.9",
+    "validation.clips=8", "validation.bins=3", "wandb.mode=disabled", "run.threads=1", "sample.num_inference_steps=2",
 ]  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def made_once(tmp_path_factory, pytestconfig) -> Callable[[str, Callable[[Path],
 @pytest.fixture(scope="session")
 def clips(made_once) -> Path:
     """60 training clips and 8 held-out ones, mp4 and png."""
-    from megasora.testing.clips import write_dataset
+    from megasora.testing.clip_files import write_dataset
 
     return made_once("clips", lambda folder: write_dataset(folder, 60, 8, seed=1, processes=1, show_progress=False))
 
@@ -132,13 +133,14 @@ def train(arguments: list[str], stop_after: int = 0) -> str | None:
     from megasora.errors import MegaSoraError
     from megasora.parallel.mesh import build_mesh
     from megasora.parallel.world import World
+    from megasora.tasks.dit import DiTTask
     from megasora.trainer import Trainer
 
     config = load(arguments[0], arguments[1:])
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size, torch.device("cpu"))
-    asked = lambda: trainer.step + 1 == stop_after  # noqa: E731
-    trainer = Trainer(config, world, build_mesh(config.parallel, "cpu"), asked)
+    stop_requested = lambda: trainer.step + 1 == stop_after  # noqa: E731
+    trainer = Trainer(config, world, DiTTask(config, world, build_mesh(config.parallel, "cpu")), stop_requested)
     try:
         trainer.run()
     except MegaSoraError as error:
@@ -170,11 +172,11 @@ def check_repeats(whole: Path, resumed: Path) -> None:
 
 def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
     """The weights, averages and means of a checkpoint, whole: `kind/name`."""
-    from megasora.checkpoint.slices import Slices
+    from megasora.checkpoint.sharded import ShardedCheckpoint
 
-    slices = Slices(run / "checkpoints" / f"step-{step:08d}")
-    assert slices.kinds == {"weights", "ema", "exp_avg", "exp_avg_sq"}
-    return {f"{kind}/{name}": slices.whole(kind, name) for kind in sorted(slices.kinds) for name in slices.shapes}
+    checkpoint = ShardedCheckpoint(run / "checkpoints" / f"step-{step:08d}")
+    assert checkpoint.kinds == {"weights", "ema", "exp_avg", "exp_avg_sq"}
+    return {f"{kind}/{name}": checkpoint.full_tensor(kind, name) for kind in sorted(checkpoint.kinds) for name in checkpoint.shapes}
 
 
 def check_same_saves(run: Path, other: Path, step: int) -> None:

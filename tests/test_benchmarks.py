@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks import balance, memory, step
-from megasora.batch import PackPlan
+from megasora.batch import ContextSplit
 from megasora.config import load
-from megasora.parallel.plan import attention_work, sent_tokens, tokens
+from megasora.parallel.context_split import attention_work, sent_tokens, tokens
 
 HEAD = {"date", "commit", "uncommitted_changes", "cpu", "cores", "python", "torch", "numpy"}
 
@@ -57,7 +57,7 @@ def test_balance_counts_the_bytes_of_a_plain_ring(tmp_path):
     bytes_a_token = 15 * (2 * 2 + 2 * 2 + 2 * 4)  # each makes 15 hops: K, V twice in bf16, their gradients in fp32
     assert ways["plain ring"]["mb_a_layer_mean"] == pytest.approx(here * bytes_a_token * 5120 / 1e6, rel=1e-12)
     assert ways["USP"]["of_usp_mean"] == 1.0
-    assert ways["plan_pack, ring"]["work_max_over_mean"] < 1.001 < ways["plain ring"]["work_max_over_mean"]
+    assert ways["split_pack, ring"]["work_max_over_mean"] < 1.001 < ways["plain ring"]["work_max_over_mean"]
 
 
 # ---- memory
@@ -90,7 +90,7 @@ def test_a_block_holds_what_its_backward_needs_and_nothing_else(dialect, mode):
     norms = {"DiT": heads, "Wan": 1}[dialect]  # of q and k: one a head, or one
     expected = {
         "full": length * 2 * d,
-        "attention": length * (4 * d + 4 * heads),  # with the log-sum-exp of each head
+        "keep_attention": length * (4 * d + 4 * heads),  # with the log-sum-exp of each head
         "none": length * (34 * d + 4 * r.mlp_hidden)
         + length * 3 * 2 * 4  # means and deviations of three norms
         + length * 4 * norms  # deviations of q of the cross-attention; those of q and k are computed again
@@ -106,7 +106,7 @@ def test_a_block_holds_what_its_backward_needs_and_nothing_else(dialect, mode):
 def test_memory_records_every_width_and_mode(tmp_path):
     record = recorded(memory.main, tmp_path, "--widths", "64", "--tokens", "32")
     found = [(r["dialect"], r["width"], r["recompute"]) for r in record["results"]]
-    assert found == [(dialect, 64, mode) for dialect in ("DiT", "Wan") for mode in ("none", "full", "attention")]
+    assert found == [(dialect, 64, mode) for dialect in ("DiT", "Wan") for mode in ("none", "full", "keep_attention")]
 
 
 # ---- step
@@ -141,10 +141,10 @@ def test_a_step_is_the_same_however_the_pack_is_split_but_for_its_bytes(tmp_path
 
 def test_a_plan_that_loses_tokens_is_no_step(monkeypatch):
     def careless(lengths, ranks, tokens_per_rank):
-        plan = step.plan_pack(lengths, ranks, tokens_per_rank)
-        return PackPlan(plan.ranks, plan.tokens_per_rank, plan.pieces_Q4[:-1])
+        plan = step.split_pack(lengths, ranks, tokens_per_rank)
+        return ContextSplit(plan.ranks, plan.slots_per_rank, plan.pieces_Q4[:-1])
 
-    monkeypatch.setattr(step, "WAYS", {"plan_pack": step.plan_pack, "careless": careless})
+    monkeypatch.setattr(step, "WAYS", {"split_pack": step.split_pack, "careless": careless})
     config = load(
         None,
         ["parallel.context=2", "data.tokens_per_pack=256", "model.width=32", "model.heads=4", "model.depth=1",

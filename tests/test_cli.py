@@ -1,4 +1,4 @@
-"""The commands, as a person types them: what they say of themselves, what they write, one line for what is wrong."""
+"""The commands as a person types them: their help, the files they write, and errors of one line."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from megasora.build import build_model, patch_dim
 from megasora.cli import main
 from megasora.config import load
-from megasora.data.shards import read_manifest
+from megasora.data.shard_format import read_manifest
 
 RUN_TEST_YAML = Path(__file__).parent / "runs" / "tiny.yaml"
 
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """The trained run, copied, so that what a command writes into it is written here."""
+    """A copy of the trained run, into which a command may write."""
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
@@ -40,17 +40,17 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
-# ---------------------------------------------------------------- what a command says of itself
+# ---------------------------------------------------------------- help
 
-HELP = {  # command -> what its help must say of what is read and written, and its units
+HELP = {  # command -> words of its help on what is read and written, and on units
     "ingest": ["Reads every clip below CLIPS", "NAME.txt", "captions.jsonl", "Writes WebDataset tars", "--out DIR"],
     "shards": ["Reads dataset.json", "prints clips, tokens and sizes"],
     "train": ["Reads a configuration", "writes the run folder", "metrics.jsonl", "in seconds", "torchrun"],
-    "status": ["Reads the folder RUN", "tokens a second", "last checkpoint", "--watch"],
-    "sample": ["Reads the newest checkpoint", "writes FILE", "--prompt", "--image", "pixels", "frames a second"],
+    "status": ["Reads the folder RUN", "tokens per second", "last checkpoint", "--watch"],
+    "sample": ["Reads the newest checkpoint", "writes FILE", "--prompt", "--image", "pixels", "frames per second"],
     "report": ["Reads the metrics", "writes RUN/report.html", "report.json"],
-    "checkpoint": ["import-wan", "reads a model of Wan as diffusers saves it"],
-    "checkpoint import-wan": ["Reads FOLDER/transformer", "Writes FILE", "4 bytes a weight", "prints the settings"],
+    "checkpoint": ["import-wan", "reads a Wan model as diffusers saves it"],
+    "checkpoint import-wan": ["Reads FOLDER/transformer", "Writes FILE", "4 bytes per weight", "prints the settings"],
     "doctor": ["Reads versions, devices and free disk", "writes nothing"],
 }
 
@@ -84,26 +84,26 @@ def test_the_version_is_the_packages(capsys):
 @pytest.mark.parametrize(
     "arguments", [[], ["tarin"], ["sample", "run"], ["shards", "a", "b=c"], ["train", "a", "--fast"], ["checkpoint"]]
 )
-def test_a_line_that_is_no_command_exits_with_2(arguments, capsys):
+def test_an_invalid_command_line_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as leave:
         main(arguments)
     assert leave.value.code == 2
     assert capsys.readouterr().err.startswith("usage: megasora")
 
 
-# ---------------------------------------------------------------- what a command does
+# ---------------------------------------------------------------- what a command writes
 
 
-@pytest.mark.parametrize("behind", [True, False])
-def test_ingest_takes_settings_before_and_behind_its_options(behind, clips, tmp_path, capsys):
+@pytest.mark.parametrize("settings_last", [True, False])
+def test_ingest_takes_settings_before_and_after_its_options(settings_last, clips, tmp_path, capsys):
     source = tmp_path / "clips"
     source.mkdir()
     for path in sorted((clips / "train").iterdir())[:6]:
         shutil.copy(path, source)
     out, values = ["--out", str(tmp_path / "shards")], ["codec.channels=24", "data.patch=[1,2,2]"]
-    assert main(["ingest", str(source), *(out + values if behind else values + out)]) == 0
+    assert main(["ingest", str(source), *(out + values if settings_last else values + out)]) == 0
     manifest = read_manifest(tmp_path / "shards")
-    assert manifest.codec.startswith("dct-4x8x8-24") and manifest.patch == [1, 2, 2]
+    assert manifest.codec_fingerprint.startswith("dct-4x8x8-24") and manifest.patch == [1, 2, 2]
     shown = capsys.readouterr()
     assert shown.out.endswith(f"shards in {tmp_path / 'shards'}\n") and "train" in shown.out
     assert shown.err == ""  # the progress bar is for terminals
@@ -112,7 +112,7 @@ def test_ingest_takes_settings_before_and_behind_its_options(behind, clips, tmp_
 def test_ingest_reads_the_configuration_of_a_run(clips, tmp_path):
     (tmp_path / "run.yaml").write_text("codec:\n  channels: 24\n")
     assert main(["ingest", str(clips), "--out", str(tmp_path / "shards"), "--config", str(tmp_path / "run.yaml")]) == 0
-    assert read_manifest(tmp_path / "shards").codec.startswith("dct-4x8x8-24")
+    assert read_manifest(tmp_path / "shards").codec_fingerprint.startswith("dct-4x8x8-24")
 
 
 def test_shards_prints_the_counts_of_each_split(shards, capsys):
@@ -125,40 +125,41 @@ def test_shards_prints_the_counts_of_each_split(shards, capsys):
         if cells and cells[0] in manifest.splits:
             rows[cells[0]] = [int(cell.replace(",", "")) for cell in cells[1:-1]]
     for split, counts in manifest.splits.items():
-        numbers = [counts[key] for key in ("clips", "images", "frames", "tokens", "longest")]
+        numbers = [counts[key] for key in ("clips", "images", "frames", "tokens", "max_tokens")]
         assert rows[split] == [*numbers, len(counts["shards"])]
     assert rows["train"][0] == 60 and rows["val"][0] == 8
     assert manifest.codec in shown and manifest.text in shown
-    bars = [line.split() for line in shown.split("tokens a clip, train split\n")[1].splitlines()]
+    bars = [line.split() for line in shown.split("tokens per clip, train split\n")[1].splitlines()]
     assert sum(int(bar[2] if bar[1] != ".." else bar[3]) for bar in bars) == 60
 
 
-def test_sample_writes_a_video_a_sheet_and_facts_that_say_it_is_generated(trained, tmp_path, capsys):
+def test_sample_writes_a_video_a_sheet_and_a_sidecar_marked_as_generated(trained, tmp_path, capsys):
     out, prompt = tmp_path / "out.mp4", 'a "red" circle — 赤'
-    options = ["--size", "16x24", "--frames", "6", "--seed", "3", "--guidance", "2", "--fps", "8"]
+    options = ["--size", "16x24", "--frames", "6", "--seed", "3", "--guidance-scale", "2", "--fps", "8"]
     assert main(["sample", str(trained), "--prompt", prompt, "--out", str(out), *options]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.mp4", "out.sheet.png"]
-    who = {"ai_generated": True, "by": "MegaSora", "run": "single", "step": 20, "prompt": prompt, "seed": 3}
+    provenance = {"ai_generated": True, "by": "MegaSora", "run": "single", "step": 20, "prompt": prompt, "seed": 3}
     with av.open(str(out)) as file:
-        assert json.loads(file.metadata["comment"]) == who
+        assert json.loads(file.metadata["comment"]) == provenance
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
         assert np.stack(frames).shape == (6, 16, 24, 3) and file.streams.video[0].average_rate == 8
     with Image.open(tmp_path / "out.sheet.png") as sheet:
-        assert json.loads(sheet.text["Comment"]) == who
+        assert json.loads(sheet.text["Comment"]) == provenance
         assert sheet.width > 6 * 24
-    facts = json.loads((tmp_path / "out.json").read_text())
-    how = {"size": "16x24", "frames": 6, "fps": 8.0, "guidance": 2.0, "solver": "heun", "steps": 2, "weights": "ema"}
+    sidecar = json.loads((tmp_path / "out.json").read_text())
+    how = {"size": "16x24", "frames": 6, "fps": 8.0, "solver": "heun", "weights": "ema"}
+    how |= {"guidance_scale": 2.0, "num_inference_steps": 2}
     assert facts == {**who, **how, "image": ""}
     assert str(out) in capsys.readouterr().out
 
 
-def test_sample_repeats_itself_byte_for_byte(trained, tmp_path):
+def test_the_same_sample_command_writes_the_same_bytes(trained, tmp_path):
     for name in ("a", "b"):
         assert main(["sample", str(trained), "--prompt", "a red circle", "--out", str(tmp_path / f"{name}.mp4")]) == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
-def test_sample_makes_an_image_where_the_name_is_one(trained, tmp_path):
+def test_sample_makes_an_image_if_the_name_ends_in_png(trained, tmp_path):
     assert main(["sample", str(trained), "--prompt", "a red circle", "--out", str(tmp_path / "out.png")]) == 0
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (32, 32) and json.loads(image.text["Comment"])["ai_generated"] is True
@@ -195,26 +196,26 @@ def test_import_wan_writes_weights_and_prints_the_settings_of_their_model(wan, t
     assert shown.err == ""  # the progress bar is for terminals
     first, *lines = shown.out.splitlines()
     assert str(out) in first and "megasora train" in first
-    settings = shlex.split("\n".join(lines).replace("\\\n", ""))  # as a shell reads what is pasted
-    assert f"model.weights={out}" in settings and "data.patch=[1,2,2]" in settings
-    text_path = [setting for setting in wan.settings if setting.startswith("text.path=")][-1]  # of a tiny encoder
+    settings = shlex.split("\n".join(lines).replace("\\\n", ""))  # as a shell parses the pasted lines
+    assert f"model.init_from={out}" in settings and "data.patch=[1,2,2]" in settings
+    text_path = [setting for setting in wan.settings if setting.startswith("text.path=")][-1]  # a tiny encoder
     config = load(None, [*settings, text_path])
     model = build_model(config, patch_dim(config))
     assert config.text.pad and config.text.max_tokens == 512
-    model.load_state_dict(load_file(config.model.weights))
+    model.load_state_dict(load_file(config.model.init_from))
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_doctor_looks_at_this_machine(capsys):
+def test_doctor_checks_this_machine(capsys):
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- one line for what is wrong
+# ---------------------------------------------------------------- errors
 
 
-def refuse(arguments: list[object], capsys, folder: Path, *words: str) -> None:
-    """Exit code 2, one line on stderr with these words, nothing on stdout, and no file more or less in `folder`."""
+def check_error(arguments: list[object], capsys, folder: Path, *words: str) -> None:
+    """Checks exit code 2, one line on stderr with these words, nothing on stdout, and no change in `folder`."""
     before = tree(folder)
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == 2
@@ -227,7 +228,7 @@ def refuse(arguments: list[object], capsys, folder: Path, *words: str) -> None:
 
 
 def folder_with(folder: Path, **files: bytes | str) -> Path:
-    """A folder of files, named `a_mp4` for a.mp4."""
+    """A folder of files; the argument `a_mp4` makes a.mp4."""
     folder.mkdir()
     for name, content in files.items():
         data = content.encode() if isinstance(content, str) else content
@@ -235,91 +236,93 @@ def folder_with(folder: Path, **files: bytes | str) -> Path:
     return folder
 
 
-def a_video(clips: Path) -> bytes:
+def largest_video(clips: Path) -> bytes:
     return max((clips / "train").glob("*.mp4"), key=lambda p: p.stat().st_size).read_bytes()
 
 
-def test_ingest_refuses_an_unknown_key(clips, tmp_path, capsys):
+def test_ingest_rejects_an_unknown_key(clips, tmp_path, capsys):
     arguments = ["ingest", clips, "--out", tmp_path / "shards", "codec.chanels=3"]
-    refuse(arguments, capsys, tmp_path, "codec.chanels", "codec.channels")
+    check_error(arguments, capsys, tmp_path, "codec.chanels", "codec.channels")
 
 
-def test_ingest_refuses_a_configuration_that_is_not_there(clips, tmp_path, capsys):
+def test_ingest_rejects_a_missing_configuration(clips, tmp_path, capsys):
     arguments = ["ingest", clips, "--out", tmp_path / "shards", "--config", tmp_path / "no.yaml"]
-    refuse(arguments, capsys, tmp_path, "no configuration file", "no.yaml")
+    check_error(arguments, capsys, tmp_path, "no configuration file", "no.yaml")
 
 
-def test_ingest_refuses_an_empty_folder(tmp_path, capsys):
+def test_ingest_rejects_an_empty_folder(tmp_path, capsys):
     source = folder_with(tmp_path / "clips", readme_md="nothing")
-    refuse(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, "no clip in", str(source), ".mp4")
+    check_error(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, "no clip in", str(source), ".mp4")
 
 
-def test_ingest_refuses_a_folder_of_text_files_named_mp4(tmp_path, capsys):
-    source = folder_with(tmp_path / "clips", a_mp4="dear diary\n" * 50, a_txt="a caption")
+def test_ingest_rejects_a_folder_of_text_files_named_mp4(tmp_path, capsys):
+    source = folder_with(tmp_path / "clips", a_mp4="my diary\n" * 50, a_txt="a caption")
     words = ["none of the 1 clips", "a.mp4 cannot be decoded"]
-    refuse(["ingest", source, "--out", tmp_path / "new" / "shards"], capsys, tmp_path, *words)
+    check_error(["ingest", source, "--out", tmp_path / "new" / "shards"], capsys, tmp_path, *words)
 
 
-def test_ingest_refuses_a_folder_of_truncated_videos(clips, tmp_path, capsys):
-    data = a_video(clips)
+def test_ingest_rejects_a_folder_of_truncated_videos(clips, tmp_path, capsys):
+    data = largest_video(clips)
     source = folder_with(tmp_path / "clips", a_mp4=data[: len(data) * 6 // 10], a_txt="a caption")
     words = ["none of the 1 clips", "a.mp4", "the file is cut or damaged"]
-    refuse(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, *words)
+    check_error(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, *words)
 
 
-def test_ingest_refuses_a_clip_without_caption(clips, tmp_path, capsys):
-    source = folder_with(tmp_path / "clips", a_mp4=a_video(clips))
+def test_ingest_rejects_a_clip_without_caption(clips, tmp_path, capsys):
+    source = folder_with(tmp_path / "clips", a_mp4=largest_video(clips))
     words = ["a.mp4 has no caption", "a.txt", "ingest.missing_caption=skip"]
-    refuse(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, *words)
+    check_error(["ingest", source, "--out", tmp_path / "shards"], capsys, tmp_path, *words)
 
 
-def test_ingest_refuses_to_write_over_something_and_where_it_may_not(clips, tmp_path, capsys):
-    taken = folder_with(tmp_path / "shards", precious_txt="mine")
-    refuse(["ingest", clips, "--out", taken], capsys, tmp_path, str(taken), "is not empty", "another --out")
-    refuse(["ingest", clips, "--out", taken / "precious.txt" / "x"], capsys, tmp_path, "precious.txt")
+def test_ingest_does_not_overwrite_other_files(clips, tmp_path, capsys):
+    other = folder_with(tmp_path / "shards", precious_txt="text")
+    check_error(["ingest", clips, "--out", other], capsys, tmp_path, str(other), "is not empty", "another --out")
+    check_error(["ingest", clips, "--out", other / "precious.txt" / "x"], capsys, tmp_path, "precious.txt")
 
 
-def test_a_full_disk_is_one_line(clips, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_an_error_of_one_line(clips, tmp_path, capsys, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megasora.data.blocks.os.fsync", full)
-    refuse(["ingest", clips, "--out", tmp_path / "shards"], capsys, tmp_path, "No space left on device")
+    monkeypatch.setattr("megasora.data.shard_writer.os.fsync", full)
+    check_error(["ingest", clips, "--out", tmp_path / "shards"], capsys, tmp_path, "No space left on device")
 
 
-def test_shards_refuses_a_folder_without_them(tmp_path, capsys):
-    refuse(["shards", tmp_path], capsys, tmp_path, "no dataset.json", str(tmp_path), "megasora ingest")
+def test_shards_rejects_a_folder_without_shards(tmp_path, capsys):
+    check_error(["shards", tmp_path], capsys, tmp_path, "no dataset.json", str(tmp_path), "megasora ingest")
 
 
-def test_import_wan_refuses_what_is_no_wan_and_a_file_that_is_there(wan, tmp_path, capsys):
+def test_import_wan_rejects_other_folders_and_existing_files(wan, tmp_path, capsys):
     arguments = ["checkpoint", "import-wan", tmp_path, "--out", tmp_path / "out.safetensors"]
-    refuse(arguments, capsys, tmp_path, "config.json cannot be read", "diffusers saved")
+    check_error(arguments, capsys, tmp_path, "config.json cannot be read", "diffusers saved")
     (tmp_path / "out.safetensors").touch()
     arguments[2] = wan.folder
-    refuse(arguments, capsys, tmp_path, "out.safetensors exists", "another name")
-    refuse([*arguments[:-1], tmp_path / "no" / "out.safetensors"], capsys, tmp_path, "there is no folder", "make it")
+    check_error(arguments, capsys, tmp_path, "out.safetensors exists", "another name")
+    check_error(
+        [*arguments[:-1], tmp_path / "no" / "out.safetensors"], capsys, tmp_path, "there is no folder", "make it"
+    )
 
 
-TRAINING = {  # override -> words
+TRAINING = {  # override -> words of the error
     "model.hedas=3": ["unknown key 'model.hedas'", "model.heads"],
     "model.heads=3": ["model.heads=3", "model.width=32"],
     "codec.channels=48": ["dct-4x8x8-24", "dct-4x8x8-48", "ingest again"],
-    "optim.rate=5e-3": ["already holds another configuration", "optim.rate: 0.001 -> 0.005", "choose another run.dir"],
+    "optim.lr=5e-3": ["already holds another configuration", "optim.lr: 0.001 -> 0.005", "choose another run.dir"],
     "data.shards=''": ["data.shards is not set", "megasora ingest"],
     "run.steps=": ["run.steps"],
 }
 
 
-def test_train_refuses_triton_without_a_gpu_unless_its_interpreter_is_on(shards, tiny, tmp_path, capsys, monkeypatch):
+def test_train_rejects_triton_without_a_gpu_unless_it_is_interpreted(shards, tiny, tmp_path, capsys, monkeypatch):
     arguments = train_arguments(tmp_path / "run", shards, tiny)
     monkeypatch.setattr("megasora.kernels.launch.INTERPRETED", False)
-    assert main(["train", *arguments, "model.kernels=triton", "run.device=cpu"]) == 2
-    assert "model.kernels=triton needs a GPU" in capsys.readouterr().err
+    assert main(["train", *arguments, "model.kernel_backend=triton", "run.device=cpu"]) == 2
+    assert "model.kernel_backend=triton needs a GPU" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("override", TRAINING)
-def test_train_refuses_what_cannot_be_right_before_it_starts(override, run, shards, tiny, tmp_path, capsys):
+def test_train_rejects_invalid_settings_before_it_starts(override, run, shards, tiny, tmp_path, capsys):
     folder = run if override.startswith("optim") else tmp_path / "new"
     values = [
         f"run.dir={folder}",
@@ -328,25 +331,25 @@ def test_train_refuses_what_cannot_be_right_before_it_starts(override, run, shar
         "checkpoint.every=10",
         "validation.every=10",
     ]
-    refuse(["train", RUN_TEST_YAML, *values, *tiny, override], capsys, tmp_path, *TRAINING[override])
+    check_error(["train", RUN_TEST_YAML, *values, *tiny, override], capsys, tmp_path, *TRAINING[override])
 
 
-SAMPLING = {  # options -> words; {folder} is where the command may write
+SAMPLING = {  # name -> (options, words of the error); {folder}: where the command may write
     "empty prompt": (["--prompt", " "], ["--prompt is empty"]),
     "long prompt": (["--prompt", "very " * 65], ["65 words", "text.max_tokens=64"]),
     "prompt not UTF-8": (["--prompt", "caf\udce9"], ["--prompt is not UTF-8"]),
     "indivisible size": (["--size", "33x40"], ["--size 33x40", "multiples of the 8x8", "nearest: 32x40"]),
     "size in words": (["--size", "large"], ["--size=large", "HEIGHTxWIDTH"]),
     "no frames": (["--frames", "0"], ["--frames 0", "at least 1"]),
-    "no steps": (["--steps", "0"], ["--steps 0"]),
-    "no rate": (["--fps", "0"], ["--fps 0"]),
-    "rate without end": (["--fps", "inf"], ["--fps inf"]),
-    "rate that is none": (["--fps", "nan"], ["--fps nan"]),
-    "negative guidance": (["--guidance", "-1"], ["--guidance -1"]),
-    "endless guidance": (["--guidance", "inf"], ["--guidance inf"]),
+    "no steps": (["--num-inference-steps", "0"], ["--num-inference-steps 0"]),
+    "zero frame rate": (["--fps", "0"], ["--fps 0"]),
+    "infinite frame rate": (["--fps", "inf"], ["--fps inf"]),
+    "NaN frame rate": (["--fps", "nan"], ["--fps nan"]),
+    "negative guidance": (["--guidance-scale", "-1"], ["--guidance-scale -1"]),
+    "infinite guidance": (["--guidance-scale", "inf"], ["--guidance-scale inf"]),
     "large seed": (["--seed", str(1 << 63)], ["--seed 9223372036854775808", "2^63"]),
     "negative seed": (["--seed", "-1"], ["--seed -1"]),
-    "another kind": (["--out", "{folder}/out.gif"], ["out.gif", ".mp4", ".png"]),
+    "unknown file type": (["--out", "{folder}/out.gif"], ["out.gif", ".mp4", ".png"]),
     "video of one frame": (["--frames", "1"], ["--frames 1", "an image is .png"]),
     "image of frames": (["--frames", "5", "--out", "{folder}/out.png"], ["--frames 5", "an image is .png"]),
     "no folder": (["--out", "{folder}/no/out.mp4"], ["there is no folder", "make it first"]),
@@ -359,36 +362,38 @@ SAMPLING = {  # options -> words; {folder} is where the command may write
 
 
 @pytest.mark.parametrize("name", SAMPLING)
-def test_sample_refuses_what_it_cannot_make(name, trained, tmp_path, capsys):
+def test_sample_rejects_invalid_options(name, trained, tmp_path, capsys):
     options, words = SAMPLING[name]
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no image")
     for file, height in (("first.png", 16), ("odd.png", 15)):
         Image.fromarray(np.zeros((height, 24, 3), np.uint8)).save(tmp_path / file)
-    usual = {"--prompt": "a red circle", "--out": str(tmp_path / "out.mp4")}
-    given = [option.replace("{folder}", str(tmp_path)) for option in options]
-    arguments = usual | dict(zip(given[::2], given[1::2], strict=True))
+    defaults = {"--prompt": "a red circle", "--out": str(tmp_path / "out.mp4")}
+    options = [option.replace("{folder}", str(tmp_path)) for option in options]
+    arguments = defaults | dict(zip(options[::2], options[1::2], strict=True))
     line = [f"{key}={value}" for key, value in arguments.items()]  # with =, since a value may start with a dash
-    refuse(["sample", trained, *line], capsys, tmp_path, *words)
+    check_error(["sample", trained, *line], capsys, tmp_path, *words)
 
 
-def test_sample_and_report_refuse_what_is_no_run(tmp_path, capsys):
+def test_sample_and_report_reject_a_folder_that_is_no_run(tmp_path, capsys):
     options = ["--prompt", "a red circle", "--out", tmp_path / "out.mp4"]
     for folder in (tmp_path, tmp_path / "nowhere"):
-        refuse(["sample", folder, *options], capsys, tmp_path, str(folder), "not a run folder")
-        refuse(["report", folder], capsys, tmp_path, str(folder))
+        check_error(["sample", folder, *options], capsys, tmp_path, str(folder), "not a run folder")
+        check_error(["report", folder], capsys, tmp_path, str(folder))
 
 
-def test_sample_refuses_a_run_without_checkpoint_and_one_whose_latest_is_lost(run, tmp_path, capsys):
+def test_sample_rejects_a_run_without_checkpoint_or_without_latest(run, tmp_path, capsys):
     options = ["--prompt", "a red circle", "--out", tmp_path / "out.mp4"]
     (run / "checkpoints" / "latest").unlink()
-    refuse(["sample", run, *options], capsys, tmp_path, "latest is missing", "echo step-00000020 >")
+    check_error(["sample", run, *options], capsys, tmp_path, "latest is missing", "echo step-00000020 >")
     shutil.rmtree(run / "checkpoints")
-    refuse(["sample", run, *options], capsys, tmp_path, "holds no checkpoint to sample from", "checkpoint.every=10")
+    check_error(
+        ["sample", run, *options], capsys, tmp_path, "holds no checkpoint to sample from", "checkpoint.every=10"
+    )
 
 
-def test_sample_refuses_odd_sizes_for_h264_before_the_model_is_called(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megasora.sampling.pipeline.Pipeline.check", lambda *_: None)  # as with a codec of 5x5 pixels
-    monkeypatch.setattr("megasora.sampling.pipeline.Pipeline.__call__", lambda *_: pytest.fail("sampled"))
+def test_sample_rejects_odd_sizes_for_h264_before_the_model_is_called(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("megasora.sampling.pipeline.SamplingPipeline.check", lambda *_: None)  # e.g. 5x5 pixels
+    monkeypatch.setattr("megasora.sampling.pipeline.SamplingPipeline.__call__", lambda *_: pytest.fail("sampled"))
     arguments = ["sample", trained, "--prompt", "x", "--out", tmp_path / "out.mp4", "--size", "15x24"]
-    refuse(arguments, capsys, tmp_path, "--size 15x24", "even height and width")
+    check_error(arguments, capsys, tmp_path, "--size 15x24", "even height and width")

@@ -1,4 +1,4 @@
-"""One tree of settings: what is accepted, and the line that a person reads where something is not."""
+"""The configuration tree: which YAML files, overrides and values are accepted, and the messages for all others."""
 
 import dataclasses
 import re
@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megasora.cli import main
 from megasora.config import Config, ModelConfig, differences, every_key, load, parse_size, to_yaml, token_pixels
+from megasora.config.renamed import RENAMED, RENAMED_VALUES
+from megasora.config.schema import section_type
 from megasora.errors import MegaSoraError
 
 PRESETS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 MILLION, BILLION = 10**6, 10**9
-PARAMETERS = {  # what a preset's name says; the rest of the DiT paper's sizes is the cross-attention to the caption
+PARAMETERS = {  # range for each preset; the cross-attention to the caption comes on top of the DiT paper's sizes
     "dit_s": (30 * MILLION, 50 * MILLION),
     "dit_b": (120 * MILLION, 180 * MILLION),
     "dit_l": (450 * MILLION, 600 * MILLION),
@@ -21,10 +24,12 @@ PARAMETERS = {  # what a preset's name says; the rest of the DiT paper's sizes i
     "dit_7b": (6.5 * BILLION, 7.5 * BILLION),
     "dit_30b": (27 * BILLION, 33 * BILLION),
 }
+CHOICES = [key.rsplit(".", 1)[1] for key in every_key() if key.startswith("objective.frame_conditioning.")]
 each_preset = pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 
 
 def message(overrides=(), path=None):
+    """The error of `load`, in one line."""
     with pytest.raises(MegaSoraError) as caught:
         load(path, overrides)
     text = str(caught.value)
@@ -38,40 +43,40 @@ def write(tmp_path, text):
     return path
 
 
-# ---- layers
+# ---- defaults, file, overrides
 
 
-def test_without_a_file_the_defaults_hold_and_are_valid():
+def test_the_defaults_are_valid():
     assert load() == Config()
 
 
-def test_overrides_come_over_the_file_and_the_file_over_the_defaults(tmp_path):
+def test_overrides_take_precedence_over_the_file_and_the_file_over_the_defaults(tmp_path):
     path = write(tmp_path, "run: {steps: 5, seed: 7}\noptim:\n  betas: [0.8, 0.95]\n")
-    config = load(path, ["run.steps=9", "objective.condition.first=0.5", "data.patch=[1,2,2]", "run.dir=runs/a=b"])
+    config = load(
+        path, ["run.steps=9", "objective.frame_conditioning.first=0.5", "data.patch=[1,2,2]", "run.dir=runs/a=b"]
+    )
     assert (config.run.steps, config.run.seed, config.run.device) == (9, 7, "auto")
     assert config.optim.betas == [0.8, 0.95] and config.data.patch == [1, 2, 2]
-    assert config.objective.condition.first == 0.5 and config.run.dir == "runs/a=b"
-    assert dataclasses.is_dataclass(config.objective.condition)
+    assert config.objective.frame_conditioning.first == 0.5 and config.run.dir == "runs/a=b"
+    assert dataclasses.is_dataclass(config.objective.frame_conditioning)
 
 
-def test_the_later_of_two_overrides_counts():
+def test_the_last_of_two_overrides_takes_effect():
     assert load(None, ["run.steps=3", "run.steps=4"]).run.steps == 4
 
 
-def test_a_whole_number_is_taken_where_a_fraction_may_stand():
-    rate = load(None, ["optim.rate=1", "sample.fps=24"]).optim.rate
-    assert rate == 1.0 and isinstance(rate, float)
+def test_an_integer_is_accepted_for_a_float():
+    lr = load(None, ["optim.lr=1", "sample.fps=24"]).optim.lr
+    assert lr == 1.0 and isinstance(lr, float)
 
 
-def test_the_resolved_tree_loads_to_itself(tmp_path):
-    config = load(
-        None, ["run.steps=9", "optim.rate=2.5e-5", "optim.betas=[0.8,0.9]", "text.name=t5", "text.path=a/b c"]
-    )
+def test_saved_yaml_loads_to_the_same_configuration(tmp_path):
+    config = load(None, ["run.steps=9", "optim.lr=2.5e-5", "optim.betas=[0.8,0.9]", "text.name=t5", "text.path=a/b c"])
     assert load(write(tmp_path, to_yaml(config))) == config
     assert set(yaml.safe_load(to_yaml(config))) == {f.name for f in dataclasses.fields(Config)}
 
 
-def test_an_empty_file_is_the_defaults(tmp_path):
+def test_an_empty_file_gives_the_defaults(tmp_path):
     assert load(write(tmp_path, "# nothing\n\n")) == Config()
 
 
@@ -84,28 +89,28 @@ def test_an_empty_file_is_the_defaults(tmp_path):
         ("model.depht=3", "model.depth"),
         ("model.with=3", "model.width"),
         ("depth=3", "model.depth"),
-        ("optm.rate=3", "optim"),
-        ("objective.condition.frist=1", "objective.condition.first"),
-        ("run.rate=1", "optim.rate"),
+        ("optm.lr=3", "optim"),
+        ("objective.frame_conditioning.frist=1", "objective.frame_conditioning.first"),
+        ("run.lr=1", "optim.lr"),
     ],
 )
-def test_an_unknown_key_names_the_nearest(override, nearest):
+def test_an_unknown_key_is_answered_with_the_nearest(override, nearest):
     assert message([override]).endswith(f"'; did you mean '{nearest}'?")
 
 
-def test_an_unknown_key_near_to_none_lists_the_known_ones():
+def test_an_unknown_key_without_a_similar_one_is_answered_with_the_known_keys():
     assert "unknown key 'zzqqzz'; known keys: run, data, ingest, codec" in message(["zzqqzz=1"])
     assert message(["wandb.zzqqzzqqzz=1"]).endswith("known keys: mode, project")
 
 
-def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
+def test_the_message_for_an_unknown_key_in_a_file_names_the_file(tmp_path):
     path = write(tmp_path, "model:\n  widht: 3\n")
     assert message(path=path) == f"{path}: unknown key 'model.widht'; did you mean 'model.width'?"
 
 
-def test_every_key_of_the_tree_is_known():
+def test_every_key_lists_each_key_once_and_sections_hold_keys():
     keys = every_key(Config)
-    assert len(keys) == len(set(keys)) and "objective.condition.first" in keys and "run" in keys
+    assert len(keys) == len(set(keys)) and "objective.frame_conditioning.first" in keys and "run" in keys
     leaves = [k for k in keys if not any(other.startswith(k + ".") for other in keys)]
     values = yaml.safe_load(to_yaml(Config()))
     for key in leaves:
@@ -115,7 +120,81 @@ def test_every_key_of_the_tree_is_known():
         assert not isinstance(value, dict)
 
 
-# ---- values of the wrong kind
+# ---- renamed keys
+
+
+def test_renamed_keys_are_not_valid_and_their_new_names_are():
+    assert not RENAMED.keys() & set(every_key()) and set(RENAMED.values()) <= set(every_key())
+    for key, values in RENAMED_VALUES.items():
+        for old, new in values.items():
+            assert f"{key}={old} was renamed to {key}={new}" in message([f"{key}={old}"])
+            load(None, [f"{key}={new}"])
+
+
+@pytest.mark.parametrize("key", sorted(RENAMED))
+def test_a_renamed_key_is_answered_with_its_new_name(key):
+    section, _, name = RENAMED[key].rpartition(".")
+    old, new = key, RENAMED[key]
+    if section_type(type(getattr(Config(), section)), name):
+        old, new = f"{old}.first", f"{new}.first"
+    assert message([f"{old}=1"]) == f"{old} was renamed to {new}. The new overrides: {new}=1"
+
+
+def test_all_renamed_keys_of_the_overrides_are_named_with_the_new_overrides():
+    text = message(["optim.rate=5e-3", "run.steps=3", "model.attention=plain", "data.weights=[3,1]"])
+    assert text == (
+        "optim.rate was renamed to optim.lr; model.attention=plain was renamed to model.attention_backend=math; "
+        "data.weights was renamed to data.mixture_weights. "
+        "The new overrides: optim.lr=0.005 model.attention_backend=math 'data.mixture_weights=[3, 1]'"
+    )
+
+
+OLD_FILE = """\
+run: {steps: 5}
+optim: {rate: 2.0e-4, clip: 0.5, eps: 1.0e-8}
+data:
+  drop: {start: 0.5, epochs: 2.0}
+  patch: [1, 2, 2]
+model: {recompute: attention, qk_norm: width}
+"""
+NEW_LINES = """\
+optim:
+  lr: 0.0002
+  max_grad_norm: 0.5
+data:
+  token_drop:
+    start: 0.5
+    epochs: 2.0
+model:
+  recompute: keep_attention
+  qk_norm: across_heads"""
+
+
+def test_all_renamed_keys_of_a_file_are_named_with_new_lines_that_load(tmp_path):
+    path = write(tmp_path, OLD_FILE)
+    with pytest.raises(MegaSoraError) as caught:
+        load(path)
+    text, _, lines = str(caught.value).partition(". The new lines:\n")
+    assert text == (
+        f"{path}: optim.rate was renamed to optim.lr; optim.clip was renamed to optim.max_grad_norm; "
+        "data.drop.start was renamed to data.token_drop.start; data.drop.epochs was renamed to data.token_drop.epochs; "
+        "model.recompute=attention was renamed to model.recompute=keep_attention; "
+        "model.qk_norm=width was renamed to model.qk_norm=across_heads"
+    )
+    assert lines == NEW_LINES
+    config = load(write(tmp_path, lines))
+    assert (config.optim.lr, config.data.token_drop.start, config.model.qk_norm) == (2e-4, 0.5, "across_heads")
+
+
+def test_a_run_folder_with_renamed_keys_ends_the_command_with_exit_code_2(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(to_yaml(Config()).replace("  lr: 0.0001", "  rate: 0.0001"))
+    assert main(["train", str(write(tmp_path, "")), f"run.dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'config.yaml'}: optim.rate was renamed to optim.lr. The new lines:" in error
+    assert "optim:\n  lr: 0.0001" in error
+
+
+# ---- values of the wrong type
 
 
 @pytest.mark.parametrize(
@@ -123,7 +202,7 @@ def test_every_key_of_the_tree_is_known():
     [
         ("run.steps=many", r"run.steps: Value 'many' .* could not be converted to Integer"),
         ("run.steps=1.5", r"run.steps: Value '1.5' .* could not be converted to Integer"),
-        ("optim.rate=fast", r"optim.rate: Value 'fast' .* could not be converted to Float"),
+        ("optim.lr=fast", r"optim.lr: Value 'fast' .* could not be converted to Float"),
         ("run.dir=null", r"run.dir: Incompatible value 'None'"),
         ("codec.factors=[4,8,x]", r"codec.factors\[2\]: Value 'x' .* could not be converted to Integer"),
         ("codec.factors=4", r"codec.factors: Invalid value assigned"),
@@ -134,18 +213,21 @@ def test_every_key_of_the_tree_is_known():
         ("run.dir=${nothing}", r"run.dir: Interpolation key 'nothing' not found"),
         ("run.seed=-1", r"run.seed=-1 must be from 0 to below 2\^63"),
         ("optim.eps=nan", r"optim.eps=nan must be a finite number"),
-        ("objective.timestep_mean=inf", r"objective.timestep_mean=inf must be a finite number"),
-        ("objective.condition.first=nan", r"objective.condition=.* weights are not negative and not all zero"),
+        ("objective.logit_mean=inf", r"objective.logit_mean=inf must be a finite number"),
+        (
+            "objective.frame_conditioning.first=nan",
+            r"objective.frame_conditioning=.* weights are not negative and not all zero",
+        ),
     ],
 )
-def test_a_wrong_value_names_its_key(override, expected):
+def test_the_message_for_a_wrong_value_names_its_key(override, expected):
     assert re.search(expected, message([override]))
 
 
-# ---- files that are no configuration
+# ---- files that are not a configuration
 
 
-def test_aliases_are_refused_before_anything_is_expanded(tmp_path):
+def test_yaml_aliases_are_rejected_before_they_are_expanded(tmp_path):
     bomb = "a: &a [x, x]\n" + "".join(
         f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghijk", "bcdefghijkl", strict=True)
     )
@@ -166,18 +248,18 @@ def test_aliases_are_refused_before_anything_is_expanded(tmp_path):
         ("#" * ((1 << 20) + 1), "has 1048577 bytes; a configuration has at most 1048576"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_named(tmp_path, content, expected):
+def test_the_message_for_a_file_that_is_not_a_configuration_names_it(tmp_path, content, expected):
     path = write(tmp_path, content)
     text = message(path=path)
     assert text.startswith(str(path)) and expected in text
 
 
-def test_a_missing_file_names_the_nearest(tmp_path):
+def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
     path = write(tmp_path, "run: {steps: 1}")
     assert message(path=tmp_path / "rnu.yaml") == f"no configuration file {tmp_path / 'rnu.yaml'}; did you mean {path}?"
 
 
-# ---- checks across keys
+# ---- values that are not accepted
 
 
 @pytest.mark.parametrize(
@@ -196,36 +278,37 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         (["parallel.zero_stage=4"], "parallel.zero_stage=4 must be one of 1, 2, 3"),
         (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers from 0 to below 1"),
         (["optim.betas=[0.9,1.0]"], "optim.betas=[0.9, 1.0] must be two numbers from 0 to below 1"),
-        (["optim.ema=1"], "optim.ema=1.0 must be from 0 (no averaging) to below 1"),
-        (["optim.rate=0"], "optim.rate=0.0 must be a positive number"),
+        (["optim.ema_decay=1"], "optim.ema_decay=1.0 must be from 0 (no averaging) to below 1"),
+        (["optim.lr=0"], "optim.lr=0.0 must be a positive number"),
         (["objective.caption_dropout=1"], "objective.caption_dropout=1.0 must be from 0 to below 1"),
-        (["objective.condition.first=-1"], "weights are not negative and not all zero"),
-        ([f"objective.condition.{k}=0" for k in ("none", "first", "last", "head", "tail", "both")], "not all zero"),
+        (["objective.frame_conditioning.first=-1"], "weights are not negative and not all zero"),
+        ([f"objective.frame_conditioning.{k}=0" for k in CHOICES], "not all zero"),
+        (["optim.min_lr_ratio=1.5"], "optim.min_lr_ratio=1.5 must be from 0 to 1: the last lr / optim.lr"),
         (["data.tokens_per_pack=0"], "data.tokens_per_pack=0 must be at least 1"),
         (["sample.size=48"], "sample.size=48 is not HEIGHTxWIDTH in pixels, e.g. 48x80"),
         (["sample.size=48x0"], "sample.size=48x0 is not HEIGHTxWIDTH in pixels"),
         (["model.width=99999999999", "model.heads=7"], "model.width=99999999999 must be at most 131072"),
     ],
 )  # fmt: skip
-def test_values_that_do_not_go_together_are_refused_with_their_numbers(overrides, expected):
+def test_the_message_for_a_value_that_is_not_accepted_has_the_numbers(overrides, expected):
     assert expected in message(overrides)
 
 
 @pytest.mark.parametrize("heads", [5, 7, 9, 40, 400])
-def test_the_heads_that_are_proposed_would_be_accepted(heads):
+def test_the_suggested_numbers_of_heads_are_accepted(heads):
     text = message(["model.width=96", f"model.heads={heads}"])
-    proposed = [int(n) for n in text.split("use ")[1].split(", ")]
-    near = [n for n in proposed if 96 // n >= 6]
-    assert near
-    for n in near:
+    suggested = [int(n) for n in text.split("use ")[1].split(", ")]
+    suggested = [n for n in suggested if 96 // n >= 6]
+    assert suggested
+    for n in suggested:
         load(None, ["model.width=96", f"model.heads={n}"])
 
 
-def test_sizes_are_height_by_width():
+def test_a_size_is_height_by_width():
     assert parse_size("48x80", "key") == (48, 80) and parse_size("48X80", "key") == (48, 80)
 
 
-def test_a_token_covers_the_codecs_block_times_the_patch():
+def test_a_token_covers_the_codec_factors_times_the_patch():
     assert token_pixels(load(None, ["codec.factors=[2,4,8]", "data.patch=[1,2,3]"])) == (2, 8, 24)
 
 
@@ -233,26 +316,26 @@ def test_a_token_covers_the_codecs_block_times_the_patch():
 
 
 def test_differences_name_each_changed_key_with_both_values():
-    theirs = load()
-    ours = load(None, ["run.steps=7", "data.patch=[1,2,2]", "objective.condition.first=0.5"])
-    assert differences(ours, theirs) == [
+    old = load()
+    new = load(None, ["run.steps=7", "data.patch=[1,2,2]", "objective.frame_conditioning.first=0.5"])
+    assert differences(new, old) == [
         "run.steps: 100000 -> 7",
         "data.patch: [1, 1, 1] -> [1, 2, 2]",
-        "objective.condition.first: 0.15 -> 0.5",
+        "objective.frame_conditioning.first: 0.15 -> 0.5",
     ]
-    assert differences(ours, ours) == []
+    assert differences(new, new) == []
 
 
-def test_a_key_or_a_section_can_be_left_out_of_the_differences():
-    ours = load(None, ["run.steps=7", "sample.steps=3", "sample.guidance=1", "model.depth=3"])
-    assert differences(ours, load(), ignore=("run.steps", "sample")) == ["model.depth: 12 -> 3"]
+def test_differences_can_ignore_a_key_or_a_section():
+    new = load(None, ["run.steps=7", "sample.num_inference_steps=3", "sample.guidance_scale=1", "model.depth=3"])
+    assert differences(new, load(), ignore=("run.steps", "sample")) == ["model.depth: 12 -> 3"]
 
 
 # ---- presets
 
 
 @each_preset
-def test_a_preset_loads_and_says_what_it_is_for(path):
+def test_a_preset_loads_and_its_header_has_purpose_hardware_and_launch_command(path):
     load(path)
     comment = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for part in ("Purpose:", "Hardware:", "Launch:", f"megasora.train configs/{path.name}", "run.dir=", "data.shards="):
@@ -260,7 +343,7 @@ def test_a_preset_loads_and_says_what_it_is_for(path):
 
 
 @each_preset
-def test_a_preset_states_only_differences(path):
+def test_a_preset_has_only_keys_that_differ_from_the_defaults(path):
     def leaves(values, prefix=""):
         for key, value in values.items():
             if isinstance(value, dict):
@@ -272,7 +355,7 @@ def test_a_preset_states_only_differences(path):
     assert set(leaves(yaml.safe_load(path.read_text()))) == changed
 
 
-def test_a_preset_has_the_parameters_that_its_name_says():
+def test_the_number_of_parameters_of_a_preset_is_in_the_range_of_its_name_and_in_its_header():
     from megasora.build import patch_dim
     from megasora.model.flops import num_parameters
 
@@ -290,10 +373,10 @@ def test_a_preset_has_the_parameters_that_its_name_says():
 
 
 @each_preset
-def test_the_widths_of_a_preset_suit_matrix_units(path):
+def test_the_matrix_sizes_of_a_preset_are_multiples_of_64_and_of_its_head_dim_of_8(path):
     model: ModelConfig = load(path).model
-    assert model.width % 64 == 0 and int(model.width * model.mlp_ratio) % 64 == 0
-    assert (model.width // model.heads) % 8 == 0
+    assert model.width % 64 == 0 and model.mlp_hidden % 64 == 0
+    assert model.head_dim % 8 == 0
 
 
 def test_larger_presets_have_longer_packs_and_recompute():
@@ -305,13 +388,13 @@ def test_larger_presets_have_longer_packs_and_recompute():
 
 
 def processes_of(path) -> int:
-    """Those of the launch line: processes of a node times nodes."""
+    """Processes of the launch command in the header: processes per node times nodes."""
     counts = dict(re.findall(r"--(nproc-per-node|nnodes) (\d+)", path.read_text()))
     return int(counts["nproc-per-node"]) * int(counts.get("nnodes", 1))
 
 
 @each_preset
-def test_the_layout_of_a_preset_is_accepted_as_launched_and_its_tensor_axis_is_within_a_node(path):
+def test_the_launch_command_of_a_preset_has_a_legal_layout_with_the_tensor_axis_within_a_node(path):
     from megasora.parallel.layout import check_layout
 
     config = load(path)
@@ -320,22 +403,23 @@ def test_the_layout_of_a_preset_is_accepted_as_launched_and_its_tensor_axis_is_w
 
 
 @pytest.mark.parametrize("path", [p for p in PRESETS if p.stem in PARAMETERS], ids=lambda p: p.stem)
-def test_the_memory_that_a_preset_says_is_what_its_settings_give(path):
-    """In bf16, without captions, text embedder and what the libraries take; activations by benchmarks/memory.py."""
+def test_the_memory_per_gpu_in_the_header_of_a_preset_is_what_its_settings_give(path):
+    """In bf16, without captions, text embedder and libraries; activations by the formula of benchmarks/memory.py."""
     from megasora.build import patch_dim
-    from megasora.model.flops import mlp_hidden, num_parameters
+    from megasora.model.flops import num_parameters
 
     config = load(path)
-    m, p = config.model, config.parallel
-    weights = num_parameters(m, patch_dim(config)) / p.tensor / p.pipeline
-    sharded_by = processes_of(path) / p.tensor / p.pipeline
-    gradients = 4 * weights / (1 if p.zero_stage == 1 else sharded_by)
-    states = 16 * weights / sharded_by  # fp32: master weights, two moments, averages
-    tokens = config.data.tokens_per_pack / p.context / p.tensor
-    whole_block = (34 * m.width + 4 * mlp_hidden(m)) * tokens
-    held = {"none": 0, "full": 2, "attention": 4}[m.recompute] * m.width * tokens
-    again = 0 if m.recompute == "none" else m.recompute_blocks or m.depth
-    activations = again * held + (m.depth - again + min(again, 1)) * whole_block  # one is recomputed at a time
+    model, parallel = config.model, config.parallel
+    weights = num_parameters(model, patch_dim(config)) / parallel.tensor / parallel.pipeline
+    sharded_by = processes_of(path) / parallel.tensor / parallel.pipeline
+    gradients = 4 * weights / (1 if parallel.zero_stage == 1 else sharded_by)
+    states = 16 * weights / sharded_by  # fp32: master weights, two moments, EMA
+    tokens = config.data.tokens_per_pack / parallel.context / parallel.tensor
+    full_block = (34 * model.width + 4 * model.mlp_hidden) * tokens
+    recomputing_block = {"none": 0, "full": 2, "keep_attention": 4}[model.recompute] * model.width * tokens
+    recomputing = 0 if model.recompute == "none" else model.recompute_blocks or model.depth
+    full = model.depth - recomputing + min(recomputing, 1)  # one block at a time is recomputed
+    activations = recomputing * recomputing_block + full * full_block
     buffers = 4 * min(500_000_000, weights)
     total = (2 * weights + gradients + states + activations + buffers) / 1e9
     written = float(re.search(r"[Aa]bout (\d+) GB each", path.read_text())[1])

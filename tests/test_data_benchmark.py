@@ -10,8 +10,8 @@ import torch
 from benchmarks import buckets, data
 from megasora.build import patch_dim
 from megasora.config import load
-from megasora.data.plan import Plan
-from megasora.data.shards import Shards
+from megasora.data.packing_plan import PackingPlan
+from megasora.data.shard_reader import ShardSplit
 from megasora.model.flops import pack_flops
 from megasora.testing.mixes import heavy_grids, heavy_mix
 
@@ -73,7 +73,7 @@ def test_one_rank_never_waits_and_what_is_useful_is_what_is_computed_less_the_pa
 
 def test_every_way_of_loading_gives_the_same_clips(tmp_path):
     results, about = data.measure_loader(tmp_path, 20, 16_384, [0, 2], 1)
-    shards = Shards.open(tmp_path / "shards", "train")
+    shards = ShardSplit.open(tmp_path / "shards", "train")
     assert about["clips"] == len(shards) == 20 and about["tokens"] == heavy_mix(16_384, 20, 0).sum()
     tars = sorted((tmp_path / "shards").glob("*.tar"))
     assert about["bytes"] == sum(p.stat().st_size for p in tars)
@@ -92,7 +92,7 @@ def test_the_loader_is_counted_by_the_records_it_has_read(tmp_path):
     config = load(None, [f"data.shards={tmp_path}", "data.tokens_per_pack=2048", "data.packs_per_step=2"])
     for threads in (0, 3):
         amount = data.run_loader(config, threads)
-        size = Shards.open(tmp_path, "train").entries.rows["record"]["size"].sum()
+        size = ShardSplit.open(tmp_path, "train").index.rows["record"]["size"].sum()
         assert (amount.clips, amount.bytes) == (32, size)
 
 
@@ -100,12 +100,12 @@ def test_the_loader_is_counted_by_the_records_it_has_read(tmp_path):
 
 
 def test_planning_counts_the_packs_of_an_epoch():
-    tokens, window = heavy_mix(8192, 3000, 0), load(None, []).data.lookahead
+    tokens, window = heavy_mix(8192, 3000, 0), load(None, []).data.packing_window
     found = data.measure_plan(8192, 3000, 4, [1, 2], 1000)
-    packs = len(Plan([tokens], [1.0], 8192, 4, window, 1000, 0).arranged(0, 0, 0).packs)
+    packs = len(PackingPlan([tokens], [1.0], 8192, 4, window, 1000, 0).arranged(0, 0, 0).packs)
     assert (found.packs, found.windows) == (packs, 1)
     assert found.padding == 1 - tokens.sum() / (packs * 8192)
-    steps = list(data.step_costs(Plan([tokens], [1.0], 8192, 4, window, 1000, 0)))
+    steps = list(data.step_costs(PackingPlan([tokens], [1.0], 8192, 4, window, 1000, 0)))
     assert len(steps) == packs // 4 - (packs % 4 == 0)
     assert found.worst_over_mean["1"] == max(costs.max() / costs.mean() for costs in steps)  # one pack a rank
 

@@ -97,7 +97,7 @@ def test_least_bytes_are_those_of_performance_notes():
     numbers = {  # bytes for each number of an activation, forward and backward
         "adaln_modulate": (4, 6), "gated_residual_adaln": (8, 12), "gated_residual_norm": (8, 12),
         "residual_adaln": (8, 8), "gated_add": (6, 6), "rope3d": (4, 4),
-        "qk_norm_rope3d, head": (2 * 4, 2 * 6 + 4), "qk_norm_rope3d, width": (2 * 4, 2 * 6 + 4),  # and v's
+        "qk_norm_rope3d, per_head": (2 * 4, 2 * 6 + 4), "qk_norm_rope3d, across_heads": (2 * 4, 2 * 6 + 4),  # and v's
         "rms_norm": (4, 6), "merge_partial_attention": (10,),
     }  # fmt: skip
     assert numbers.keys() == OPERATIONS.keys()
@@ -119,9 +119,9 @@ def test_flops_of_a_block_are_the_formula_of_performance_notes():
     linear = 4 * d * d + 2 * d * ff + 2 * d * d + 2 * d * d * words / s
     expected = 3 * s * 2 * (linear + 2 * s * d + 2 * words * d)
     assert blocks.block_flops(Case("Wan-14B", s, "none")) == pytest.approx(expected, rel=1e-12)
-    for shape, (width, _, hidden) in blocks.SHAPES.items():
+    for shape, (_, _, hidden) in blocks.SHAPES.items():
         model = blocks.config_of(Case(shape, 8192, "none"), "torch").model
-        assert int(width * model.mlp_ratio) == hidden
+        assert model.mlp_hidden == hidden
     assert all(math.prod(grid) == tokens for tokens, grid in blocks.GRIDS.items())
 
 
@@ -132,13 +132,13 @@ def tiny(monkeypatch) -> None:
     monkeypatch.setattr(blocks, "WORDS", 5)
 
 
-def output_and_gradients(kernel: str, recompute: str, change=lambda given: given) -> list[Tensor]:
-    """Of a tiny block in fp32, for all that it is given and its weights; what has no part in it is left out."""
-    block, given = blocks.build_block(Case("tiny", 24, recompute), kernel, "cpu")
-    block = block.float()
-    given = tuple(x.detach().float().requires_grad_() if is_leaf(x) else x for x in given)
-    leaves = [x for x in (*given, *block.parameters()) if is_leaf(x)]
-    out = blocks.step_of(block, change(given), recompute)()
+def output_and_gradients(kernel: str, recompute: str, change=lambda inputs: inputs) -> list[Tensor]:
+    """Of a tiny block in fp32, for its inputs and its weights; unused ones are left out."""
+    block, x_LD, inputs = blocks.build_block(Case("tiny", 24, recompute), kernel, "cpu")
+    block, x_LD = block.float(), x_LD.detach().float().requires_grad_()
+    inputs = inputs._make(x.detach().float().requires_grad_() if is_leaf(x) else x for x in inputs)
+    leaves = [x for x in (x_LD, *inputs, *block.parameters()) if is_leaf(x)]
+    out = blocks.forward_step(block, x_LD, change(inputs), recompute)()
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     gradients = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
     return [out, *(x for x in gradients if x is not None)]
@@ -154,7 +154,7 @@ def is_leaf(x) -> bool:
 def test_a_block_does_the_same_however_it_recomputes(kernel):
     expected = output_and_gradients(kernel, "none")
     assert expected[0].abs().max() > 0 and len(expected) > 20
-    for recompute in ("attention", "full"):
+    for recompute in ("keep_attention", "full"):
         found = output_and_gradients(kernel, recompute)
         assert len(found) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

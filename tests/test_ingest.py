@@ -13,7 +13,8 @@ import torch
 from megasora.codec import build_codec
 from megasora.config import Config, load
 from megasora.data.patches import unpatchify
-from megasora.data.shards import MANIFEST, Shards, read_manifest
+from megasora.data.shard_format import MANIFEST, read_manifest
+from megasora.data.shard_reader import ShardSplit
 from megasora.data.video import write_image, write_video
 from megasora.errors import MegaSoraError
 from megasora.ingest import ingest
@@ -41,14 +42,14 @@ def settings(*overrides: str) -> Config:
 
 
 def captions(folder: Path, split: str = "train") -> list[str]:
-    shards = Shards.open(folder, split)
+    shards = ShardSplit.open(folder, split)
     return [shards.read(i, lambda text: torch.zeros(1, 1)).caption for i in range(len(shards))]
 
 
 def sources(folder: Path, split: str = "train") -> dict[str, int]:
     """File name -> sample id."""
-    shards = Shards.open(folder, split)
-    return {shards.meta(i)["source"]: shards.entries[i].sample_id for i in range(len(shards))}
+    shards = ShardSplit.open(folder, split)
+    return {shards.read_meta(i)["source"]: shards.index[i].sample_id for i in range(len(shards))}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -158,8 +159,8 @@ def test_shards_hold_the_frames_that_the_codec_keeps(tmp_path):
     (tmp_path / "clips" / "a.txt").write_text("noise")
     config = settings("codec.channels=768")
     ingest(tmp_path / "clips", tmp_path / "shards", config)
-    record = Shards.open(tmp_path / "shards", "train").read(0, lambda text: torch.zeros(1, 1))
-    assert record.grid == (1, 2, 3) and record.native == (13.0, 21.0, 1.0, 0.0)
+    record = ShardSplit.open(tmp_path / "shards", "train").read(0, lambda text: torch.zeros(1, 1))
+    assert record.grid == (1, 2, 3) and record.native_size == (13.0, 21.0, 1.0, 0.0)
     frame = build_codec(config.codec).decode(unpatchify(record.patches_LP.float(), record.grid, (1, 1, 1)))[0]
     whole = (frame.permute(1, 2, 0).numpy() + 1) * 127.5
     assert np.abs(whole[:13, :21] - pixels).max() < 1.0  # half precision
@@ -173,12 +174,12 @@ def test_native_size_length_and_rate_are_kept_and_the_folder_val_is_held_out(tmp
     make_video(clips / "val" / "c.mp4", frames=5)
     make_video(clips / "train" / "val" / "d.mp4", frames=5)  # only directly under the source
     manifest = ingest(clips, tmp_path / "shards", settings("ingest.missing_caption=empty"))
-    train, val = (Shards.open(tmp_path / "shards", split) for split in ("train", "val"))
+    train, val = (ShardSplit.open(tmp_path / "shards", split) for split in ("train", "val"))
     assert sources(tmp_path / "shards") == {"b.mp4": 0, "train/a.mp4": 1, "train/val/d.mp4": 2}
     assert sources(tmp_path / "shards", "val") == {"val/c.mp4": 3}
-    assert [e.native for e in train.entries] == [(24, 16, 6, 12), (16, 24, 9, 12), (16, 24, 5, 12)]
-    assert [e.grid for e in train.entries] == [(3, 3, 2), (3, 2, 3), (2, 2, 3)]
-    assert [e.grid for e in val.entries] == [(2, 2, 3)]
+    assert [e.native_size for e in train.index] == [(24, 16, 6, 12), (16, 24, 9, 12), (16, 24, 5, 12)]
+    assert [e.grid for e in train.index] == [(3, 3, 2), (3, 2, 3), (2, 2, 3)]
+    assert [e.grid for e in val.index] == [(2, 2, 3)]
     assert manifest.splits["train"]["clips"] == 3 and manifest.splits["val"]["clips"] == 1
     assert manifest.splits["train"]["frames"] == 20 and manifest.splits["train"]["tokens"] == 18 + 18 + 12
 
@@ -343,7 +344,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
 
     make_still(tmp_path / "clips" / "a.png")
     before = everything_below(tmp_path)
-    monkeypatch.setattr("megasora.data.blocks.os.fsync", full)
+    monkeypatch.setattr("megasora.data.shard_writer.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         ingest(tmp_path / "clips", tmp_path / "shards", settings())
     assert everything_below(tmp_path) == before
@@ -353,7 +354,7 @@ def test_an_ingest_interrupted_in_its_first_block_leaves_nothing(tmp_path, monke
     make_still(tmp_path / "clips" / "a.png")
     before = everything_below(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("megasora.data.blocks.BlockWriter.commit", interrupt)
+        patch.setattr("megasora.data.shard_writer.BlockWriter.commit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ingest(tmp_path / "clips", tmp_path / "shards", settings())
     assert everything_below(tmp_path) == before

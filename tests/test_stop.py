@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_end_of_the_uninterrupted_one(trained, shar
     assert f"from step {first} to 20" in output
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(trained)]
     check_same_saves(run, trained, 20)
-    told = [json.loads(line)["before"] for line in (run / "launches.jsonl").read_text().splitlines()]
+    told = [json.loads(line)["previous_exit"] for line in (run / "launches.jsonl").read_text().splitlines()]
     assert told[0] is None and told[1]["code"] == STOPPED and f"saved after step {first}" in told[1]["reason"]
     assert json.loads((run / "exit.json").read_text())["code"] == DONE
     assert "from step" in (run / "logs" / "rank-00000.log").read_text()

@@ -107,13 +107,15 @@ def make_environment(folder):
     subprocess.run([interpreter, "-m", "venv", *options, str(folder)], check=True)
 
 
-def install(folder, extras):
-    """pip install -e .[extras] under constraints.txt, less the lines of what is kept."""
+def install(folder, extras, replaced=()):
+    """pip install -e .[extras] under constraints.txt: without the packages that are kept, with `replaced` versions."""
     noted = folder / "kept.txt"
     kept = set(noted.read_text(encoding="utf-8").split()) if noted.exists() else set()
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    omitted = kept | {distribution_name(x) for x in replaced}
+    lines = [*(x for x in lines if distribution_name(x) not in omitted), *replaced]
     constraints = folder / "constraints.txt"
-    constraints.write_text("".join(f"{x}\n" for x in lines if distribution_name(x) not in kept), encoding="utf-8")
+    constraints.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
     # DeepSpeed comes as a source archive; its wheel is built in an environment of pip's own, which this pins too.
     environment = {**os.environ, "PIP_BUILD_CONSTRAINT": str(ROOT / "constraints.txt")}
     environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
@@ -136,12 +138,19 @@ def main():
     parser = argparse.ArgumentParser(description="Make a virtual environment and install MegaSora in it, editable.")
     parser.add_argument("--venv", default=str(ROOT / ".venv"), help="folder of the environment (default .venv)")
     parser.add_argument("--extras", default="dev", help="extras of setup.py, comma-separated (default dev)")
+    parser.add_argument(
+        "--replace",
+        nargs="*",
+        default=[],
+        metavar="NAME==VERSION",
+        help="versions in place of those of constraints.txt, e.g. torch==2.11.0 triton==3.6.0",
+    )
     arguments = parser.parse_args()
     folder = Path(arguments.venv).absolute()
 
     if not (folder / "bin" / "pip").exists():
         make_environment(folder)
-    install(folder, arguments.extras)
+    install(folder, arguments.extras, arguments.replace)
     write_torchrun(folder)
     print(f"==> installed; `source {folder}/bin/activate`, then `megasora doctor`", flush=True)
 

@@ -1,10 +1,10 @@
-"""Looks through clips and writes a list for `megasora ingest`: videos cut into scenes, near-duplicates left out.
+"""Writes a list of clips for `megasora ingest`: splits videos into scenes and leaves out near-duplicates.
 
     python tools/list_clips.py CLIPS --out list.jsonl --scenes --unique
     megasora ingest list.jsonl --out data/shards
 
-A pass of its own, since both change which clips there are, and so their numbers. The same clips give the same list.
-What cannot be decoded is listed as it is: ingest counts it with its reason.
+This is a separate pass because both options change which clips there are, and so their sample ids. The same clips give
+the same list. A clip that cannot be decoded is listed unchanged: ingest rejects it with a reason.
 """
 
 from __future__ import annotations
@@ -20,65 +20,71 @@ from pathlib import Path
 
 from megasora.config import load
 from megasora.errors import MegaSoraError
-from megasora.ingest.duplicates import Seen
-from megasora.ingest.pool import Pool
-from megasora.ingest.sources import Source, find_clips
-from megasora.ingest.worker import look_of, settings_of
+from megasora.files import write_whole
+from megasora.ingest.duplicates import DuplicateIndex
+from megasora.ingest.pool import WorkerPool
+from megasora.ingest.sources import ClipSource, find_clips
+from megasora.ingest.worker import scene_job, worker_settings
 
-NEVER = 256.0  # a change that no two frames have
+NO_CUTS = 256.0  # a threshold above every change of two frames
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path, metavar="CLIPS", help="a folder of clips, a list of them, or tars")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".jsonl to write")
-    parser.add_argument("--scenes", action="store_true", help="a line a scene")
-    parser.add_argument("--threshold", type=float, default=20.0, help="change at a cut, levels of 255")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".jsonl file to write")
+    parser.add_argument("--scenes", action="store_true", help="one line per scene instead of one per clip")
+    parser.add_argument("--threshold", type=float, default=20.0, help="smallest change at a cut, levels of 255")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="shortest scene")
-    parser.add_argument("--unique", action="store_true", help="leave out what looks like a clip before")
-    parser.add_argument("--bits", type=int, default=4, choices=range(17), metavar="0-16", help="how unlike it may be")
+    parser.add_argument("--unique", action="store_true", help="leave out near-duplicates of an earlier clip")
+    parser.add_argument("--bits", type=int, default=4, choices=range(17), metavar="0-16", help="of 64 that may differ")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. ingest.workers=4")
     options = parser.parse_intermixed_args(arguments)
     try:
-        lines, dropped = list_clips(options)
+        num_clips, num_duplicates = list_clips(options)
     except (MegaSoraError, OSError) as error:
         print(f"list_clips: error: {error}", file=sys.stderr)
         return 2
-    print(f"{lines} clips in {options.out}" + (f"; {dropped} near-duplicates left out" if options.unique else ""))
+    left_out = f"; {num_duplicates} near-duplicates left out" if options.unique else ""
+    print(f"{num_clips} clips in {options.out}{left_out}")
     return 0
 
 
 def list_clips(options: argparse.Namespace) -> tuple[int, int]:
-    """Lines written, and clips left out."""
+    """Writes the list; returns the numbers of clips listed and of near-duplicates left out."""
+    folder = options.out.absolute().parent
+    index, lines, num_duplicates = DuplicateIndex(options.bits), [], 0
+    for clip, first_hash, middle_hash in find_scenes(options):
+        if options.unique and first_hash is not None and index.find_or_add((first_hash, middle_hash)) is not None:
+            num_duplicates += 1
+        else:
+            lines.append(line_of(clip, folder))
+    write_whole(options.out, "".join(lines))
+    return len(lines), num_duplicates
+
+
+def find_scenes(options: argparse.Namespace) -> Iterator[tuple[ClipSource, int | None, int | None]]:
+    """Each scene as a clip, with the hashes of its first and middle frame or None; without --scenes, whole clips."""
     config = load(None, options.overrides)
-    clips = find_clips(options.clips)
-    threshold = options.threshold if options.scenes else NEVER
-    waiting: deque[Source] = deque()
+    threshold = options.threshold if options.scenes else NO_CUTS
+    in_flight: deque[ClipSource] = deque()
 
     def jobs() -> Iterator[dict]:
-        for clip in clips:
-            waiting.append(clip)
-            yield look_of(clip.media, threshold, options.min_seconds)
+        for clip in find_clips(options.clips):
+            in_flight.append(clip)
+            yield scene_job(clip.media, threshold, options.min_seconds)
 
-    seen, lines, dropped = Seen(options.bits), [], 0
-    settings = settings_of(config.codec, config.ingest, config.data.patch)
-    with Pool(settings, config.ingest.workers or len(os.sched_getaffinity(0))) as pool:
-        for answer in pool.run(jobs()):
-            clip = waiting.popleft()
-            whole = [[clip.media.start, clip.media.end, None, None]]
-            for start, end, first, middle in answer.get("scenes", whole):
-                if options.unique and first is not None and seen.like((first, middle)) is not None:
-                    dropped += 1
-                    continue
-                part = replace(clip, media=replace(clip.media, start=start, end=end))
-                lines.append(line_of(part, options.out.absolute().parent))
-    part = options.out.with_name(f".{options.out.name}.part")
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, options.out)
-    return len(lines), dropped
+    settings = worker_settings(config.codec, config.ingest, config.data.patch)
+    with WorkerPool(settings, config.ingest.workers or len(os.sched_getaffinity(0))) as pool:
+        for result in pool.run(jobs()):
+            clip = in_flight.popleft()
+            whole_clip = [[clip.media.start, clip.media.end, None, None]]
+            for start, end, first_hash, middle_hash in result.get("scenes", whole_clip):
+                yield replace(clip, media=replace(clip.media, start=start, end=end)), first_hash, middle_hash
 
 
-def line_of(clip: Source, folder: Path) -> str:
+def line_of(clip: ClipSource, folder: Path) -> str:
+    """One line of the list; the file is relative to `folder` where it is below it."""
     media, path = clip.media, clip.media.path.absolute()
     name = path.relative_to(folder) if path.is_relative_to(folder) else path
     values: dict[str, object] = {"file": name.as_posix(), "split": clip.split}

@@ -1,8 +1,7 @@
-"""Write a folder of procedural captioned clips: a data set on which every step of pretraining runs, anywhere.
+"""Writes a folder of procedural captioned clips: a small data set for every step of pretraining, on any machine.
 
-In: numbers and names on the command line. Out: OUT/train and OUT/val, each with clip-000000.mp4 (H.264) or,
-of one frame, clip-000000.png, and the caption beside it in clip-000000.txt. What the clips show, and why, is
-told in `megasora/testing/clips.py`.
+OUT/train and OUT/val each hold clip-000000.mp4 (H.264) or, for one frame, clip-000000.png, and its caption in
+clip-000000.txt. `megasora/testing/clips.py` describes what the clips show, and why.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from megasora.errors import MegaSoraError
-from megasora.testing import clips
+from megasora.testing import clip_files, clips
 
 EXAMPLE = """\
 writes
   OUT/train/clip-NNNNNN.mp4   H.264, 5 to 33 frames at 8 to 24 frames per second, 24 to 48 px a side
   OUT/train/clip-NNNNNN.png   about one clip in eight: an image, which is a clip of one frame
   OUT/train/clip-NNNNNN.txt   its caption, one line
-  OUT/val/...                 the same, never seen in training; every fourth clip shows a held-out combination
-                              of color, shape and direction
-About 3 KB and 3 ms of one core a clip. The same arguments write the same clips.
+  OUT/val/...                 the same for validation; every fourth clip shows a combination of color, shape and
+                              direction that training clips never show
+About 3 KB and 3 ms of one core per clip. The same arguments write the same clips.
 
 example
   python tools/make_clips.py --out data/clips --clips 3000 --val-clips 96 --colors red,blue --bounce 0.1
@@ -31,7 +30,7 @@ example
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Split a comma-separated argument."""
+    """The parts of a comma-separated argument."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
@@ -51,18 +50,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         ("shapes", clips.DEFAULT_SHAPES, clips.SHAPES),
         ("backgrounds", clips.DEFAULT_BACKGROUNDS, clips.BACKGROUNDS),
     ):
-        described = f"comma-separated, out of {','.join(known)} (default {','.join(default)})"
-        parser.add_argument(f"--{option}", type=names, default=default, metavar="A,B", help=described)
-    parser.add_argument("--bounce", type=float, default=0.0, help="share that bounces, 0 to 1 (default 0)")
-    parser.add_argument("--processes", type=int, default=2, help="worker processes, at most (default 2)")
+        help_text = f"comma-separated, out of {','.join(known)} (default {','.join(default)})"
+        parser.add_argument(f"--{option}", type=names, default=default, metavar="A,B", help=help_text)
+    parser.add_argument("--bounce", type=float, default=0.0, help="fraction of clips that bounce, 0 to 1 (default 0)")
+    parser.add_argument("--processes", type=int, default=2, help="largest number of worker processes (default 2)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the clips and print what was written; returns the exit code, 0, or 2 for a refusal."""
+    """Writes the clips and prints a summary; returns the exit code: 0, or 2 for wrong arguments."""
     options = parse_arguments(arguments)
     try:
-        summaries = clips.write_dataset(
+        summaries = clip_files.write_dataset(
             options.out,
             options.clips,
             options.val_clips,
@@ -81,8 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     for heading in ("clips", "of these images", "frames", "video, s", "on disk, KB"):
         table.add_column(heading, justify="right")
     for row in summaries:
-        numbers = (row.clips, row.images, row.frames, f"{row.seconds:.1f}", f"{row.bytes / 1000:.0f}")
-        table.add_row(row.split, *map(str, numbers))
+        cells = (row.clips, row.images, row.frames, f"{row.seconds:.1f}", f"{row.bytes / 1000:.0f}")
+        table.add_row(row.split, *map(str, cells))
     Console().print(table)
     return 0
 

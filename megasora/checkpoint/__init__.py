@@ -1,1 +1,1 @@
-"""What is saved, and how it is found again."""
+"""Saving, finding and loading checkpoints; importing weights of other models."""

@@ -1,10 +1,11 @@
-"""Where checkpoints lie, and how one is written so that it is there whole or not at all.
+"""Folders of checkpoints: saving one atomically, finding the newest, verifying checksums.
 
     RUN/checkpoints/latest             the name of the newest complete one
-    RUN/checkpoints/step-00001000/     slices/ (a file a rank, see slices.py), state.json, manifest.json
+    RUN/checkpoints/step-00001000/     fragments/ (one file per rank, see sharded.py), state.json, manifest.json
 
-A save goes to `.step-...part`; its files are flushed, hashed into manifest.json, and the folder is renamed; only then
-is `latest` replaced. Before anything is loaded, every file is held against the manifest.
+A save is written to the staging folder `.step-XXXXXXXX.part`; its files are flushed, their sizes and SHA-256 go to
+manifest.json, and the folder is renamed; only then is `latest` replaced. Before anything is loaded, every file is
+checked against the manifest.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ LATEST, MANIFEST = "latest", "manifest.json"
 
 
 class CheckpointStore:
+    """The checkpoints of one run. `keep`: how many of the newest ones `commit` keeps."""
+
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = folder, keep
 
@@ -29,30 +32,30 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write into, on the main process before the others write; see `commit`."""
-        part = self.part(step)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        return part
+        """Creates the empty staging folder; on the main process, before any rank writes. Then see `commit`."""
+        staging = self.staging_dir(step)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        return staging
 
-    def part(self, step: int) -> Path:
+    def staging_dir(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.part"
 
     def commit(self, step: int) -> Path:
-        """Makes the save visible: main process, after all have written. Older ones beyond `keep` go.
+        """Makes the save visible; on the main process, after all ranks have written. Deletes older ones beyond `keep`.
 
-        Later ones, there after `latest` was set back by hand, stay until their step comes again.
+        Later checkpoints, which exist after `latest` was set back by hand, stay until their step is saved again.
         """
-        part, final = self.part(step), self.path(step)
-        sums = {}
-        for file in sorted(p for p in part.rglob("*") if p.is_file()):
-            sums[file.relative_to(part).as_posix()] = [file.stat().st_size, sha256(file)]
+        staging, final = self.staging_dir(step), self.path(step)
+        files = {}
+        for file in sorted(p for p in staging.rglob("*") if p.is_file()):
+            files[file.relative_to(staging).as_posix()] = [file.stat().st_size, sha256(file)]
             sync(file)
-        write_whole(part / MANIFEST, json.dumps({"step": step, "files": sums}, indent=1))
-        for folder in [part, *(p for p in part.rglob("*") if p.is_dir())]:
+        write_whole(staging / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
+        for folder in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
             sync(folder)
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
+        os.replace(staging, final)
         sync(self.folder)
         write_whole(self.folder / LATEST, final.name + "\n")
         for old in [p for p in self.complete() if p.name <= final.name][: -self.keep]:
@@ -60,14 +63,14 @@ class CheckpointStore:
         return final
 
     def complete(self) -> list[Path]:
-        """Finished saves, oldest first."""
+        """Committed checkpoints, oldest first."""
         return sorted(p for p in self.folder.glob("step-*") if (p / MANIFEST).is_file())
 
     def newest(self) -> Path | None:
-        """The checkpoint that `latest` names, or None where nothing was ever saved.
+        """The checkpoint that `latest` names, or None if nothing was ever saved.
 
-        Raises MegaSoraError when `latest` is missing although there are checkpoints, or names one that is not complete:
-        starting afresh in silence would throw a training run away.
+        Raises MegaSoraError if `latest` is missing although there are checkpoints, or names an incomplete one: silently
+        starting from step 0 would lose the run.
         """
         complete, pointer = self.complete(), self.folder / LATEST
         if not pointer.is_file():
@@ -75,37 +78,40 @@ class CheckpointStore:
                 return None
             raise MegaSoraError(
                 f"{pointer} is missing, but {complete[-1].name} is complete; "
-                f"to go on from it: echo {complete[-1].name} > {pointer}; to start afresh, choose another run.dir"
+                f"to resume from it: echo {complete[-1].name} > {pointer}; to start from step 0, choose another run.dir"
             )
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if self.folder / name not in complete:
             names = ", ".join(p.name for p in complete) or "none"
             raise MegaSoraError(
-                f"{pointer} names {name or 'nothing'}, which is not complete; complete ones: {names}; write the one to "
-                "go on from into it"
+                f"{pointer} names {name or 'nothing'}, which is not complete; complete ones: {names}; write the name "
+                "of the one to resume from into it"
             )
         return self.folder / name
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path is, or the newest of a run folder. Raises MegaSoraError where there is none."""
+    """`path` if it is a checkpoint, else the newest one of the run folder `path`. Raises MegaSoraError if none."""
     if (path / MANIFEST).is_file():
         return path
     newest = CheckpointStore(path / "checkpoints").newest()
     if newest is None:
         raise MegaSoraError(
-            f"{path} is no checkpoint (a folder step-XXXXXXXX with a {MANIFEST}), nor a run folder with one in it"
+            f"{path} is no checkpoint (a folder step-XXXXXXXX with a {MANIFEST}), and no run folder that has one"
         )
     return newest
 
 
-def verify(checkpoint: Path) -> dict:
-    """Holds every file against the manifest and returns it. Raises MegaSoraError that names the file."""
+def verify_checksums(checkpoint: Path) -> dict:
+    """Checks every file's size and SHA-256 against the manifest; returns the manifest.
+
+    Raises MegaSoraError with the file's name if one is missing or damaged.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
         if checkpoint.name != f"step-{manifest['step']:08d}":
-            raise ValueError(f"it is of step {manifest['step']}")
+            raise ValueError(f"it belongs to step {manifest['step']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MegaSoraError(f"{checkpoint / MANIFEST} cannot be read: {error}; use an earlier checkpoint") from None
     for name, (size, digest) in files.items():
@@ -114,7 +120,7 @@ def verify(checkpoint: Path) -> dict:
             raise MegaSoraError(f"{file} is missing; use an earlier checkpoint")
         if file.stat().st_size != size or sha256(file) != digest:
             raise MegaSoraError(
-                f"{file} is damaged: {file.stat().st_size} bytes, {size} expected, or another SHA-256; "
+                f"{file} is damaged: {file.stat().st_size} bytes, {size} expected, or its SHA-256 differs; "
                 "use an earlier checkpoint"
             )
     return manifest
@@ -125,10 +131,10 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def remove_parts(folder: Path) -> None:
-    """Clears what an interrupted save left behind."""
-    for part in folder.glob(".*.part"):
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
+def remove_incomplete(folder: Path) -> None:
+    """Deletes the staging folders and files of interrupted saves."""
+    for path in folder.glob(".*.part"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            part.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasora.checkpoint.tensors import check_new_file, write_tensors
+from megasora.checkpoint.safetensors_file import check_new_file, write_tensors
 from megasora.errors import MegaSoraError
 
 CLASS = "WanTransformer3DModel"
@@ -30,16 +30,16 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "text_dim")
 # What our model does in one way only; these are also diffusers' defaults.
 ASSUMED = {"qk_norm": "rms_norm_across_heads", "cross_attn_norm": True, "eps": 1e-6, "freq_dim": 256}
-OF_IMAGES = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+IMAGE_TO_VIDEO_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 DTYPES = ("F32", "BF16", "F16")
 # Wan reads captions as umT5-XXL writes them, filled up with zeros.
 TEXT = ("text.name=t5", "text.path=google/umt5-xxl", "text.max_tokens=512", "text.pad=true")
 # What Wan does not have: the last layer of each is zero, so that it adds nothing; what lies before it starts as ever.
-ZERO = (
+ZERO_INIT = (
     "first_frame", "null_text", "native.mlp.2.weight", "native.mlp.2.bias", "pooled_text.1.weight",
     "pooled_text.1.bias",
 )  # fmt: skip
-FIRST_VALUE = ("native.mlp.0.weight", "native.mlp.0.bias", "pooled_text.0.weight", "pooled_text.0.bias")
+DEFAULT_INIT = ("native.mlp.0.weight", "native.mlp.0.bias", "pooled_text.0.weight", "pooled_text.0.bias")
 # Linears and norms with weight and bias: ours -> theirs, one after the other along dim 0.
 MODEL_LAYERS = {
     "timestep.mlp.0": ("condition_embedder.time_embedder.linear_1",),
@@ -96,7 +96,7 @@ class WanFolder:
             f"model.heads={self.heads}",
             f"model.mlp_ratio={mlp_ratio(self.mlp_hidden, self.width)}",
             "model.modulation=shared",
-            "model.qk_norm=width",
+            "model.qk_norm=across_heads",
             "model.text_depth=0",
             *TEXT,
             f"data.patch=[{','.join(map(str, self.patch))}]",
@@ -178,7 +178,7 @@ def read_wan(folder: Path) -> WanFolder:
         if config.get(key, value) != value:
             raise MegaSoraError(f"{file}: {key}={config[key]} must be {value}: MegaSora has no other kind")
     channels, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
-    conditioned = [f"{key}={config[key]}" for key in OF_IMAGES if config.get(key) is not None]
+    conditioned = [f"{key}={config[key]}" for key in IMAGE_TO_VIDEO_KEYS if config.get(key) is not None]
     if out != channels:
         conditioned.append(f"in_channels={channels} for out_channels={out}")
     if conditioned:
@@ -222,11 +222,11 @@ def import_wan(
     shapes: dict[str, torch.Size],
     first_value: Callable[[str, torch.Size], Tensor],
     out: Path,
-    wrote: Callable[[int], None] = lambda size: None,
+    on_written: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Writes `out`, which is there whole or not at all.
 
-    `shapes`: of every weight of our model. `first_value`: what a weight is at step 0. `wrote` is told the bytes of each
+    `shapes`: of every weight of our model. `first_value`: what a weight is at step 0. `on_written` is told the bytes of each
     tensor. Before anything is written, every tensor of theirs has a use, every one of ours a source, and all shapes
     fit; else MegaSoraError names the tensors.
     """
@@ -239,9 +239,9 @@ def import_wan(
         def value_of(name: str) -> Tensor:
             if name in sources:
                 return sources[name].make(*(theirs[part].get_tensor(part).float() for part in sources[name].names))
-            return torch.zeros(shapes[name]) if name in ZERO else first_value(name, shapes[name])
+            return torch.zeros(shapes[name]) if name in ZERO_INIT else first_value(name, shapes[name])
 
-        write_tensors(out, shapes, value_of, {}, wrote)
+        write_tensors(out, shapes, value_of, {}, on_written)
 
 
 def open_all(files: tuple[Path, ...], stack: ExitStack) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def open_all(files: tuple[Path, ...], stack: ExitStack) -> dict[str, Any]:
 def check(sources: dict[str, Source], shapes: dict[str, torch.Size], theirs: dict[str, Any]) -> None:
     """Nothing is left over on either side, and every tensor gets the shape that the model gives it."""
     used = {name for source in sources.values() for name in source.names}
-    given = sources.keys() | set(ZERO) | set(FIRST_VALUE)
+    given = sources.keys() | set(ZERO_INIT) | set(DEFAULT_INIT)
     problems = (
         ("the files of weights lack", used - theirs.keys()),
         ("MegaSora has no place for", theirs.keys() - used),

@@ -1,8 +1,9 @@
-"""Frames to latents and back. A codec has `encode`, `decode`, `fingerprint`, `factors`, `channels`, and the two counts
-`latent_frames` and `num_frames`; `build_codec` is where another one is plugged in.
+"""Codecs: map frames to latents and back.
 
-A codec's stream is what ingest runs beside the decoder: `encode(frames)` takes frames [H, W, 3] one after the other and
-gives latent frames [H/ph, W/pw, C], the same bits as `encode` of the whole clip; `build_stream` makes it without torch.
+A codec has `encode`, `decode`, `fingerprint`, `factors`, `channels`, `latent_frames` and `num_frames`; a new one is
+added to `build_codec`. Its stream encoder is what ingest runs: `encode(frames)` takes frames [H, W, 3] one by one and
+yields latent frames [H/ph, W/pw, C], the same bits as `encode` of the whole clip; `build_stream_encoder` makes one
+without torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megasora.codec.dct import DCTCodec
-    from megasora.codec.dct_stream import DCTStream
+    from megasora.codec.dct_encoder import DCTStreamEncoder
     from megasora.config import CodecConfig
 
 
@@ -21,7 +22,7 @@ def build_codec(config: CodecConfig) -> DCTCodec:
     return DCTCodec(config)
 
 
-def build_stream(config: CodecConfig) -> DCTStream:
-    from megasora.codec.dct_stream import DCTStream
+def build_stream_encoder(config: CodecConfig) -> DCTStreamEncoder:
+    from megasora.codec.dct_encoder import DCTStreamEncoder
 
-    return DCTStream(config)
+    return DCTStreamEncoder(config)

@@ -1,10 +1,11 @@
-"""Where shards lie: a local folder, or one that fsspec opens. Both list sizes and read ranges of bytes.
+"""Folders of shards: local, or opened by fsspec. Both list file sizes and read byte ranges.
 
     open_folder("data/shards")        LocalFolder: preadv
-    open_folder("s3://bucket/shards") RemoteFolder: a ranged request each
+    open_folder("s3://bucket/shards") RemoteFolder: one ranged request per read
 
-A folder is opened by its address alone, so it can be sent to another process. An address is never a command: of urls,
-those that name one file system are taken, no `pipe:` and no chains (`a::b`).
+A folder is defined by its address, so it can be pickled. An address is never a command: urls of a single file system
+are accepted, `pipe:` and chained urls (`a::b`) are refused. While a read waits for the disk or the server, the folder
+releases its `run_lock`, if the reading thread holds it.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import errno
 import os
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megasora.data.run_lock import RunLock
 from megasora.errors import MegaSoraError
 
-OPEN_FILES = 128  # descriptors kept
-READY = nullcontext()  # for who may wait
+MAX_OPEN_FILES = 128  # per folder
 
 
-def open_folder(address: str | Path | LocalFolder | RemoteFolder) -> LocalFolder | RemoteFolder:
+def open_folder(
+    address: str | Path | LocalFolder | RemoteFolder, run_lock: RunLock | None = None
+) -> LocalFolder | RemoteFolder:
+    """A folder by its path or url; a folder that is open already is returned as it is. Raises MegaSoraError.
+
+    `run_lock`: the lock that reader threads hold, to be released while a read waits.
+    """
     if isinstance(address, (LocalFolder, RemoteFolder)):
         return address
     text = str(address)
@@ -32,24 +38,27 @@ def open_folder(address: str | Path | LocalFolder | RemoteFolder) -> LocalFolder
         raise MegaSoraError(
             f"{text}: pipes and chained urls are not read; give a folder or a url such as s3://bucket/x"
         )
-    return RemoteFolder(text) if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) else LocalFolder(Path(text))
+    is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text)
+    return RemoteFolder(text, run_lock) if is_url else LocalFolder(Path(text), run_lock)
 
 
 class Descriptor:
-    """A file descriptor, closed when the last reader lets go of it."""
+    """A file descriptor, closed when it is no longer referenced."""
 
     def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY)
+        self.fd = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        if hasattr(self, "fd"):
+            os.close(self.fd)
 
 
 class LocalFolder:
-    def __init__(self, path: Path):
-        self.path = path
-        self.opened = lru_cache(OPEN_FILES)(lambda name: Descriptor(path / name))
+    """A folder of a file system that is mounted here."""
+
+    def __init__(self, path: Path, run_lock: RunLock | None = None):
+        self.path, self.run_lock = path, run_lock or RunLock()
+        self.descriptor = lru_cache(MAX_OPEN_FILES)(lambda name: Descriptor(path / name))
 
     def __reduce__(self):
         return LocalFolder, (self.path,)
@@ -58,61 +67,62 @@ class LocalFolder:
         return str(self.path)
 
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes of every file in the folder; empty where there is no folder."""
+        """Name -> bytes of every file in the folder; empty if there is no such folder."""
         if not self.path.is_dir():
             return {}
         with os.scandir(self.path) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
-    def read_into(
-        self, name: str, offset: int, pieces: Sequence[memoryview], waiting: AbstractContextManager = READY
-    ) -> int:
-        """Fills `pieces`, of bytes, one after the other from byte `offset` of a file on.
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Fills byte buffers one after the other from byte `offset` of a file on.
 
-        Gives how many bytes there were: fewer than asked for where the file ends before. What is not in the page cache
-        is waited for inside of `waiting`.
+        Returns the number of bytes read, which is less than the size of the buffers only at the end of the file. Bytes
+        in the page cache are read at once; for the others, the run lock is released.
         """
-        descriptor = self.opened(name)
-        done = read_cached(descriptor, offset, pieces)
-        pieces = unfilled(pieces, done)
-        if pieces:
-            with waiting:
-                while pieces and (got := os.preadv(descriptor.number, pieces, offset + done)):  # at most 2 GiB at once
-                    done += got
-                    pieces = unfilled(pieces, got)
+        descriptor = self.descriptor(name)
+        done = read_cached(descriptor, offset, buffers)
+        buffers = remaining_buffers(buffers, done)
+        if buffers:
+            with self.run_lock.released():
+                while buffers and (count := os.preadv(descriptor.fd, buffers, offset + done)):  # at most 2 GiB per call
+                    done += count
+                    buffers = remaining_buffers(buffers, count)
         return done
 
     def read_whole(self, names: list[str]) -> list[bytes]:
+        """The contents of several files."""
         return [(self.path / name).read_bytes() for name in names]
 
     def open(self, name: str) -> BinaryIO:
         return open(self.path / name, "rb")
 
 
-def read_cached(descriptor: Descriptor, offset: int, pieces: Sequence[memoryview]) -> int:
-    """Fills what it can without waiting for the disk, and gives how many bytes; 0 where the file system cannot tell."""
+def read_cached(descriptor: Descriptor, offset: int, buffers: Sequence[memoryview]) -> int:
+    """Reads what it can without waiting for the disk. Returns the bytes read; 0 if the file system cannot tell."""
     try:
-        return os.preadv(descriptor.number, pieces, offset, os.RWF_NOWAIT)
+        return os.preadv(descriptor.fd, buffers, offset, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS):
             return 0
         raise
 
 
-def unfilled(pieces: Sequence[memoryview], count: int) -> Sequence[memoryview]:
-    """What of `pieces` lies behind their first `count` bytes."""
-    for number, piece in enumerate(pieces):
-        if count < len(piece):
-            return [piece[count:], *pieces[number + 1 :]]
-        count -= len(piece)
+def remaining_buffers(buffers: Sequence[memoryview], count: int) -> Sequence[memoryview]:
+    """`buffers` without their first `count` bytes."""
+    for i, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[i + 1 :]]
+        count -= len(buffer)
     return []
 
 
 class RemoteFolder:
-    def __init__(self, url: str):
+    """A folder of a file system that fsspec opens, such as an object store. Same methods as LocalFolder."""
+
+    def __init__(self, url: str, run_lock: RunLock | None = None):
         import fsspec
 
-        self.url = url.rstrip("/")
+        self.url, self.run_lock = url.rstrip("/"), run_lock or RunLock()
         try:
             self.system, self.root = fsspec.core.url_to_fs(self.url)
         except (ValueError, ImportError) as error:
@@ -126,28 +136,26 @@ class RemoteFolder:
 
     def sizes(self) -> dict[str, int]:
         try:
-            listed: list[dict[str, Any]] = self.system.ls(self.root, detail=True)
+            listing: list[dict[str, Any]] = self.system.ls(self.root, detail=True)
         except FileNotFoundError:
             return {}
-        found = {item["name"]: item["size"] for item in listed if item["type"] == "file"}
-        unknown = [path for path, size in found.items() if size is None]  # listings of http give no sizes
-        found |= zip(unknown, self.system.sizes(unknown), strict=True)
-        return {path.rpartition("/")[2]: size for path, size in found.items()}
+        sizes = {item["name"]: item["size"] for item in listing if item["type"] == "file"}
+        unknown = [path for path, size in sizes.items() if size is None]  # listings over http have no sizes
+        sizes |= zip(unknown, self.system.sizes(unknown), strict=True)
+        return {path.rpartition("/")[2]: size for path, size in sizes.items()}
 
-    def read_into(
-        self, name: str, offset: int, pieces: Sequence[memoryview], waiting: AbstractContextManager = READY
-    ) -> int:
-        end = offset + sum(len(piece) for piece in pieces)
-        with waiting:
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+        end = offset + sum(len(buffer) for buffer in buffers)
+        with self.run_lock.released():
             data, done = memoryview(self.system.cat_file(f"{self.root}/{name}", start=offset, end=end)), 0
-        for piece in pieces:
-            found = data[done : done + len(piece)]
-            piece[: len(found)] = found
-            done += len(found)
+        for buffer in buffers:
+            part = data[done : done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
         return done
 
     def read_whole(self, names: list[str]) -> list[bytes]:
-        """Together: such systems answer slowly, but many at once."""
+        """In one batch: such systems have a high latency but answer many requests at once."""
         return self.system.cat_ranges([f"{self.root}/{name}" for name in names], 0, None, on_error="raise")
 
     def open(self, name: str) -> BinaryIO:

@@ -1,16 +1,17 @@
-"""Packs for one data-parallel rank, step after step: a plan and the clips it names in, VideoBatches out.
+"""Packs for one data-parallel rank, step by step: a packing plan and its clips in; VideoBatches out.
 
-The plan says which packs step s has and which of them are this rank's; reading follows it. Neither the number of ranks,
-nor that of threads, nor a stop changes what a step trains on: the whole state is the plan's cursor.
+    PackingPlan --steps--> this rank's packs --ReaderPool--> VideoBatches --share--> StepBatch --Prefetcher--> training
 
-A damaged clip ends the run. In tolerant mode (`data.max_bad_fraction`) it is left out of its pack, where its tokens
-become padding, and told of; which ones are left out depends on the bytes of the shards alone.
+The plan says which packs a step has, and which of them belong to this rank. Neither the number of ranks, nor that of
+reader threads, nor a stop changes what a step trains on: the whole state is the plan's cursor.
+
+A damaged clip ends the run. If `data.max_damaged_fraction` is above 0, it is left out of its pack, its tokens become
+padding, and it is reported in `StepBatch.damaged`. Which clips are left out depends on the bytes of the shards alone.
 """
 
 from __future__ import annotations
 
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,183 +21,168 @@ from torch import Tensor
 
 from megasora.batch import VideoBatch
 from megasora.config import DataConfig
-from megasora.data.dropping import kept_places
+from megasora.data.buffer_pool import BufferPool
 from megasora.data.mixture import Mixture
-from megasora.data.pack import Blank, Record, make_batch
-from megasora.data.plan import Cursor, Plan, PlannedPack, PlannedStep, deal
-from megasora.data.readers import Readers, Waiting
-from megasora.data.slabs import Slabs
+from megasora.data.pack import PackBuffer, Record, make_batch
+from megasora.data.packing_plan import Cursor, PackingPlan, PlannedPack, PlannedStep, assign_packs_to_ranks
+from megasora.data.prefetch import Prefetcher
+from megasora.data.reader_pool import ReaderPool
 from megasora.data.tar import DamagedTar
+from megasora.data.token_drop import draw_positions
 from megasora.errors import DataError, MegaSoraError
 
-NO_CLIP = -1  # the sample id of what stands in a pack none of whose clips could be read; it has no loss
+PLACEHOLDER_ID = -1  # sample id of the token in a pack none of whose clips could be read; it has no loss
+
+PackRead = tuple[VideoBatch, list[DamagedTar]]  # a pack, and the errors of the clips that it lacks
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one optimizer step reads on this rank, and where the loader stands after it."""
+class StepBatch:
+    """The packs of one optimizer step on this rank, and the position of the loader after it."""
 
-    packs: list[VideoBatch]  # whole
-    shares: list[VideoBatch]  # what of each this rank computes with
-    real_tokens: int  # of all ranks, as planned
-    dropped: float  # the fraction of their clips' tokens that is left out
-    after: Cursor
-    damaged: list[DamagedTar]  # what was left out of these packs
+    packs: list[VideoBatch]  # whole packs
+    shares: list[VideoBatch]  # of each pack, the part that this rank computes
+    real_tokens: int  # of all ranks, without padding, as planned
+    dropped_fraction: float  # of the tokens of their clips, by token dropping
+    next_cursor: Cursor
+    damaged: list[DamagedTar]  # one for each clip that was left out of these packs
 
 
 class PackLoader:
+    """Reads the packs of one data-parallel rank. `iter(loader)` reads ahead in threads; `steps()` does not."""
+
     def __init__(
         self,
-        clips: Mixture,
+        mixture: Mixture,
         config: DataConfig,
         seed: int,
-        encode: Callable[[str], Tensor] | None,
-        attention_length: int,
-        rank: int = 0,
-        ranks: int = 1,
+        encode_caption: Callable[[str], Tensor] | None,
+        attention_break_even_tokens: int,
+        data_rank: int = 0,
+        data_size: int = 1,
         cursor: Cursor | None = None,
         share: Callable[[VideoBatch], VideoBatch] = lambda pack: pack,
     ):
-        """`rank` of `ranks`: of the data axis. `share`: from a pack to this rank's part of it, made ahead as well.
+        """`encode_caption`: caption -> [S, E]; None: the text features that ingest stored.
 
-        `attention_length`: see Plan. Raises MegaSoraError where the ranks do not divide the packs of a step.
+        `attention_break_even_tokens`: see PackingPlan. `data_rank` of `data_size`: of the data axis. `share`: from a
+        pack to the part of it that this rank computes; called while reading ahead. Raises MegaSoraError if `data_size`
+        does not divide the packs of a step.
         """
-        self.clips, self.config, self.seed, self.encode = clips, config, seed, encode
-        self.rank, self.ranks, self.cursor, self.share = rank, ranks, cursor or Cursor(), share
-        if config.packs_per_step % ranks:
+        self.mixture, self.config, self.seed, self.encode_caption = mixture, config, seed, encode_caption
+        self.data_rank, self.data_size, self.cursor, self.share = data_rank, data_size, cursor or Cursor(), share
+        if config.packs_per_step % data_size:
             raise MegaSoraError(
-                f"data.packs_per_step={config.packs_per_step} must be a multiple of the {ranks} data-parallel ranks"
+                f"data.packs_per_step={config.packs_per_step} must be a multiple of the {data_size} data-parallel ranks"
             )
-        self.plan = Plan(
-            clips.tokens,
-            clips.weights,
+        self.plan = PackingPlan(
+            mixture.token_counts,
+            mixture.weights,
             config.tokens_per_pack,
             config.packs_per_step,
-            config.lookahead,
-            attention_length,
+            config.packing_window,
+            attention_break_even_tokens,
             seed,
-            config.drop,
+            config.token_drop,
         )
-        in_flight = (config.prefetch + 2) * config.packs_per_step // ranks
-        size = Blank.bytes_of(config.tokens_per_pack, clips.manifest.patch_dim, clips.dtype)
-        self.slabs = Slabs(size, in_flight)
+        packs_in_flight = (config.prefetch_steps + 2) * config.packs_per_step // data_size
+        size = PackBuffer.num_bytes(config.tokens_per_pack, mixture.manifest.patch_dim, mixture.dtype)
+        self.buffers = BufferPool(size, packs_in_flight)
 
-    def __iter__(self) -> Iterator[Step]:
-        """Endless; `config.prefetch` steps are read ahead by a thread, whose errors are raised here.
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Yields steps without end. A thread reads `data.prefetch_steps` steps ahead; its errors are raised here.
 
-        Raises DataError that names the tar where a clip is being read for more than `config.timeout` seconds.
+        Raises DataError with the name of the tar if the read of a clip takes longer than `data.read_timeout_seconds`.
         """
-        steps: queue.Queue = queue.Queue(maxsize=self.config.prefetch)
-        patience, readers, stop = self.config.timeout, self.readers(), threading.Event()
-
-        def put(item: object) -> bool:
-            while not stop.is_set():
-                try:
-                    steps.put(item, timeout=0.2)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def read_ahead() -> None:
-            try:
-                for step in self.read_steps(readers):
-                    if not put(step):
-                        return
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=read_ahead, name="pack-loader", daemon=True)
-        thread.start()
+        timeout, readers = self.config.read_timeout_seconds, self.start_readers()
+        prefetcher = Prefetcher(self.read_steps(readers), self.config.prefetch_steps)
         try:
             while True:
                 try:
-                    item = steps.get(timeout=min(1.0, patience / 4))
+                    step = prefetcher.get(min(1.0, timeout / 4))
                 except queue.Empty:
-                    self.check_progress(readers)
+                    self.raise_if_hung(readers)
                     continue
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+                yield step
         finally:
-            stop.set()
+            prefetcher.stop()
             readers.close()
-            slowest = readers.slowest()
-            if slowest is None or slowest[1] <= patience:  # a thread that hangs is left behind
-                thread.join(patience)
-                readers.join(patience)
+            if not readers.is_hung(timeout):  # a thread that hangs is abandoned
+                prefetcher.join(timeout)
+                readers.join(timeout)
 
-    def check_progress(self, readers: Readers) -> None:
-        slowest = readers.slowest()
-        if slowest is not None and slowest[1] > self.config.timeout:
+    def raise_if_hung(self, readers: ReaderPool) -> None:
+        longest, timeout = readers.longest_running(), self.config.read_timeout_seconds
+        if longest is not None and longest[1] > timeout:
+            clip, seconds = longest
             raise DataError(
-                f"{self.clips.where(slowest[0])}: reading it has taken {slowest[1]:.1f} s, more than "
-                f"data.timeout={self.config.timeout:g}; see whether its disk or its server answers, or raise the time"
+                f"{self.mixture.describe_clip(clip)}: reading it has taken {seconds:.1f} s, more than "
+                f"data.read_timeout_seconds={timeout:g}; check its disk or server, or raise the limit"
             )
 
-    def steps(self) -> Iterator[Step]:
-        """The same, read when asked for, without a limit of time."""
-        readers = self.readers()
+    def steps(self) -> Iterator[StepBatch]:
+        """Yields the same steps, each read when it is requested, without a timeout."""
+        readers = self.start_readers()
         try:
             yield from self.read_steps(readers)
         finally:
             readers.close()
-            readers.join(self.config.timeout)
+            readers.join(self.config.read_timeout_seconds)
 
-    def readers(self) -> Readers:
-        return Readers(self.read_pack, self.config.threads)
+    def start_readers(self) -> ReaderPool:
+        return ReaderPool(self.read_pack, self.config.reader_threads, self.mixture.run_lock)
 
-    def read_steps(self, readers: Readers) -> Iterator[Step]:
-        """While a step is put together, threads read the next: as many as give each of them a pack."""
-        ahead = -(-readers.count * self.ranks // self.config.packs_per_step)
-        asked: deque = deque()
+    def read_steps(self, readers: ReaderPool) -> Iterator[StepBatch]:
+        """Submits so many steps ahead that each reader thread has a pack, and yields them in order."""
+        steps_ahead = -(-readers.count * self.data_size // self.config.packs_per_step)
+        submitted: deque = deque()
         for planned in self.plan.steps(self.cursor):
-            mine = deal(planned.costs, self.ranks)[self.rank]
-            asked.append((planned, readers.ask([planned.packs[m] for m in mine])))
-            if len(asked) > ahead:
-                planned, read = asked.popleft()
-                yield self.make_step(planned, list(read()))
-                del read  # else its packs are held while the next step is waited for
+            local_packs = assign_packs_to_ranks(planned.costs, self.data_size)[self.data_rank]
+            submitted.append((planned, readers.submit([planned.packs[b] for b in local_packs])))
+            if len(submitted) > steps_ahead:
+                planned, results = submitted.popleft()
+                yield self.build_step(planned, list(results()))
+                del results  # else its packs would be kept alive while the next step is read
 
-    def read_pack(
-        self, pack: PlannedPack, begin: Callable[[int], None], waiting: Waiting
-    ) -> tuple[VideoBatch, list[DamagedTar]]:
-        """Clips are read to where they stay in the pack; where one is left out, what is behind it moves up."""
-        numbers, tokens = pack.clips.tolist(), pack.tokens.tolist()
-        blank = Blank(self.slabs.take(), self.config.tokens_per_pack, self.clips.dtype)
-        parts = blank.patches_LP[: sum(tokens)].split(tokens)
-        good: list[Record] = []
+    def read_pack(self, pack: PlannedPack, begin: Callable[[int], None]) -> PackRead:
+        """Reads clips to their place in the pack. If one is left out, those after it move up."""
+        clips, token_counts = pack.clips.tolist(), pack.tokens.tolist()
+        buffer = PackBuffer(self.buffers.acquire(), self.config.tokens_per_pack, self.mixture.dtype)
+        places = buffer.patches_LP[: sum(token_counts)].split(token_counts)
+        records: list[Record] = []
         damaged: list[DamagedTar] = []
-        for number, kept, into_LP in zip(numbers, tokens, parts, strict=True):
-            begin(number)
+        for clip, num_kept, out_LP in zip(clips, token_counts, places, strict=True):
+            begin(clip)
             try:
-                places = self.places(number, kept, pack.epoch)
-                good.append(self.clips.read(number, self.encode, places, into_LP, waiting))
+                positions = self.kept_positions(clip, num_kept, pack.epoch)
+                records.append(self.mixture.read(clip, self.encode_caption, positions, out_LP))
             except DamagedTar as error:
-                if self.config.max_bad_fraction == 0:
+                if self.config.max_damaged_fraction == 0:
                     raise
-                error.sample_id = self.clips.sample_id(number)  # of the run: several datasets may number theirs alike
+                error.sample_id = self.mixture.sample_id(clip)  # of the mixture: unique over its datasets
                 damaged.append(error)
-        batch = make_batch(good or [self.no_clip()], self.config.tokens_per_pack, None if damaged else blank)
-        return batch, damaged
+        records = records or [self.placeholder_record()]
+        return make_batch(records, self.config.tokens_per_pack, None if damaged else buffer), damaged
 
-    def places(self, number: int, kept: int, epoch: int) -> Tensor | None:
-        """Of the tokens that are kept of a clip; None: of all."""
-        tokens = self.clips.tokens_N.item(number)
-        if kept == tokens:
+    def kept_positions(self, clip: int, num_kept: int, epoch: int) -> Tensor | None:
+        """int64: the positions of the tokens that are kept of an entry of the mixture; None: all are."""
+        num_tokens = self.mixture.tokens_I.item(clip)
+        if num_kept == num_tokens:
             return None
-        first, sample_id = self.clips.start_N.item(number), self.clips.sample_id(number)
-        return torch.from_numpy(kept_places(self.seed, epoch, sample_id, first, tokens, kept))
+        start, sample_id = self.mixture.start_I.item(clip), self.mixture.sample_id(clip)
+        return torch.from_numpy(draw_positions(self.seed, epoch, sample_id, start, num_tokens, num_kept))
 
-    def make_step(self, planned: PlannedStep, read: list[tuple[VideoBatch, list[DamagedTar]]]) -> Step:
-        packs = [pack for pack, _ in read]
+    def build_step(self, planned: PlannedStep, reads: list[PackRead]) -> StepBatch:
+        packs = [pack for pack, _ in reads]
         real_tokens = int(sum(pack.tokens.sum() for pack in planned.packs))
-        damaged = [error for _, errors in read for error in errors]
-        dropped = 1 - real_tokens / int(sum(self.clips.tokens_N[pack.clips].sum() for pack in planned.packs))
-        return Step(packs, [self.share(pack) for pack in packs], real_tokens, dropped, planned.after, damaged)
+        damaged = [error for _, errors in reads for error in errors]
+        all_tokens = int(sum(self.mixture.tokens_I[pack.clips].sum() for pack in planned.packs))
+        shares = [self.share(pack) for pack in packs]
+        return StepBatch(packs, shares, real_tokens, 1 - real_tokens / all_tokens, planned.next_cursor, damaged)
 
-    def no_clip(self) -> Record:
-        """One token, so that a pack keeps its shapes."""
-        manifest, dtype = self.clips.manifest, self.clips.dtype
-        text = torch.zeros(1, manifest.text_dim) if self.encode is None else self.encode("")
-        return Record(NO_CLIP, torch.zeros(1, manifest.patch_dim, dtype=dtype), (1, 1, 1), text, (1.0, 1.0, 1.0, 0.0))
+    def placeholder_record(self) -> Record:
+        """A clip of one zero token, so that a pack without clips keeps its shapes."""
+        manifest, dtype = self.mixture.manifest, self.mixture.dtype
+        text = torch.zeros(1, manifest.text_dim) if self.encode_caption is None else self.encode_caption("")
+        patches_LP = torch.zeros(1, manifest.patch_dim, dtype=dtype)
+        return Record(PLACEHOLDER_ID, patches_LP, (1, 1, 1), text, (1.0, 1.0, 1.0, 0.0))

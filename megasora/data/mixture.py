@@ -1,11 +1,11 @@
-"""The clips of a run: one dataset or several with weights in, one numbered list of clips out.
+"""The clips of a run: one dataset, or several with weights, as one list of clips.
 
-A clip is known in three ways: by its number here, which plans are made of; by its dataset and its place there, where it
-is read; and by its sample id, which all that is random is keyed by: (dataset << 40) + its id in the dataset.
+A clip is identified in three ways: by its index in this list, which plans use; by its dataset and its index in that
+dataset, which reading uses; and by its sample id, (dataset << 40) + its id in the dataset, which keys all randomness.
 
-A clip longer than a pack is an error, or is split in time into runs of whole latent frames, as equal as can be. Each is
-a clip of the list, with the sample id of the whole and the place in it where it begins: what a token is noised with and
-where it is follow from its place, so parts differ as parts of one clip do.
+A clip longer than a pack is an error, or (`data.split_long`) is split in time into parts of whole latent frames, of
+nearly equal length. Each part is an entry of the list, with the sample id of the clip and the position of its first
+token. Noise and coords of a token follow from its position in the clip, so the parts are noised as one clip would be.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -21,142 +20,163 @@ import torch
 from torch import Tensor
 
 from megasora.config import DataConfig
-from megasora.data.folder import READY
+from megasora.data.folder import open_folder
 from megasora.data.pack import Record
-from megasora.data.shards import Manifest, Shards
+from megasora.data.run_lock import RunLock
+from megasora.data.shard_format import Manifest
+from megasora.data.shard_reader import ShardSplit
 from megasora.errors import MegaSoraError
 
-DATASET_SHIFT = 40
-ALIKE = ("codec", "text", "patch", "patch_dim", "text_dim")  # of a manifest, in every dataset of a mixture
+DATASET_SHIFT = 40  # bits
+# of a manifest: equal in all datasets of a mixture
+EQUAL_KEYS = ("codec_fingerprint", "text_fingerprint", "patch", "patch_dim", "text_dim")
 
 
 def open_mixture(config: DataConfig, split: str) -> Mixture:
-    """One split of all datasets of a run. Raises MegaSoraError where there is nothing to train on.
+    """Opens one split of all datasets of a run. Raises MegaSoraError if a dataset has no clips to train on.
 
-    In tolerant mode, tars that are damaged are found when they are read; held-out clips must all be there.
+    If damaged clips are tolerated (`data.max_damaged_fraction`), damaged tars of the train split are found only when
+    they are read; those of other splits always at once.
     """
-    folders, weights = (config.mixture, config.weights) if config.mixture else ([config.shards], [1.0])
-    strict = split != "train" or config.max_bad_fraction == 0
-    datasets = [Shards.open(folder, split, strict) for folder in folders]
-    for shards in datasets:
-        if split == "train" and not len(shards):
-            raise MegaSoraError(f"{shards.folder} has no clip in its train split; ingest some, or leave it out")
-    return Mixture(datasets, weights, config.tokens_per_pack, config.split_long)
+    folders, weights = (config.mixture, config.mixture_weights) if config.mixture else ([config.shards], [1.0])
+    strict = split != "train" or config.max_damaged_fraction == 0
+    run_lock = RunLock()
+    datasets = [ShardSplit.open(open_folder(folder, run_lock), split, strict) for folder in folders]
+    for dataset in datasets:
+        if split == "train" and not len(dataset):
+            raise MegaSoraError(f"{dataset.folder} has no clip in its train split; ingest some, or leave it out")
+    return Mixture(datasets, weights, config.tokens_per_pack, config.split_long, run_lock)
 
 
 class Mixture:
-    """`datasets` and how often clips of each are seen, relative to each other.
+    """The clips and parts of clips of several datasets, with the relative frequency of each dataset.
 
-    Raises MegaSoraError where datasets were made with different settings, or a clip is longer than `budget` tokens and
-    cannot be split or must not be.
+    Per entry, [I]: `tokens_I`; `dataset_I`, and `clip_I`, its clip in that dataset; `start_I`, the position of its
+    first token in the clip; `is_whole_I`. `token_counts`: `tokens_I` per dataset.
     """
 
-    def __init__(self, datasets: Sequence[Shards], weights: Sequence[float], budget: int, split_long: bool):
-        self.datasets, self.weights = list(datasets), list(weights)
-        check_alike(self.datasets)
-        # of patches in packs: what holds those of all datasets exactly
-        self.dtype = functools.reduce(torch.promote_types, (shards.dtype for shards in self.datasets))
-        pieces = [split_clips(shards, budget, split_long) for shards in self.datasets]
-        self.tokens = [tokens for _, _, tokens, _ in pieces]  # of each dataset, int64
-        self.dataset_N = np.repeat(np.arange(len(pieces)), [len(tokens) for tokens in self.tokens])
-        self.place_N, self.start_N, self.tokens_N, self.whole_N = map(np.concatenate, zip(*pieces, strict=True))
+    def __init__(
+        self,
+        datasets: Sequence[ShardSplit],
+        weights: Sequence[float],
+        tokens_per_pack: int,
+        split_long: bool,
+        run_lock: RunLock | None = None,
+    ):
+        """`run_lock`: of the folders of all datasets; reader threads must hold it (`ReaderPool`).
+
+        Raises MegaSoraError if the datasets were made with different settings, or a clip has more than
+        `tokens_per_pack` tokens and must not or cannot be split.
+        """
+        self.datasets, self.weights, self.run_lock = list(datasets), list(weights), run_lock or RunLock()
+        check_equal_settings(self.datasets)
+        # the dtype of patches in packs: the smallest that holds those of all datasets exactly
+        self.dtype = functools.reduce(torch.promote_types, (dataset.dtype for dataset in self.datasets))
+        entries = [split_clips(dataset, tokens_per_pack, split_long) for dataset in self.datasets]
+        self.token_counts = [tokens_I for _, _, tokens_I, _ in entries]
+        self.dataset_I = np.repeat(np.arange(len(entries)), [len(tokens_I) for tokens_I in self.token_counts])
+        self.clip_I, self.start_I, self.tokens_I, self.is_whole_I = map(np.concatenate, zip(*entries, strict=True))
 
     def __len__(self) -> int:
-        return len(self.tokens_N)
+        return len(self.tokens_I)
 
     @property
     def manifest(self) -> Manifest:
-        """Of the first dataset; what concerns the model is the same in all."""
+        """Of the first dataset; the values that concern the model are the same in all."""
         return self.datasets[0].manifest
 
     def read(
         self,
-        number: int,
-        encode: Callable[[str], Tensor] | None,
-        places: Tensor | None = None,
-        into_LP: Tensor | None = None,
-        waiting: AbstractContextManager = READY,
+        i: int,
+        encode_caption: Callable[[str], Tensor] | None,
+        positions: Tensor | None = None,
+        out_LP: Tensor | None = None,
     ) -> Record:
-        """Clip or part of a clip `number`; see Shards.read. May be called by several threads.
+        """Reads entry `i`; see ShardSplit.read. Thread-safe.
 
-        `places`: int64, of the clip's tokens those that are wanted; None: all that `number` stands for. `into_LP`:
-        where their patches go, of the mixture's dtype; None: new memory.
+        `positions`: int64, which tokens of the clip to return; None: all of the entry. `out_LP`: buffer for their
+        patches, in the mixture's dtype; None: allocate one.
         """
-        dataset, place = self.dataset_N.item(number), self.place_N.item(number)
+        dataset = self.dataset_I.item(i)
         shards = self.datasets[dataset]
-        if places is None and not self.whole_N.item(number):
-            places = torch.arange(self.tokens_N.item(number)) + self.start_N.item(number)
-        straight = places is None and self.dtype == shards.dtype  # as it lies in the tar
-        record = shards.read(place, encode, into_LP if straight else None, waiting)
-        patches_LP = record.patches_LP if places is None else record.patches_LP[places]
-        if into_LP is not None and not straight:
-            patches_LP = into_LP.copy_(patches_LP)
+        if positions is None and not self.is_whole_I.item(i):
+            positions = torch.arange(self.tokens_I.item(i)) + self.start_I.item(i)
+        direct = positions is None and self.dtype == shards.dtype  # the stored bytes are those of the pack
+        record = shards.read(self.clip_I.item(i), encode_caption, out_LP if direct else None)
+        patches_LP = record.patches_LP if positions is None else record.patches_LP[positions]
+        if out_LP is not None and not direct:
+            patches_LP = out_LP.copy_(patches_LP)
         sample_id = (dataset << DATASET_SHIFT) + record.sample_id
-        return Record(sample_id, patches_LP, record.grid, record.text_SE, record.native, record.caption, places)
+        return Record(sample_id, patches_LP, record.grid, record.text_SE, record.native_size, record.caption, positions)
 
-    def sample_id(self, number: int) -> int:
-        dataset, place = int(self.dataset_N[number]), int(self.place_N[number])
-        return (dataset << DATASET_SHIFT) + int(self.datasets[dataset].entries.sample_ids[place])
+    def sample_id(self, i: int) -> int:
+        """The sample id of an entry, with the number of its dataset above bit 40."""
+        dataset, clip = int(self.dataset_I[i]), int(self.clip_I[i])
+        return (dataset << DATASET_SHIFT) + int(self.datasets[dataset].index.sample_ids[clip])
 
-    def where(self, number: int) -> str:
-        """The tar and the sample, for people."""
-        shards, place = self.datasets[self.dataset_N[number]], self.place_N[number]
-        name = shards.names[shards.shard_of[place]]
-        return f"{shards.folder}/{name}, sample {shards.entries.sample_ids[place]}"
+    def describe_clip(self, i: int) -> str:
+        """The tar and the sample id in its dataset, for messages."""
+        shards, clip = self.datasets[self.dataset_I[i]], self.clip_I[i]
+        return f"{shards.folder}/{shards.shard_name(clip)}, sample {shards.index.sample_ids[clip]}"
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between two launches of a run: counts for people, and a hash of all that is planned."""
+        """What must be the same when a run resumes: counts, for messages, and a hash over all that plans depend on."""
         digest = hashlib.sha256()
-        for shards, tokens in zip(self.datasets, self.tokens, strict=True):
-            for values in (shards.entries.sample_ids, tokens):
+        for dataset, tokens_I in zip(self.datasets, self.token_counts, strict=True):
+            for values in (dataset.index.sample_ids, tokens_I):
                 digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
-        sizes = [len(tokens) for tokens in self.tokens]
-        tokens = [int(tokens.sum()) for tokens in self.tokens]
-        return {"clips": sizes, "tokens": tokens, "weights": self.weights, "sha256": digest.hexdigest()}
+        clips = [len(tokens_I) for tokens_I in self.token_counts]
+        tokens = [int(tokens_I.sum()) for tokens_I in self.token_counts]
+        return {"clips": clips, "tokens": tokens, "weights": self.weights, "sha256": digest.hexdigest()}
 
 
-def split_clips(shards: Shards, budget: int, split_long: bool) -> tuple[np.ndarray, ...]:
-    """Of each clip or part of one: (place in the dataset, first token, tokens), int64, and whether it is whole."""
-    tokens = shards.tokens()
-    long = np.flatnonzero(tokens > budget)
+def split_clips(dataset: ShardSplit, tokens_per_pack: int, split_long: bool) -> tuple[np.ndarray, ...]:
+    """Per clip or part of a clip: (clip in the dataset, first token, tokens), int64, and whether it is a whole clip.
+
+    Raises MegaSoraError for clips that are too long.
+    """
+    tokens = dataset.index.token_counts
+    long = np.flatnonzero(tokens > tokens_per_pack)
     if len(long) and not split_long:
-        worst = int(long[tokens[long].argmax()])
+        longest = int(long[tokens[long].argmax()])
         raise MegaSoraError(
-            f"data.tokens_per_pack={budget} is less than the {tokens[worst]} tokens of {name(shards, worst)}, and of "
-            f"{len(long) - 1} more clips; raise it, set data.split_long=true, or leave the clips out"
+            f"data.tokens_per_pack={tokens_per_pack} is less than the {tokens[longest]} tokens of "
+            f"{describe_source(dataset, longest)}, and of {len(long) - 1} more clips; raise it, set "
+            "data.split_long=true, or leave the clips out"
         )
-    parts = np.ones(len(tokens), dtype=np.int64)
-    cuts: list[list[int]] = []
-    for place in long.tolist():
-        frames, rows, columns = shards.entries[place].grid
-        most = budget // (rows * columns)  # latent frames in a part
-        if most == 0:
+    num_parts = np.ones(len(tokens), dtype=np.int64)
+    boundaries: list[list[int]] = []
+    for clip in long.tolist():
+        frames, rows, columns = dataset.index[clip].grid
+        max_frames = tokens_per_pack // (rows * columns)
+        if max_frames == 0:
             raise MegaSoraError(
-                f"data.tokens_per_pack={budget} is less than the {rows * columns} tokens of one latent frame of "
-                f"{name(shards, place)}; raise it or leave the clip out"
+                f"data.tokens_per_pack={tokens_per_pack} is less than the {rows * columns} tokens of one latent frame "
+                f"of {describe_source(dataset, clip)}; raise it or leave the clip out"
             )
-        parts[place] = -(-frames // most)
-        cuts.append([frames * i // int(parts[place]) * rows * columns for i in range(int(parts[place]) + 1)])
-    place_N, first = np.repeat(np.arange(len(tokens)), parts), np.cumsum(parts) - parts
-    start_N, tokens_N = np.zeros(len(place_N), dtype=np.int64), tokens[place_N]
-    for place, cut in zip(long.tolist(), cuts, strict=True):
-        here = np.s_[first[place] : first[place] + parts[place]]
-        start_N[here], tokens_N[here] = cut[:-1], np.diff(cut)
-    return place_N, start_N, tokens_N, parts[place_N] == 1
+        parts = -(-frames // max_frames)
+        num_parts[clip] = parts
+        boundaries.append([frames * part // parts * rows * columns for part in range(parts + 1)])
+    clip_I, first_entry = np.repeat(np.arange(len(tokens)), num_parts), np.cumsum(num_parts) - num_parts
+    start_I, tokens_I = np.zeros(len(clip_I), dtype=np.int64), tokens[clip_I]
+    for clip, starts in zip(long.tolist(), boundaries, strict=True):
+        entries = np.s_[first_entry[clip] : first_entry[clip] + num_parts[clip]]
+        start_I[entries], tokens_I[entries] = starts[:-1], np.diff(starts)
+    return clip_I, start_I, tokens_I, num_parts[clip_I] == 1
 
 
-def name(shards: Shards, place: int) -> str:
-    return f"sample {shards.entries.sample_ids[place]} ({shards.meta(place)['source']})"
+def describe_source(dataset: ShardSplit, clip: int) -> str:
+    return f"sample {dataset.index.sample_ids[clip]} ({dataset.read_meta(clip)['source']})"
 
 
-def check_alike(datasets: list[Shards]) -> None:
-    """Datasets that were made with different settings cannot be trained on together."""
+def check_equal_settings(datasets: list[ShardSplit]) -> None:
+    """Raises MegaSoraError if the datasets of a mixture were ingested with different settings."""
     first = datasets[0]
     for other in datasets[1:]:
-        for key in ALIKE:
-            ours, theirs = getattr(first.manifest, key), getattr(other.manifest, key)
-            if ours != theirs:
+        for key in EQUAL_KEYS:
+            expected, actual = getattr(first.manifest, key), getattr(other.manifest, key)
+            if expected != actual:
                 raise MegaSoraError(
-                    f"data.mixture: {first.folder} was made with {key} {ours}, {other.folder} with {key} {theirs}; "
+                    f"data.mixture: {first.folder} was made with {key} {expected}, {other.folder} with {key} {actual}; "
                     "ingest them again with the same settings"
                 )

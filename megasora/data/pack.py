@@ -1,7 +1,7 @@
-"""Records (clips ready for the model) to one pack.
+"""Builds one pack: records (clips ready for the model) in; a VideoBatch out.
 
-Patches are most of a pack's bytes, so they are best read where they stay: a Blank is the memory of a pack before its
-clips are known, and `make_batch` takes it as it is where the patches of its records lie in it one after the other.
+Patches are most of a pack's bytes, so clips are read directly to their place in a PackBuffer. `make_batch` uses the
+buffer as it is if the patches of its records are contiguous in it from token 0; otherwise it copies them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megasora.batch import VideoBatch
 
-PLACE, COORDS = 8, 12  # bytes a token
+POSITION_BYTES, COORDS_BYTES = 8, 12  # per token
 
 
 @dataclass(frozen=True)
@@ -26,55 +26,55 @@ class Record:
 
     sample_id: int
     patches_LP: Tensor  # [l, P]
-    grid: tuple[int, int, int]  # latent frames, rows, columns of tokens of the clip; its tokens are their product
-    text_SE: Tensor  # [S_i, E]
-    native: tuple[float, float, float, float]  # height, width (pixels), frames, frames a second
+    grid: tuple[int, int, int]  # latent frames, rows, columns of tokens of the whole clip
+    text_SE: Tensor  # [S, E]: the encoded caption
+    native_size: tuple[float, float, float, float]  # height, width (pixels), frames, frames per second
     caption: str = ""
-    places_L: Tensor | None = None  # int64: which tokens of the clip these are, increasing; None: all of them
+    positions_L: Tensor | None = None  # int64: which tokens of the clip these are, increasing; None: all of them
 
 
-class Blank:
-    """What a pack has of each token, not yet filled."""
+class PackBuffer:
+    """The memory of a pack's tokens, before its clips are known: `positions_L`, `coords_L3`, `patches_LP`."""
 
     def __init__(self, memory: np.ndarray, tokens: int, dtype: torch.dtype):
-        """`memory`: uint8, as many as `bytes_of` says."""
-        coords, patches = PLACE * tokens, (PLACE + COORDS) * tokens  # where they begin
-        self.places_L = torch.from_numpy(memory[:coords]).view(torch.int64)
-        self.coords_L3 = torch.from_numpy(memory[coords:patches]).view(torch.int32).view(tokens, 3)
-        self.patches_LP = torch.from_numpy(memory[patches:]).view(dtype).view(tokens, -1)
+        """`memory`: uint8 [num_bytes(...)]. `dtype`: of the patches."""
+        coords_at, patches_at = POSITION_BYTES * tokens, (POSITION_BYTES + COORDS_BYTES) * tokens
+        self.positions_L = torch.from_numpy(memory[:coords_at]).view(torch.int64)
+        self.coords_L3 = torch.from_numpy(memory[coords_at:patches_at]).view(torch.int32).view(tokens, 3)
+        self.patches_LP = torch.from_numpy(memory[patches_at:]).view(dtype).view(tokens, -1)
 
     @staticmethod
-    def bytes_of(tokens: int, dim: int, dtype: torch.dtype) -> int:
-        return tokens * (PLACE + COORDS + dim * dtype.itemsize)
+    def num_bytes(tokens: int, patch_dim: int, dtype: torch.dtype) -> int:
+        return tokens * (POSITION_BYTES + COORDS_BYTES + patch_dim * dtype.itemsize)
 
 
-def make_batch(records: Sequence[Record], tokens_per_pack: int, blank: Blank | None = None) -> VideoBatch:
-    """One pack, clean: a row a segment at t = 0. Patches stay in the precision in which they are stored.
+def make_batch(records: Sequence[Record], tokens_per_pack: int, buffer: PackBuffer | None = None) -> VideoBatch:
+    """One clean pack: one row per segment, at t = 0. Patches keep the precision in which they are stored.
 
-    `blank`: where the records' patches lie already, one after the other; None: they are copied. Raises ValueError where
-    there is no clip, or where they do not fit.
+    `buffer`: contains the records' patches already, contiguously from token 0; None: they are copied. Raises ValueError
+    if there are no records, or they have more than `tokens_per_pack` tokens.
     """
     lengths = [record.patches_LP.shape[0] for record in records]
     cu = [0, *accumulate(lengths)]
     if not records or cu[-1] > tokens_per_pack:
         raise ValueError(f"{len(records)} clips of {cu[-1]} tokens do not fit a pack of {tokens_per_pack}")
-    if blank is None:
-        blank = copied(records, cu, tokens_per_pack)
-    places, coords, ramp = blank.places_L.numpy(), blank.coords_L3.numpy(), np.arange(max(lengths))
-    for record, first, end in zip(records, cu, cu[1:], strict=False):
-        if record.places_L is None:
-            places[first:end] = ramp[: end - first]
-            write_coords(coords[first:end], record.grid, ramp)
+    if buffer is None:
+        buffer = copy_into_buffer(records, cu, tokens_per_pack)
+    positions, coords, ramp = buffer.positions_L.numpy(), buffer.coords_L3.numpy(), np.arange(max(lengths))
+    for record, start, end in zip(records, cu, cu[1:], strict=False):
+        if record.positions_L is None:
+            positions[start:end] = ramp[: end - start]
+            write_coords(coords[start:end], record.grid, ramp)
         else:
-            places[first:end] = record.places_L
-            coords[first:end] = np.stack(np.unravel_index(places[first:end], record.grid), axis=1)
-    places[cu[-1] :], coords[cu[-1] :] = 0, 0
-    blank.patches_LP[cu[-1] :].zero_()
+            positions[start:end] = record.positions_L
+            coords[start:end] = np.stack(np.unravel_index(positions[start:end], record.grid), axis=1)
+    positions[cu[-1] :], coords[cu[-1] :] = 0, 0
+    buffer.patches_LP[cu[-1] :].zero_()
     cu_segments = as_tensor(cu, np.int32)
     return VideoBatch(
-        patches_LP=blank.patches_LP,
-        coords_L3=blank.coords_L3,
-        places_L=blank.places_L,
+        patches_LP=buffer.patches_LP,
+        coords_L3=buffer.coords_L3,
+        positions_L=buffer.positions_L,
         grids_G3=as_tensor([r.grid for r in records], np.int64),
         cu_segments=cu_segments,
         cu_rows=cu_segments,
@@ -83,28 +83,28 @@ def make_batch(records: Sequence[Record], tokens_per_pack: int, blank: Blank | N
         text_SE=torch.cat([r.text_SE for r in records]),
         cu_text=as_tensor([0, *accumulate(r.text_SE.shape[0] for r in records)], np.int32),
         drop_text_G=as_tensor([not r.caption.strip() for r in records], np.bool_),
-        native_G4=as_tensor([r.native for r in records], np.float32),
+        native_size_G4=as_tensor([r.native_size for r in records], np.float32),
         sample_ids_G=as_tensor([r.sample_id for r in records], np.int64),
     )
 
 
 def as_tensor(values: list, dtype: type) -> Tensor:
-    """Half the time of torch.tensor."""
+    """torch.tensor, in half the time."""
     return torch.from_numpy(np.array(values, dtype))
 
 
-def copied(records: Sequence[Record], cu: list[int], tokens: int) -> Blank:
-    """With the records' patches, in the least precision that holds them exactly."""
+def copy_into_buffer(records: Sequence[Record], cu: list[int], tokens: int) -> PackBuffer:
+    """A new buffer with the records' patches, in the smallest dtype that holds all of them exactly."""
     dtype = functools.reduce(torch.promote_types, (r.patches_LP.dtype for r in records))
-    size = Blank.bytes_of(tokens, records[0].patches_LP.shape[1], dtype)
-    blank = Blank(np.empty(size, np.uint8), tokens, dtype)
-    for record, first, end in zip(records, cu, cu[1:], strict=False):
-        blank.patches_LP[first:end] = record.patches_LP
-    return blank
+    size = PackBuffer.num_bytes(tokens, records[0].patches_LP.shape[1], dtype)
+    buffer = PackBuffer(np.empty(size, np.uint8), tokens, dtype)
+    for record, start, end in zip(records, cu, cu[1:], strict=False):
+        buffer.patches_LP[start:end] = record.patches_LP
+    return buffer
 
 
 def write_coords(out_L3: np.ndarray, grid: tuple[int, int, int], ramp: np.ndarray) -> None:
-    """Coords of a whole clip, time first. `ramp`: 0, 1, 2 ... as far as any side of the grid."""
+    """Writes the coords of a whole clip, in time-major order. `ramp`: 0, 1, 2 ... for the longest side of the grid."""
     t, h, w = grid
     coords_THW3 = out_L3.reshape(t, h, w, 3)
     coords_THW3[..., 0] = ramp[:t, None, None]

@@ -1,19 +1,24 @@
-"""Which clips share a pack: token counts in, in the order of an epoch; packs of at most `budget` tokens out.
+"""Bin packing of clips: token counts in; packs (bins) of at most `capacity` tokens out. No clip is split.
 
-    lead     The longest clips are laid into all packs first, so that packs cost the same (`balance.py`). The others are
-             the fill: they make the packs full, by best fit with look-ahead, on whole arrays instead of clip by clip.
-    line     The first half of the fill is laid into packs as it comes. A clip that does not fit begins the next pack;
-             each pack is left with some room, about half a clip.
-    spare    The other half waits, sorted.
-    trade    Every pack with room gives one of these clips, or none, for the spare clip that fills it best: the longest
-             that is not longer than what it gives and its room together. A pack has several clips to give, and spare
-             clips come in all sizes: one or two trades fill it to the token.
-    again    What is left, with what was given, is the next fill, half as long, for the packs that had none; the last
-             few clips go one by one, by best fit decreasing.
+    place the long clips so that packs cost the same (long_clips.py)
+    unplaced = the other clips, in the order of the epoch; queue = all packs
+    while there are more than MAX_BEST_FIT_CLIPS unplaced clips:
+        if the queue is empty: append new packs for the unplaced tokens
+        sequence, reserve = the first half of `unplaced`, the rest sorted by length
+        next-fit: put the sequence into the queued packs; a clip that does not fit starts the next pack
+        up to MAX_SWAP_ROUNDS times, in all these packs at once: swap one clip of the pack, or nothing, for the longest
+            reserve clip that still fits into the freed space
+        unplaced = what remains in the reserve, with the clips that were swapped out
+    best-fit decreasing: put the last few clips, longest first, each into the fullest pack that has space for it
 
-Trades take clips of all sizes, so that what is left is a sample like the first: short clips, which fill every gap, do
-not run out. Where clips come in few sizes, long ones that are laid out by cost can get in the way of full packs: then
-all clips are fill. Nothing is cut, and every clip is in exactly one pack.
+Next-fit leaves about half a clip of free space per pack. A pack has several clips to swap and the reserve has clips of
+all lengths, so one or two swaps fill the pack exactly. Swaps take clips of all lengths, so the reserve stays a sample
+of the whole: short clips, which fill any gap, are not used up early. If clips have only few different lengths, placing
+the long ones first can prevent full packs; then all clips are packed as `unplaced`, and the result with fewer packs is
+used.
+
+Letters: `I` clips (items), `B` packs (bins), `J` placed clips, as pairs of `pack_J` and `clip_J`. Everything is
+computed on whole arrays in integers, so that every machine finds the same packs.
 """
 
 from __future__ import annotations
@@ -23,153 +28,164 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megasora.data.balance import lead_packs
+from megasora.data.long_clips import place_long_clips
 
-FEW = 64  # clips that are packed one by one
-MORE = 1000  # with one more pack in so many than there must be, clips may do better without balance
-FULL = 8192  # a pack with less room than budget / FULL is full
-TRADES = 16  # rounds of them; hardly any pack has use for more
+MAX_BEST_FIT_CLIPS = 64  # at most so many clips are packed one by one
+MAX_SWAP_ROUNDS = 16  # few packs gain from more
+FULL_SLACK_DIVISOR = 8192  # a pack with at most capacity / 8192 free tokens is full
+LITTLE_SPACE_DIVISOR = 3  # packs with less than capacity / 3 free tokens are filled first, the fullest in front
+EXTRA_PACKS_DIVISOR = 1000  # with over 1 + 1/1000 packs more than the least number, try without placing long clips
 
 
 @dataclass(frozen=True)
 class Packs:
-    """`M` packs of `N` clips; pack m has clips `clip_N[cu_M1[m] : cu_M1[m + 1]]`."""
+    """`B` packs of `I` clips; pack b has the clips `clip_I[cu_packs[b] : cu_packs[b + 1]]`."""
 
-    clip_N: np.ndarray  # int64: places in the list that was packed
-    cu_M1: np.ndarray  # int64 [M + 1]
+    clip_I: np.ndarray  # int64: indices into the token counts that were packed
+    cu_packs: np.ndarray  # int64 [B + 1]
 
     def __len__(self) -> int:
-        return len(self.cu_M1) - 1
+        return len(self.cu_packs) - 1
 
-    def __getitem__(self, m: int) -> np.ndarray:
-        return self.clip_N[self.cu_M1[m] : self.cu_M1[m + 1]]
+    def __getitem__(self, b: int) -> np.ndarray:
+        return self.clip_I[self.cu_packs[b] : self.cu_packs[b + 1]]
 
-    def sums(self, values_N: np.ndarray) -> np.ndarray:
-        """int64 [M]: sums over each pack of a number that every clip has."""
-        running = np.append(0, np.cumsum(values_N[self.clip_N]))
-        return running[self.cu_M1[1:]] - running[self.cu_M1[:-1]]
+    def sums(self, values_I: np.ndarray) -> np.ndarray:
+        """int64 [B]: the sum of a value per clip over the clips of each pack."""
+        running = np.append(0, np.cumsum(values_I[self.clip_I]))
+        return running[self.cu_packs[1:]] - running[self.cu_packs[:-1]]
 
 
-def pack_clips(tokens_N: np.ndarray, budget: int, together: int = 1) -> Packs:
-    """Packs of clips with `tokens_N` tokens, int64, each from 1 to `budget`. Depends on nothing but its arguments.
+def pack_clips(tokens_I: np.ndarray, capacity: int, packs_per_step: int = 1) -> Packs:
+    """Packs clips of `tokens_I` tokens, int64, each from 1 to `capacity`. A pure function of its arguments.
 
-    `together`: how many packs are used at a time: where packs cannot all cost the same, so many of them do.
-    Raises ValueError where a clip does not fit.
+    `packs_per_step`: where not all packs can have the same cost, groups of so many do. Raises ValueError if a clip has
+    no tokens or more than `capacity`.
     """
-    if len(tokens_N) and not 1 <= tokens_N.min() <= tokens_N.max() <= budget:
-        raise ValueError(f"clips of {tokens_N.min()} to {tokens_N.max()} tokens in packs of {budget}")
-    pack_N, least = lead_packs(tokens_N, budget, together)
-    packs = fill_packs(tokens_N, budget, pack_N, least)
-    if len(packs) > least + 1 + least // MORE:
-        packs = min(packs, fill_packs(tokens_N, budget, np.full(len(tokens_N), -1), least), key=len)
+    if len(tokens_I) and not 1 <= tokens_I.min() <= tokens_I.max() <= capacity:
+        raise ValueError(f"clips of {tokens_I.min()} to {tokens_I.max()} tokens in packs of {capacity}")
+    pack_I, least_packs = place_long_clips(tokens_I, capacity, packs_per_step)
+    packs = fill_packs(tokens_I, capacity, pack_I, least_packs)
+    if len(packs) > least_packs + 1 + least_packs // EXTRA_PACKS_DIVISOR:
+        unbalanced = fill_packs(tokens_I, capacity, np.full(len(tokens_I), -1), least_packs)
+        packs = min(packs, unbalanced, key=len)
     return packs
 
 
-def fill_packs(tokens_N: np.ndarray, budget: int, pack_N: np.ndarray, packs: int) -> Packs:
-    """At least `packs` packs, where clips that have a pack already in `pack_N`, not -1, keep it. Writes to `pack_N`."""
-    pool, placed = np.flatnonzero(pack_N < 0), np.flatnonzero(pack_N >= 0)
-    room_M = budget - np.bincount(pack_N[placed], tokens_N[placed], packs).astype(np.int64)
-    first_M = np.full(packs, len(tokens_N))  # clip of each pack: as it is drawn, so is the order of the packs
-    first_M[pack_N[placed[::-1]]] = placed[::-1]
-    queue = np.lexsort((first_M, np.minimum(room_M, budget // 3)))  # little room needs the choice of much spare fill
-    while len(pool) > FEW:
-        if not len(queue):  # some clips do not go together: there must be more packs
-            queue = np.arange(packs, packs - (-int(tokens_N[pool].sum()) // budget))
-            packs, room_M = packs + len(queue), np.append(room_M, np.full(len(queue), budget))
-        cuts = full_packs(tokens_N[pool[: len(pool) // 2]], room_M[queue])
-        filled, queue = np.split(queue, [len(cuts) - 1])
+def fill_packs(tokens_I: np.ndarray, capacity: int, pack_I: np.ndarray, num_packs: int) -> Packs:
+    """Packs all clips; those that already have a pack in `pack_I` (not -1) keep it. Writes to `pack_I`.
+
+    `num_packs`: packs to begin with; more are added if needed.
+    """
+    unplaced, placed = np.flatnonzero(pack_I < 0), np.flatnonzero(pack_I >= 0)
+    free_B = capacity - np.bincount(pack_I[placed], tokens_I[placed], num_packs).astype(np.int64)
+    first_clip_B = np.full(num_packs, len(tokens_I))  # packs are filled in the random order of their first clips
+    first_clip_B[pack_I[placed[::-1]]] = placed[::-1]
+    queue = np.lexsort((first_clip_B, np.minimum(free_B, capacity // LITTLE_SPACE_DIVISOR)))
+    while len(unplaced) > MAX_BEST_FIT_CLIPS:
+        if not len(queue):  # some clips do not fit together: more packs than the least are needed
+            queue = np.arange(num_packs, num_packs - (-int(tokens_I[unplaced].sum()) // capacity))
+            num_packs, free_B = num_packs + len(queue), np.append(free_B, np.full(len(queue), capacity))
+        cu_sequence = next_fit(tokens_I[unplaced[: len(unplaced) // 2]], free_B[queue])
+        filled, queue = np.split(queue, [len(cu_sequence) - 1])
         if not len(filled):
             break
-        owner_Q = np.repeat(np.arange(len(filled)), np.diff(cuts))
-        line, spare = np.split(pool, [cuts[-1]])
-        owner_Q, clip_Q, pool = trade(tokens_N, budget, room_M[filled], owner_Q, line, spare)
-        pack_N[clip_Q] = filled[owner_Q]
-    best_fit_decreasing(tokens_N, budget, pool, room_M, queue, pack_N)
-    counts = np.bincount(pack_N)
-    return Packs(np.argsort(pack_N, kind="stable"), np.append(0, np.cumsum(counts[counts > 0])))
+        pack_J = np.repeat(np.arange(len(filled)), np.diff(cu_sequence))
+        sequence, reserve = np.split(unplaced, [cu_sequence[-1]])
+        pack_J, clip_J, unplaced = swap_clips(tokens_I, capacity, free_B[filled], pack_J, sequence, reserve)
+        pack_I[clip_J] = filled[pack_J]
+    best_fit_decreasing(tokens_I, capacity, unplaced, free_B, queue, pack_I)
+    counts = np.bincount(pack_I)
+    return Packs(np.argsort(pack_I, kind="stable"), np.append(0, np.cumsum(counts[counts > 0])))
 
 
-def full_packs(tokens_Q: np.ndarray, room_M: np.ndarray) -> np.ndarray:
-    """The line cut into packs: [0, end of the first, ...]. What is behind the last cut may fill no pack."""
-    ends = np.cumsum(tokens_Q).tolist()
-    begins, cuts = [0, *ends], [0]
-    for room in room_M.tolist():
-        cut = bisect.bisect_right(ends, begins[cuts[-1]] + room, cuts[-1])
-        if cut == len(ends):
+def next_fit(tokens_J: np.ndarray, free_B: np.ndarray) -> np.ndarray:
+    """int64: a sequence of clips divided into packs of `free_B` free tokens: 0, end of the first pack, of the second
+    ...
+
+    The clips after the last end, which may fill no pack, are not placed.
+    """
+    ends = np.cumsum(tokens_J).tolist()
+    starts, cu_sequence = [0, *ends], [0]
+    for free in free_B.tolist():
+        end = bisect.bisect_right(ends, starts[cu_sequence[-1]] + free, cu_sequence[-1])
+        if end == len(ends):
             break
-        cuts.append(cut)
-    return np.array(cuts)
+        cu_sequence.append(end)
+    return np.array(cu_sequence)
 
 
-def trade(
-    tokens_N: np.ndarray, budget: int, room_M: np.ndarray, owner_Q: np.ndarray, clip_Q: np.ndarray, spare: np.ndarray
+def swap_clips(
+    tokens_I: np.ndarray, capacity: int, free_B: np.ndarray, pack_J: np.ndarray, clip_J: np.ndarray, reserve: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fills packs of room for `room_M` tokens, given as a pack and a clip a line, from the spare clips.
+    """Fills packs by swapping their clips for longer ones of the reserve.
 
-    Returns the packs in the same form, unsorted, and the spare clips in the order of the epoch.
+    `free_B`: free tokens of the packs without the clips `clip_J`. Returns `pack_J` and `clip_J` after the swaps,
+    unsorted, and the reserve in the order of the epoch.
     """
-    tokens, nothing, every = np.append(tokens_N, 0), len(tokens_N), np.arange(len(room_M))
-    room_M = room_M - np.bincount(owner_Q, tokens[clip_Q], len(room_M)).astype(np.int64)
-    # a pack may give nothing: a clip of no tokens
-    owner_Q, clip_Q = np.append(every, owner_Q), np.append(np.full(len(every), nothing), clip_Q)
+    tokens, no_clip, every_pack = np.append(tokens_I, 0), len(tokens_I), np.arange(len(free_B))
+    free_B = free_B - np.bincount(pack_J, tokens[clip_J], len(free_B)).astype(np.int64)
+    # each pack can also swap nothing for a reserve clip: a clip without tokens
+    pack_J, clip_J = np.append(every_pack, pack_J), np.append(np.full(len(every_pack), no_clip), clip_J)
     done = []
-    for _ in range(TRADES):
-        has_room = room_M[owner_Q] > budget // FULL
-        done.append((owner_Q[~has_room], clip_Q[~has_room]))
-        owner_Q, clip_Q = owner_Q[has_room], clip_Q[has_room]
-        order = np.argsort(owner_Q, kind="stable")
-        owner_Q, clip_Q = owner_Q[order], clip_Q[order]
-        spare = spare[np.argsort(tokens[spare], kind="stable")]
-        given, taken = best_trades(tokens[clip_Q], owner_Q, room_M, tokens[spare])
-        if not len(given):
+    for _ in range(MAX_SWAP_ROUNDS):
+        has_space = free_B[pack_J] > capacity // FULL_SLACK_DIVISOR
+        done.append((pack_J[~has_space], clip_J[~has_space]))
+        pack_J, clip_J = pack_J[has_space], clip_J[has_space]
+        order = np.argsort(pack_J, kind="stable")
+        pack_J, clip_J = pack_J[order], clip_J[order]
+        reserve = reserve[np.argsort(tokens[reserve], kind="stable")]
+        out_j, in_r = best_swaps(tokens[clip_J], pack_J, free_B, tokens[reserve])
+        if not len(out_j):
             break
-        gives, takes, owner = clip_Q[given], spare[taken], owner_Q[given]
-        room_M[owner] -= tokens[takes] - tokens[gives]
-        whole = gives == nothing
-        clip_Q[given[~whole]] = takes[~whole]
-        owner_Q, clip_Q = np.append(owner_Q, owner[whole]), np.append(clip_Q, takes[whole])
-        spare = np.append(np.delete(spare, taken), gives[~whole])
-    done.append((owner_Q, clip_Q))
-    owner_Q, clip_Q = (np.concatenate(parts) for parts in zip(*done, strict=True))
-    real = clip_Q != nothing
-    return owner_Q[real], clip_Q[real], np.sort(spare)
+        clips_out, clips_in, pack = clip_J[out_j], reserve[in_r], pack_J[out_j]
+        free_B[pack] -= tokens[clips_in] - tokens[clips_out]
+        added = clips_out == no_clip
+        clip_J[out_j[~added]] = clips_in[~added]
+        pack_J, clip_J = np.append(pack_J, pack[added]), np.append(clip_J, clips_in[added])
+        reserve = np.append(np.delete(reserve, in_r), clips_out[~added])
+    done.append((pack_J, clip_J))
+    pack_J, clip_J = (np.concatenate(parts) for parts in zip(*done, strict=True))
+    is_clip = clip_J != no_clip
+    return pack_J[is_clip], clip_J[is_clip], np.sort(reserve)
 
 
-def best_trades(
-    tokens_Q: np.ndarray, owner_Q: np.ndarray, room_M: np.ndarray, spare_tokens: np.ndarray
+def best_swaps(
+    tokens_J: np.ndarray, pack_J: np.ndarray, free_B: np.ndarray, reserve_tokens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(line that is given, spare clip that is taken for it) of each pack that gains, at most one a pack.
+    """The swap that fills each pack best, at most one per pack: (indices of clips to swap out, of reserve clips).
 
-    `spare_tokens` is sorted. Where several packs want clips of one length and there are too few, the last get none.
+    `pack_J` and `reserve_tokens` are sorted. If several packs want reserve clips of one length and there are too few,
+    the last packs get none.
     """
-    if not len(tokens_Q) or not len(spare_tokens):
+    if not len(tokens_J) or not len(reserve_tokens):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    best_Q = np.searchsorted(spare_tokens, tokens_Q + room_M[owner_Q], side="right") - 1
-    gain_Q = np.where(best_Q >= 0, spare_tokens[best_Q] - tokens_Q, 0)
-    first = np.flatnonzero(np.diff(owner_Q, prepend=-1))
-    best_gain = np.repeat(np.maximum.reduceat(gain_Q, first), np.diff(first, append=len(owner_Q)))
-    given = np.flatnonzero((gain_Q == best_gain) & (gain_Q > 0))
-    given = given[np.diff(owner_Q[given], prepend=-1) > 0]
-    given = given[np.argsort(best_Q[given], kind="stable")]
-    wanted = best_Q[given]  # the last of those of its length: the first pack takes it, the next the one before it ...
-    first = np.flatnonzero(np.diff(wanted, prepend=-1))
-    taken = wanted - (np.arange(len(wanted)) - np.repeat(first, np.diff(first, append=len(wanted))))
-    served = (taken >= 0) & (spare_tokens[np.maximum(taken, 0)] == spare_tokens[wanted])
-    return given[served], taken[served]
+    best_J = np.searchsorted(reserve_tokens, tokens_J + free_B[pack_J], side="right") - 1
+    gain_J = np.where(best_J >= 0, reserve_tokens[best_J] - tokens_J, 0)
+    first = np.flatnonzero(np.diff(pack_J, prepend=-1))
+    best_gain_J = np.repeat(np.maximum.reduceat(gain_J, first), np.diff(first, append=len(pack_J)))
+    out_j = np.flatnonzero((gain_J == best_gain_J) & (gain_J > 0))
+    out_j = out_j[np.diff(pack_J[out_j], prepend=-1) > 0]
+    out_j = out_j[np.argsort(best_J[out_j], kind="stable")]
+    best = best_J[out_j]  # the last reserve clip of its length; each further pack takes the one before
+    first = np.flatnonzero(np.diff(best, prepend=-1))
+    in_r = best - (np.arange(len(best)) - np.repeat(first, np.diff(first, append=len(best))))
+    available = (in_r >= 0) & (reserve_tokens[np.maximum(in_r, 0)] == reserve_tokens[best])
+    return out_j[available], in_r[available]
 
 
 def best_fit_decreasing(
-    tokens_N: np.ndarray, budget: int, pool: np.ndarray, room_M: np.ndarray, queue: np.ndarray, pack_N: np.ndarray
+    tokens_I: np.ndarray, capacity: int, unplaced: np.ndarray, free_B: np.ndarray, queue: np.ndarray, pack_I: np.ndarray
 ) -> None:
-    """Writes to `pack_N` the packs of the clips in `pool`, out of those in `queue`.
+    """Places the clips `unplaced`, longest first, each into the queued pack with the least free space that suffices.
 
-    The longest first, each into the pack with the least room for it, or into a new one.
+    If there is none, a new pack is opened. Writes to `pack_I`.
     """
-    rooms = sorted(zip(room_M[queue].tolist(), queue.tolist(), strict=True))
-    packs, order = len(room_M), pool[np.argsort(-tokens_N[pool], kind="stable")]
-    for clip, tokens in zip(order.tolist(), tokens_N[order].tolist(), strict=True):
-        place = bisect.bisect_left(rooms, (tokens, -1))
-        room, pack = rooms.pop(place) if place < len(rooms) else (budget, packs)
-        packs = max(packs, pack + 1)
-        pack_N[clip] = pack
-        bisect.insort(rooms, (room - tokens, pack))
+    bins = sorted(zip(free_B[queue].tolist(), queue.tolist(), strict=True))
+    num_packs, order = len(free_B), unplaced[np.argsort(-tokens_I[unplaced], kind="stable")]
+    for clip, tokens in zip(order.tolist(), tokens_I[order].tolist(), strict=True):
+        best = bisect.bisect_left(bins, (tokens, -1))
+        free, pack = bins.pop(best) if best < len(bins) else (capacity, num_packs)
+        num_packs = max(num_packs, pack + 1)
+        pack_I[clip] = pack
+        bisect.insort(bins, (free - tokens, pack))

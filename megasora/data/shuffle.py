@@ -1,16 +1,16 @@
-"""Permutations that follow from the run's seed and a key, on every machine and in every version of numpy.
+"""Permutations as a pure function of the run's seed and a key, the same on every machine and in every version of numpy.
 
-They are the raw output of a bit generator, which numpy keeps the same in all its versions, unlike that of its shuffles.
+They sort the raw output of a bit generator, which numpy keeps stable across versions, unlike its own shuffles.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-ORDER, INTERLEAVE, STEPS, GROUPS, TOKENS = range(5)  # what is drawn: the first number of a key
+ORDER, INTERLEAVE, STEPS, GROUPS, TOKENS = range(5)  # first element of a key: what is drawn
 
 
-def shuffled(count: int, seed: int, *key: int) -> np.ndarray:
-    """int64 [count]: a permutation that depends on (seed, key) alone."""
-    drawn = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
-    return np.argsort(drawn, kind="stable")
+def permutation(count: int, seed: int, *key: int) -> np.ndarray:
+    """int64 [count]: a random permutation of 0 .. count - 1 that depends on (seed, key) alone."""
+    random = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
+    return np.argsort(random, kind="stable")

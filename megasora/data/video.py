@@ -33,11 +33,11 @@ TICK = 5e-4  # seconds; a frame this close to the start of an excerpt is its fir
 
 
 class RejectedClip(MegaSoraError):
-    """One clip that cannot be used: a short reason to count, a message that names the file, the stage that left it."""
+    """A clip that cannot be used: a short reason to count, a message that names the file, and the rejecting filter."""
 
-    def __init__(self, reason: str, message: str, stage: str = "decode"):
+    def __init__(self, reason: str, message: str, filter_name: str = "decode"):
         super().__init__(message)
-        self.reason, self.stage = reason, stage
+        self.reason, self.filter_name = reason, filter_name
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read_clip(path: Path, limits: IngestConfig) -> Clip:
 @contextmanager
 def open_clip(media: Media, limits: IngestConfig) -> Iterator[OpenClip]:
     """A clip's frames at native size, or not larger than `limits.fit_height` x `fit_width` where these are set, and not
-    more than `limits.fps` a second where that is. Raises RejectedClip."""
+    more than `limits.max_fps` a second where that is. Raises RejectedClip."""
     with open(media.path, "rb", buffering=0) as file:
         window = Window(file, media.offset, media.size)
         if window.size == 0:
@@ -189,10 +189,10 @@ def open_video(window: Window, media: Media, limits: IngestConfig) -> Iterator[O
         check_size(media, stream.height, stream.width, 1 if media.excerpt else max(1, stream.frames), limits)
         stream.codec_context.thread_count = 1  # clips are decoded side by side, each on one core
         rate = float(stream.average_rate or 0)
-        kept = limits.fps / rate if 0 < limits.fps < rate else 1.0
+        kept = limits.max_fps / rate if 0 < limits.max_fps < rate else 1.0
         seconds: list[float] = []
         frames = read_video(container, stream, media, limits, kept, seconds)
-        yield OpenClip(limits.fps if kept < 1 else rate, frames, seconds)
+        yield OpenClip(limits.max_fps if kept < 1 else rate, frames, seconds)
 
 
 def read_video(

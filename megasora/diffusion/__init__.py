@@ -1,1 +1,1 @@
-"""Objectives, timesteps, noise and samplers; pure tensors."""
+"""Objective, timesteps, noise and samplers: functions of tensors."""

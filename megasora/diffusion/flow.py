@@ -1,9 +1,10 @@
-"""Rectified flow (arXiv 2209.03003; SD3, 2403.03206): learn the velocity of the line x_t = (1 - t) x + t noise.
+"""Rectified flow (arXiv 2209.03003; SD3, 2403.03206): the model predicts the velocity noise - x of
+x_t = (1 - t) x + t noise, with the timestep t in [0, 1].
 
-Some latent frames of a clip may be given clean: they are rows at t = 0, seen by the others and without loss. Drawn at
-random from the start of training, they make one model answer text, image and video prompts.
+Some latent frames of a clip may stay clean: they are rows at t = 0, which the other frames attend to and which have no
+loss. They are drawn at random from the start of training, so that one model accepts text, image and video prompts.
 
-Everything random is keyed by (seed, step, sample id): the rank that holds a clip does not matter.
+All random numbers are keyed by (seed, step, sample id), so they do not depend on which rank has a clip.
 """
 
 from __future__ import annotations
@@ -16,71 +17,76 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from megasora.batch import VideoBatch, owner_of_tokens
-from megasora.config import ConditionConfig, ObjectiveConfig
+from megasora.batch import VideoBatch, segment_ids
+from megasora.config import FrameConditioningConfig, ObjectiveConfig
 from megasora.diffusion import noise, timesteps
 
-NOISE, TIMESTEP, CAPTION, CONDITION, CONDITION_LENGTH = range(5)  # streams of random numbers
-VALIDATION_STEP, SAMPLING_STEP = -1, -2  # stand where the training step stands in a key
+NOISE, TIMESTEP, CAPTION, CONDITIONING, CONDITIONING_LENGTH = range(5)  # random streams
+VALIDATION_STEP, SAMPLING_STEP = -1, -2  # used in keys instead of the training step
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Sums over the real, noised tokens of one pack; divide once, by the tokens of all packs and ranks."""
+    """Sums over the noised tokens of one pack; divide by the noised tokens of all packs of a step, on all ranks."""
 
-    error: Tensor  # scalar with gradient: mean square over a token's numbers, summed over tokens
-    tokens: int
-    error_L: Tensor  # [L], detached; 0 at clean tokens and padding
+    squared_error_sum: Tensor  # scalar with gradient: mean over a token's features, summed over tokens
+    tokens: int  # noised tokens
+    squared_error_L: Tensor  # [L], detached: mean over each token's features; 0 at clean tokens and padding
 
 
 class FlowMatching:
-    """`noised, target, weight = corrupt(batch, step)`, then `velocity_error(model(noised), target, weight)`.
+    """The training objective: `noised, target, weight = add_noise(batch, step)`, then
+    `velocity_error(model(noised), target, weight)`.
 
-    `batch` is a clean pack or a rank's share of one: what a token gets follows from its clip and its place in it.
+    `batch` is a clean pack or a rank's share of one: noise, timestep and weight of a token depend only on its clip and
+    its position in the clip.
     """
 
     def __init__(self, config: ObjectiveConfig, seed: int):
         self.config, self.seed = config, seed
 
-    def corrupt(self, batch: VideoBatch, step: int) -> tuple[VideoBatch, Tensor, Tensor]:
-        """A clean pack to (noised pack with its rows, target [L, P], weight [L])."""
+    def add_noise(self, batch: VideoBatch, step: int) -> tuple[VideoBatch, Tensor, Tensor]:
+        """(noised batch with its rows, target velocity [L, P], loss weight [L]) of a clean batch."""
         t_G, clean, drop_text_G = self.draw(batch, step)
         keys_G = noise.clip_keys(self.seed, step, batch.sample_ids_G, NOISE)
         return noise_batch(batch, t_G, clean, keys_G, drop_text_G)
 
     def draw(self, batch: VideoBatch, step: int) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
-        """Per clip: noise level [G], clean latent frames (head, tail), whether the caption is hidden [G]."""
+        """Per clip: timestep [G], number of clean latent frames (head, tail), whether the caption is hidden [G]."""
         c, ids = self.config, batch.sample_ids_G
         u = {stream: noise.uniform(noise.clip_keys(self.seed, step, ids, stream)) for stream in range(1, 5)}
-        t_G = timesteps.logit_normal(u[TIMESTEP], c.timestep_mean, c.timestep_std)
+        t_G = timesteps.logit_normal(u[TIMESTEP], c.logit_mean, c.logit_std)
         t_G = timesteps.shift(t_G, timesteps.shift_factor(batch.grids_G3.prod(1), c))
         clean = [
-            draw_condition(int(grid[0]), float(kind), float(length), c.condition)
-            for grid, kind, length in zip(batch.grids_G3, u[CONDITION], u[CONDITION_LENGTH], strict=True)
+            draw_clean_frames(int(grid[0]), float(kind), float(length), c.frame_conditioning)
+            for grid, kind, length in zip(batch.grids_G3, u[CONDITIONING], u[CONDITIONING_LENGTH], strict=True)
         ]
         return t_G, clean, u[CAPTION] < c.caption_dropout
 
-    def at_level(self, batch: VideoBatch, t: float, stream: int) -> tuple[VideoBatch, Tensor, Tensor]:
-        """Every clip wholly noised to `t`, caption shown, with noise that is the same at every call: for validation."""
+    def noise_to(self, batch: VideoBatch, t: float, stream: int) -> tuple[VideoBatch, Tensor, Tensor]:
+        """As `add_noise`, for validation: all frames of all clips at timestep `t`, no caption hidden.
+
+        The noise is the same at each call; `stream` is its random stream.
+        """
         keys_G = noise.clip_keys(self.seed, VALIDATION_STEP, batch.sample_ids_G, stream)
-        shown = torch.zeros(batch.num_segments, dtype=torch.bool)
-        return noise_batch(batch, torch.full((batch.num_segments,), t), [(0, 0)] * batch.num_segments, keys_G, shown)
+        t_G, drop_text_G = torch.full((batch.num_segments,), t), torch.zeros(batch.num_segments, dtype=torch.bool)
+        return noise_batch(batch, t_G, [(0, 0)] * batch.num_segments, keys_G, drop_text_G)
 
 
 def noise_batch(
     batch: VideoBatch, t_G: Tensor, clean: list[tuple[int, int]], keys_G: Tensor, drop_text_G: Tensor
 ) -> tuple[VideoBatch, Tensor, Tensor]:
-    """Puts each clip at its noise level, but for `clean[i] = (head, tail)` latent frames at its ends.
+    """Noises each clip to its timestep `t_G`, except `clean[i] = (head, tail)` latent frames at its ends.
 
-    Returns the noised pack, the target velocity noise - x [L, P], and the weight [L]: 1 where there is a loss.
+    Returns the noised batch, the target velocity noise - x [L, P], and the loss weight [L]: 1 at noised tokens, else 0.
     """
     device, length = batch.patches_LP.device, len(batch.patches_LP)
-    cu_rows, t_rows, owner = rows_of(batch, t_G, clean)
-    segment_L = owner_of_tokens(batch.cu_segments, length)
-    first_L = batch.places_L * even(batch.patches_LP.shape[1])
+    cu_rows, timesteps_R, segment_R = build_rows(batch, t_G, clean)
+    segment_L = segment_ids(batch.cu_segments, length)
+    first_L = batch.positions_L * round_up_to_even(batch.patches_LP.shape[1])
     noise_LP = noise.normal(keys_G[segment_L].to(device), first_L.to(device), batch.patches_LP.shape[1])
-    t_L = t_rows[owner_of_tokens(cu_rows, length)]
-    is_clip_L = batch.sample_ids_G[segment_L] >= 0  # what stands for clips that could not be read is none
+    t_L = timesteps_R[segment_ids(cu_rows, length)]
+    is_clip_L = batch.sample_ids_G[segment_L] >= 0  # negative: in place of a clip that could not be read
     weight_L = (t_L > 0) & (torch.arange(length) < batch.num_tokens) & is_clip_L
     t_L1 = t_L[:, None].float().to(device)
     x_LP = batch.patches_LP.float()
@@ -88,41 +94,50 @@ def noise_batch(
         batch,
         patches_LP=(1 - t_L1) * x_LP + t_L1 * noise_LP,
         cu_rows=cu_rows,
-        timesteps_R=t_rows.float().to(device),
-        row_segment_R=owner.to(device),
+        timesteps_R=timesteps_R.float().to(device),
+        row_segment_R=segment_R.to(device),
         drop_text_G=batch.drop_text_G | drop_text_G.to(device),
     )
     return noised, noise_LP - x_LP, weight_L.float().to(device)
 
 
-def even(dim: int) -> int:
+def round_up_to_even(dim: int) -> int:
+    """Elements of the noise stream per token: `noise.normal` needs an even number."""
     return dim + dim % 2
 
 
-def rows_of(batch: VideoBatch, t_G: Tensor, clean: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a pack whose clips have `clean[i] = (head, tail)` clean latent frames: (cu_rows, timesteps, segment).
+def build_rows(batch: VideoBatch, t_G: Tensor, clean: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits clips into rows: `clean[i] = (head, tail)` latent frames at timestep 0, those between them at `t_G[i]`.
 
-    Of a clip of which only some tokens are here, rows have what is here of them; a row without any is left out.
+    Returns cu_rows int32 [R + 1], timesteps float64 [R] and the segment of each row [R]. A share has only some tokens
+    of a clip: its rows cover these, and a row without tokens is left out.
     """
-    cu, levels, owner = [0], [], []
-    segments = batch.places_L[: batch.num_tokens].split(batch.cu_segments.diff().tolist())
+    cu, timesteps_R, segment_R = [0], [], []
+    positions = batch.positions_L[: batch.num_tokens].split(batch.cu_segments.diff().tolist())
     for i, ((t, h, w), (head, tail)) in enumerate(zip(batch.grids_G3.tolist(), clean, strict=True)):
         bounds = torch.tensor([0, head * h * w, (t - tail) * h * w, t * h * w])
-        here = torch.searchsorted(segments[i], bounds).tolist()
-        for first, end, level in zip(here, here[1:], (0.0, float(t_G[i]), 0.0), strict=False):
-            if end > first:
-                cu.append(cu[-1] + end - first)
-                levels.append(level)
-                owner.append(i)
-    if not owner:  # a share without a real token still has a row, which keeps every shape alive
-        cu, levels, owner = [0, 0], [0.0], [0]
-    return torch.tensor(cu, dtype=torch.int32), torch.tensor(levels, dtype=torch.float64), torch.tensor(owner)
+        offsets = torch.searchsorted(positions[i], bounds).tolist()
+        for start, stop, timestep in zip(offsets, offsets[1:], (0.0, float(t_G[i]), 0.0), strict=False):
+            if stop > start:
+                cu.append(cu[-1] + stop - start)
+                timesteps_R.append(timestep)
+                segment_R.append(i)
+    if not segment_R:  # a share with padding only still has a row, so that no tensor is empty
+        cu, timesteps_R, segment_R = [0, 0], [0.0], [0]
+    return (
+        torch.tensor(cu, dtype=torch.int32),
+        torch.tensor(timesteps_R, dtype=torch.float64),
+        torch.tensor(segment_R),
+    )
 
 
-def draw_condition(frames: int, kind_u: float, length_u: float, config: ConditionConfig) -> tuple[int, int]:
-    """Clean latent frames (at the head, at the tail) of a clip of `frames`; at least one stays noised."""
+def draw_clean_frames(frames: int, kind_u: float, length_u: float, config: FrameConditioningConfig) -> tuple[int, int]:
+    """Number of clean latent frames at the head and at the tail of a clip of `frames`; at least one frame stays noised.
+
+    `kind_u`, `length_u`: uniform random numbers in (0, 1).
+    """
     weights = {kind: weight for kind, weight in dataclasses.asdict(config).items() if weight > 0}
-    if frames == 2:  # one clean end is all that fits
+    if frames == 2:  # both ends clean: no frame would stay noised
         weights.pop("both", None)
     if frames == 1:
         return 0, 0
@@ -138,5 +153,6 @@ def draw_condition(frames: int, kind_u: float, length_u: float, config: Conditio
 
 
 def velocity_error(prediction_LP: Tensor, target_LP: Tensor, weight_L: Tensor) -> LossSum:
-    error_L = (prediction_LP - target_LP).square().mean(-1) * weight_L
-    return LossSum(error_L.sum(), int(weight_L.sum()), error_L.detach())
+    """The squared error of the predicted velocity; `target_LP` and `weight_L` from `add_noise`."""
+    squared_error_L = (prediction_LP - target_LP).square().mean(-1) * weight_L
+    return LossSum(squared_error_L.sum(), int(weight_L.sum()), squared_error_L.detach())

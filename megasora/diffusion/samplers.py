@@ -1,4 +1,4 @@
-"""From noise to data along the learned velocity: dx/dt = v(x, t), from t = 1 down to t = 0."""
+"""ODE solvers for sampling: integrate dx/dt = v(x, t), the predicted velocity, from noise (t = 1) to data (t = 0)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def timestep_grid(steps: int, factor: Tensor) -> list[Tensor]:
-    """steps + 1 levels from 1 to 0, moved towards noise like the training timesteps; each has the shape of `factor`."""
+    """steps + 1 timesteps from 1 to 0, shifted as in training; each has the shape of `factor`, see `shift_factor`."""
     return [shift(torch.full_like(factor, 1 - i / steps), factor) for i in range(steps + 1)]
 
 
-def integrate(velocity: Velocity, x: Tensor, levels: Sequence[Tensor], solver: str) -> Tensor:
-    """`levels[i]` broadcasts with `x`: each element follows its own; where all of them are 0, `x` stays bit for bit.
+def integrate(velocity: Velocity, x: Tensor, timesteps: Sequence[Tensor], solver: str) -> Tensor:
+    """x at the last of `timesteps`, from x at the first; elements whose timesteps are all 0 do not change.
 
-    `euler`: one call a step. `heun`: second order, two calls a step but for the last (EDM, arXiv 2206.00364, alg. 1).
+    `timesteps[i]` broadcasts with `x`. `solver`: `euler`, one model call per step, or `heun`, second order, two per step
+    except the last (EDM, arXiv 2206.00364, alg. 1).
     """
-    last = len(levels) - 2
-    for i, (t, next_t) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    last = len(timesteps) - 2
+    for i, (t, next_t) in enumerate(zip(timesteps[:-1], timesteps[1:], strict=True)):
         v = velocity(x, t)
         euler = x + (next_t - t) * v
         if solver == "heun" and i < last:

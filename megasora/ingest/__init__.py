@@ -1,12 +1,14 @@
-"""`megasora ingest`: clips and captions to shards.
+"""`megasora ingest`: turns clips and captions into shards.
 
-sources.py   a folder, a list or tars        -> clips in the order that numbers them
-division.py  which blocks of them are ours; what the whole ingest is, written once
-pool.py      jobs to child processes, results in order; a crash costs one clip
-worker.py    in a child: bytes -> frames -> stages.py -> codec -> patches in a file
-run.py       blocks written one after the other, the manifest behind the last
-summary.py   what was taken and what was not, and why
-scenes.py, duplicates.py   for tools/list_clips.py, which writes lists
+driver.py            runs an ingest: blocks in order, then the manifest
+sources.py           a folder, a list or tars -> clips, in the order of sample ids
+parts.py             the blocks that each process writes
+output_folder.py     ingest.json, and the checks that all processes run the same ingest
+caption_encoding.py  captions are checked and encoded before clips are decoded
+pool.py              jobs to worker processes, results in order; a crash costs one clip
+worker.py            in a worker: bytes -> frames -> filters.py -> codec -> float16.py -> patches in a file
+summary.py           counts of rejected clips
+scenes.py, duplicates.py   for tools/list_clips.py
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megasora.config import Config
-    from megasora.data.shards import Manifest
-    from megasora.ingest.division import Part
+    from megasora.data.shard_format import Manifest
+    from megasora.ingest.parts import Part
 
 
 def ingest(source: Path, out: Path, config: Config, part: Part | None = None) -> Manifest | None:
-    """`source` to shards in `out`; of several parts, the one that completes them writes the manifest and returns it.
+    """Writes the clips of `source` as shards into the folder `out`; blocks that are complete are skipped.
 
-    What is complete is not done again. Raises MegaSoraError.
+    With several parts, the one that completes the last block writes the manifest and returns it; the others return
+    None. Raises MegaSoraError.
     """
-    from megasora.ingest.run import run_ingest
+    from megasora.ingest.driver import run_ingest
 
     return run_ingest(Path(source), Path(out), config, part)

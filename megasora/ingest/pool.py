@@ -1,10 +1,11 @@
-"""Child processes that decode, and their answers in the order of the jobs.
+"""A pool of worker processes that decode; results come in the order of the jobs.
 
-    jobs --> [worker 0: job, job]  [worker 1: job, job] ... --> answers, in order
+    jobs --> [worker 0: job, job]  [worker 1: job, job] ... --> results, in order
 
-A worker has a job and the next one, so it does not wait while the parent writes. One that crashes, hangs or grows
-beyond its limits loses the job at hand, with the reason, and is replaced; the job behind it goes to its successor. The
-parent reads one line of JSON a job: nothing that a decoder says is executed.
+A worker holds the job it runs and the next one, so it does not idle while the parent writes. A worker that crashes,
+hangs or exceeds its memory limit costs the clip of its current job, which is rejected with the reason; the worker is
+replaced and its next job is given to the replacement. Results are lines of JSON, so nothing that a decoder outputs is
+executed.
 """
 
 from __future__ import annotations
@@ -24,172 +25,181 @@ from typing import Any
 
 from megasora.errors import MegaSoraError
 
-START_SECONDS = 120  # a worker has to be ready by then
-CLOSING_SECONDS = 10  # between a worker's last word and its end, where it dumps its memory
-DEPTH = 2  # jobs a worker is given ahead
-ENVIRONMENT = {  # of a worker: one thread, and frames that reuse memory instead of asking the system for each
+START_TIMEOUT_SECONDS = 120  # until a worker is ready
+EXIT_TIMEOUT_SECONDS = 10  # between the end of a worker's output and its exit, in which it may dump its memory
+JOBS_PER_WORKER = 2
+ENVIRONMENT = {  # of a worker: one thread, and an allocator that reuses the memory of frames
     **{name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")},
     **{name: str(1 << 30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")},
 }
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from megasora.ingest.worker import main; main()"
+WORKER_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from megasora.ingest.worker import main; main()"
 
 
 @dataclass
-class Child:
-    process: subprocess.Popen
-    jobs: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque)
-    heard: float = field(default_factory=time.monotonic)  # when the job at hand began, at the latest
-    ready: bool = False
-    buffer: bytes = b""
+class WorkerProcess:
+    """A running worker and the jobs that it has not answered yet."""
 
-    def send(self, line: dict[str, Any]) -> None:
-        with suppress(BrokenPipeError):  # a dead child is noticed by its silence
-            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+    process: subprocess.Popen
+    jobs: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque)  # (index, job); the first one is running
+    last_message_time: float = field(default_factory=time.monotonic)  # or the time at which it was given its first job
+    ready: bool = False
+    buffer: bytes = b""  # of an incomplete line
+
+    def send(self, message: dict[str, Any]) -> None:
+        with suppress(BrokenPipeError):  # `poll` notices that the process has ended
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
 
-class Pool:
-    """`with Pool(...) as pool: for answer in pool.run(jobs)`. Jobs and answers as in `worker.py`."""
+class WorkerPool:
+    """`with WorkerPool(...) as pool: for result in pool.run(jobs)`. Jobs and results are those of `worker.py`."""
 
-    def __init__(self, settings: dict[str, Any], workers: int):
-        """`settings`: as `worker.settings_of` gives them."""
-        self.settings, self.workers = settings, workers
-        self.seconds: float = settings["ingest"]["seconds"]
-        self.children: list[Child] = []
+    def __init__(self, settings: dict[str, Any], num_workers: int):
+        """`settings`: from `worker_settings`."""
+        self.settings, self.num_workers = settings, num_workers
+        self.timeout_seconds: float = settings["ingest"]["decode_timeout_seconds"]
+        self.workers: list[WorkerProcess] = []
         self.selector = selectors.DefaultSelector()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in list(self.children):
-            self.remove(child)
+        for worker in list(self.workers):
+            self.stop_worker(worker)
         self.selector.close()
 
     def run(self, jobs: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any] | None]:
-        """An answer a job, in order; None is answered by None. A job that cost its worker is answered by the reason."""
-        line: Iterator[tuple[int, dict[str, Any] | None]] = enumerate(jobs)
-        answers: dict[int, dict[str, Any] | None] = {}
-        next_out, next_in, more = 0, 0, True
+        """Yields one result per job, in order; None for a job that is None; a rejection for a job that cost its worker.
+
+        Raises MegaSoraError where workers cannot start or write.
+        """
+        numbered = enumerate(jobs)
+        results: dict[int, dict[str, Any] | None] = {}
+        num_yielded, num_assigned, more = 0, 0, True
         while True:
-            while more and next_in - next_out < 2 * DEPTH * self.workers + 2:
-                free = self.free_child()
-                if free is None:
+            while more and num_assigned - num_yielded < 2 * JOBS_PER_WORKER * self.num_workers + 2:
+                worker = self.available_worker()
+                if worker is None:
                     break
-                number, job = next(line, (None, None))
-                if number is None:
+                index, job = next(numbered, (None, None))
+                if index is None:
                     more = False
                     break
-                next_in += 1
+                num_assigned += 1
                 if job is None:
-                    answers[number] = None
+                    results[index] = None
                 else:
-                    self.give(free, number, job)
-            if next_out in answers:
-                yield answers.pop(next_out)
-                next_out += 1
-            elif next_out == next_in:
+                    self.assign(worker, index, job)
+            if num_yielded in results:
+                yield results.pop(num_yielded)
+                num_yielded += 1
+            elif num_yielded == num_assigned:
                 return
             else:
-                answers.update(self.listen())
+                results.update(self.poll())
 
-    def free_child(self) -> Child | None:
-        """The one with the fewest jobs, a new one while there are fewer than `workers`; None where all have enough."""
-        least = min(self.children, key=lambda child: len(child.jobs), default=None)
-        if least is not None and not least.jobs:
-            return least
-        if len(self.children) < self.workers:
-            return self.start()
-        return least if len(least.jobs) < DEPTH else None
+    def available_worker(self) -> WorkerProcess | None:
+        """The worker with the fewest jobs, or a new one if none is idle and the pool is not full; None if all are
+        full."""
+        least_busy = min(self.workers, key=lambda worker: len(worker.jobs), default=None)
+        if least_busy is not None and not least_busy.jobs:
+            return least_busy
+        if len(self.workers) < self.num_workers:
+            return self.start_worker()
+        return least_busy if len(least_busy.jobs) < JOBS_PER_WORKER else None
 
-    def start(self) -> Child:
+    def start_worker(self) -> WorkerProcess:
         path = [os.path.abspath(folder) for folder in sys.path]
         process = subprocess.Popen(
-            [sys.executable, "-c", START, json.dumps(path)],
+            [sys.executable, "-c", WORKER_CODE, json.dumps(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **ENVIRONMENT},
         )
-        child = Child(process)
-        self.children.append(child)
-        self.selector.register(process.stdout, selectors.EVENT_READ, child)
-        child.send(self.settings)
-        return child
+        worker = WorkerProcess(process)
+        self.workers.append(worker)
+        self.selector.register(process.stdout, selectors.EVENT_READ, worker)
+        worker.send(self.settings)
+        return worker
 
-    def give(self, child: Child, number: int, job: dict[str, Any]) -> None:
-        if not child.jobs and child.ready:
-            child.heard = time.monotonic()
-        child.jobs.append((number, job))
-        child.send(job)
+    def assign(self, worker: WorkerProcess, index: int, job: dict[str, Any]) -> None:
+        if not worker.jobs and worker.ready:
+            worker.last_message_time = time.monotonic()
+        worker.jobs.append((index, job))
+        worker.send(job)
 
-    def listen(self) -> dict[int, dict[str, Any]]:
-        """Waits for at least one answer, crash or time-out."""
-        answers: dict[int, dict[str, Any]] = {}
-        busy = [child for child in self.children if child.jobs]
-        wait = max(0.0, min(self.deadline(child) for child in busy) - time.monotonic())
+    def poll(self) -> dict[int, dict[str, Any]]:
+        """Waits for a message, an exit or a timeout; returns the results that are new, by the index of their job."""
+        results: dict[int, dict[str, Any]] = {}
+        busy = [worker for worker in self.workers if worker.jobs]
+        wait = max(0.0, min(self.deadline(worker) for worker in busy) - time.monotonic())
         for key, _ in self.selector.select(wait):
-            child = key.data
+            worker = key.data
             data = os.read(key.fd, 1 << 16)
-            child.buffer += data
-            *lines, child.buffer = child.buffer.split(b"\n")
-            for text in lines:
-                answers.update(self.hear(child, json.loads(text)))
+            worker.buffer += data
+            *lines, worker.buffer = worker.buffer.split(b"\n")
+            for line in lines:
+                results.update(self.handle_message(worker, json.loads(line)))
             if not data:
-                answers.update(self.lose(child, None))
-        for child in busy:
-            if child in self.children and child.jobs and time.monotonic() > self.deadline(child):
-                answers.update(self.lose(child, f"took more than ingest.seconds={self.seconds:g} to decode"))
-        return answers
+                results.update(self.replace_worker(worker, timed_out=False))
+        for worker in busy:
+            if worker in self.workers and worker.jobs and time.monotonic() > self.deadline(worker):
+                results.update(self.replace_worker(worker, timed_out=True))
+        return results
 
-    def deadline(self, child: Child) -> float:
-        return child.heard + (self.seconds if child.ready else START_SECONDS)
+    def deadline(self, worker: WorkerProcess) -> float:
+        return worker.last_message_time + (self.timeout_seconds if worker.ready else START_TIMEOUT_SECONDS)
 
-    def hear(self, child: Child, values: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        child.heard = time.monotonic()
-        if "error" in values:
-            raise MegaSoraError(values["error"])
-        if "ready" in values:
-            child.ready = True
+    def handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        worker.last_message_time = time.monotonic()
+        if "error" in message:
+            raise MegaSoraError(message["error"])
+        if "ready" in message:
+            worker.ready = True
             return {}
-        number, _ = child.jobs.popleft()
-        return {number: values}
+        index, _ = worker.jobs.popleft()
+        return {index: message}
 
-    def lose(self, child: Child, late: str | None) -> dict[int, dict[str, Any]]:
-        """Replaces a child that died or is too late; what became of the job at hand."""
-        code = self.remove(child, 0.0 if late else CLOSING_SECONDS)
-        if not child.ready:
-            how = "was not ready in time" if late else f"ended with {ending(code)} before its first clip"
-            raise MegaSoraError(
-                f"a process to decode {how}; its last words are above. ingest.memory_mib="
-                f"{self.settings['ingest']['memory_mib']} is what it may take"
-            )
-        if not child.jobs:
+    def replace_worker(self, worker: WorkerProcess, timed_out: bool) -> dict[int, dict[str, Any]]:
+        """Replaces a worker that exited or timed out; returns the rejection of its current job, by index."""
+        exit_code = self.stop_worker(worker, 0.0 if timed_out else EXIT_TIMEOUT_SECONDS)
+        ended = f"ended with {describe_exit(exit_code)}"
+        if not worker.ready:
+            how = f"was not ready after {START_TIMEOUT_SECONDS} s" if timed_out else f"{ended} before its first clip"
+            memory = f"ingest.worker_memory_mib={self.settings['ingest']['worker_memory_mib']}"
+            raise MegaSoraError(f"decode worker {how}; see its stderr above. Its address space is limited by {memory}")
+        if not worker.jobs:
             return {}
-        number, job = child.jobs.popleft()
-        if child.jobs:
-            successor = self.start()
-            for behind in child.jobs:
-                self.give(successor, *behind)
+        index, job = worker.jobs.popleft()
+        if worker.jobs:
+            replacement = self.start_worker()
+            for next_index, next_job in worker.jobs:
+                self.assign(replacement, next_index, next_job)
         name = f"{job['path']}{': ' + job['name'] if job['name'] else ''}"
-        reason, what = ("time", late) if late else ("crash", f"ended its decoder with {ending(code)}")
-        return {number: {"stage": "decode", "reason": reason, "message": f"{name} {what}"}}
+        if timed_out:
+            limit = f"ingest.decode_timeout_seconds={self.timeout_seconds:g}"
+            reason, message = "timeout", f"{name} took more than {limit} to decode"
+        else:
+            reason, message = "crash", f"{name} crashed its decoder, which {ended}"
+        return {index: {"filter": "decode", "reason": reason, "message": message}}
 
-    def remove(self, child: Child, patience: float = 0.0) -> int:
-        """Its exit code; killed where it has not ended by itself within `patience` seconds."""
-        self.children.remove(child)
-        self.selector.unregister(child.process.stdout)
+    def stop_worker(self, worker: WorkerProcess, timeout_seconds: float = 0.0) -> int:
+        """Removes a worker and returns its exit code; kills it if it has not exited after `timeout_seconds`."""
+        self.workers.remove(worker)
+        self.selector.unregister(worker.process.stdout)
         try:
-            code = child.process.wait(patience)
+            exit_code = worker.process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
-            child.process.kill()
-            code = child.process.wait()
+            worker.process.kill()
+            exit_code = worker.process.wait()
         with suppress(BrokenPipeError):
-            child.process.stdin.close()
-        child.process.stdout.close()
-        return code
+            worker.process.stdin.close()
+        worker.process.stdout.close()
+        return exit_code
 
 
-def ending(code: int) -> str:
+def describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     with suppress(ValueError):

@@ -1,13 +1,14 @@
-"""Where clips come from, in the order that numbers them.
+"""Lists the clips of a source in the order that numbers them.
 
     a folder            every clip below it, by path
-    a list, .txt        a path a line
-    a list, .jsonl      {"file": ..., "caption": ..., "split": ..., "start": seconds, "end": seconds}; file is needed,
+    a list, .txt        one path per line
+    a list, .jsonl      {"file": ..., "caption": ..., "split": ..., "start": seconds, "end": seconds}; file is required,
                         and where it is a tar, "member": the name of a clip in it
     tars                a .tar, a folder of them or a pattern: raw WebDataset, a clip and its caption under one key
 
-The clips of a list are sorted by path, place in a tar and start, those of tars by tar and place in it. A clip's place
-is its permanent sample id, so a source is read the same by everybody who takes part in an ingest.
+The clips of a list are sorted by path, position in a tar and start, those of tars by tar and position in it. The
+position of a clip in the listing is its permanent sample id, so every process of an ingest gets the same listing from a
+source.
 """
 
 from __future__ import annotations
@@ -20,90 +21,89 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megasora.data.shards import SPLITS
+from megasora.data.shard_format import SPLITS
 from megasora.data.tar import read_members, split_name
 from megasora.data.video import IMAGE_FORMATS, VIDEO_FORMATS, Media, is_clip
 from megasora.errors import MegaSoraError
 
-MAX_CAPTION_BYTES = 1 << 24  # of a file with a caption in it
+MAX_CAPTION_BYTES = 1 << 24  # size of a file that a caption is read from
 CLIP_SUFFIXES = [suffix[1:] for suffix in (*VIDEO_FORMATS, *IMAGE_FORMATS)]
+CLIP_FILES = ".mp4 .mov .mkv .webm .avi .png .jpg .webp"  # for messages
 
 
 @dataclass(frozen=True)
-class Source:
+class ClipSource:
+    """One clip of a listing: where its bytes are, its split and its caption."""
+
     media: Media
     name: str  # for people: the path below the source, or TAR/MEMBER
     size: int  # bytes
     split: str
     caption: str | None
-    fault: str = ""  # why the caption of a tar's clip cannot be read
+    caption_error: str = ""  # why the caption of a clip in a tar cannot be read
 
 
-def find_clips(source: Path) -> list[Source]:
-    """Every clip of `source`; its place is its sample id. Raises MegaSoraError, also where there is none."""
+def find_clips(source: Path) -> list[ClipSource]:
+    """Every clip of `source`, in the order of sample ids. Raises MegaSoraError, also where there is no clip."""
     if source.is_dir():
         tars = sorted(p for p in source.rglob("*.tar") if p.is_file() and not p.name.startswith("."))
-        found = list(clips_of_tars(tars, source)) if tars else clips_of_folder(source)
+        clips = list(clips_of_tars(tars, source)) if tars else clips_of_folder(source)
         if tars and any(is_clip(p) for p in source.rglob("*") if not p.name.startswith(".")):
             raise MegaSoraError(f"{source} holds both tars and clips; ingest them apart, or give a list of the clips")
     elif source.suffix.lower() == ".tar" and source.is_file():
-        found = list(clips_of_tars([source], source.parent))
+        clips = list(clips_of_tars([source], source.parent))
     elif source.suffix.lower() in (".txt", ".jsonl") and source.is_file():
-        found = clips_of_list(source)
+        clips = clips_of_list(source)
     elif re.search(r"[*?\[]", str(source)):
         tars = sorted(Path(name) for name in glob.glob(str(source), recursive=True) if name.endswith(".tar"))
         if not tars:
             raise MegaSoraError(f"no .tar file matches {source}")
-        found = list(clips_of_tars(tars, common_folder(tars)))
+        clips = list(clips_of_tars(tars, common_folder(tars)))
     else:
         raise MegaSoraError(
             f"{source} is not a folder; give the folder that holds the clips, a list (.txt, .jsonl), or tars"
         )
-    if not found:
-        raise MegaSoraError(
-            f"no clip in {source}: looked for .mp4 .mov .mkv .webm .avi .png .jpg .webp files, and .tar files of such"
-        )
-    return found
+    if not clips:
+        raise MegaSoraError(f"no clip in {source}: looked for {CLIP_FILES} files, and .tar files of such")
+    return clips
 
 
-def listing_hash(clips: Iterable[Source]) -> str:
-    """SHA-256 of names, sizes, parts, splits and captions: another listing numbers other clips."""
+def listing_hash(clips: Iterable[ClipSource]) -> str:
+    """SHA-256 of names, sizes, times, splits and captions. Another hash means that sample ids may differ."""
     digest = hashlib.sha256()
     for clip in clips:
         media = clip.media
-        digest.update(
-            json.dumps([clip.name, clip.size, media.start, media.end, clip.split, clip.caption, clip.fault]).encode()
-        )
+        values = [clip.name, clip.size, media.start, media.end, clip.split, clip.caption, clip.caption_error]
+        digest.update(json.dumps(values).encode())
     return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- a folder
 
 
-def clips_of_folder(source: Path) -> list[Source]:
-    captions = Captions(source)
+def clips_of_folder(source: Path) -> list[ClipSource]:
+    captions = CaptionFiles(source)
     paths = sorted(p for p in source.rglob("*") if is_clip(p) and p.is_file() and not p.name.startswith("."))
-    found = []
+    clips = []
     for path in paths:
-        below = path.relative_to(source)
-        found.append(
-            Source(Media(path), below.as_posix(), path.stat().st_size, split_of(below), captions.find(path, source))
-        )
-    return found
+        name, size = path.relative_to(source), path.stat().st_size
+        clips.append(ClipSource(Media(path), name.as_posix(), size, split_of(name), captions.find(path, source)))
+    return clips
 
 
-def split_of(below: Path) -> str:
-    return "val" if below.parts[0] == "val" else "train"
+def split_of(name: Path) -> str:
+    """The split of a path relative to the source: what is in its folder `val` is for validation."""
+    return "val" if name.parts[0] == "val" else "train"
 
 
-class Captions:
-    """NAME.txt, the key `caption` of NAME.json, or a line {"file": ..., "caption": ...} of a captions.jsonl in the same
-    folder or above it, up to `source`."""
+class CaptionFiles:
+    """Finds the caption of a file: NAME.txt, else the key `caption` of NAME.json, else a line
+    {"file": ..., "caption": ...} of the nearest captions.jsonl in its folder or above, up to `source`."""
 
     def __init__(self, source: Path):
-        self.tables = {table.parent: read_table(table) for table in sorted(source.rglob("captions.jsonl"))}
+        self.tables = {table.parent: read_caption_table(table) for table in sorted(source.rglob("captions.jsonl"))}
 
     def find(self, path: Path, source: Path) -> str | None:
         caption = caption_beside(path)
@@ -116,11 +116,12 @@ class Captions:
         return None
 
 
-def read_table(table: Path) -> dict[str, str]:
-    return {name: one_line(values["caption"]) for _, name, values in read_lines(table, ("caption",))}
+def read_caption_table(table: Path) -> dict[str, str]:
+    return {name: one_line(values["caption"]) for _, name, values in read_json_lines(table, ("caption",))}
 
 
 def caption_beside(path: Path) -> str | None:
+    """The caption in NAME.txt or NAME.json in the folder of a clip; None where neither exists."""
     text, meta = path.with_suffix(".txt"), path.with_suffix(".json")
     if text.is_file():
         return one_line(read_text(text))
@@ -135,72 +136,84 @@ def caption_beside(path: Path) -> str | None:
 # ---------------------------------------------------------------- a list
 
 
-def clips_of_list(table: Path) -> list[Source]:
-    lines = read_lines(table, ()) if table.suffix.lower() == ".jsonl" else read_names(table)
-    tars = Tars()
-    found = [source_of_line(table, number, name, values, tars) for number, name, values in lines]
-    found.sort(key=lambda c: (c.media.path, c.media.offset, c.media.start, c.media.end or math.inf))
-    for before, clip in zip(found, found[1:], strict=False):
-        if before.media == clip.media:
+def clips_of_list(table: Path) -> list[ClipSource]:
+    lines = read_json_lines(table, ()) if table.suffix.lower() == ".jsonl" else read_name_lines(table)
+    tars = TarListings()
+    clips = [clip_of_line(table, number, name, values, tars) for number, name, values in lines]
+    clips.sort(key=lambda c: (c.media.path, c.media.offset, c.media.start, c.media.end or math.inf))
+    for previous, clip in zip(clips, clips[1:], strict=False):
+        if previous.media == clip.media:
             raise MegaSoraError(f"{table} lists {clip.media} twice")
-    return found
+    return clips
 
 
-class Tars:
-    """The clips of tars by name, each tar read once."""
+class TarListings:
+    """The clips of tars by member name; each tar is read once."""
 
     def __init__(self) -> None:
-        self.found: dict[Path, dict[str, Source]] = {}
+        self.clips: dict[Path, dict[str, ClipSource]] = {}
 
-    def clip(self, tar: Path, member: str) -> Source | None:
-        if tar not in self.found:
-            self.found[tar] = {source.media.name: source for source in clips_of_tars([tar], tar.parent)}
-        return self.found[tar].get(member)
+    def find(self, tar: Path, member: str) -> ClipSource | None:
+        if tar not in self.clips:
+            self.clips[tar] = {clip.media.name: clip for clip in clips_of_tars([tar], tar.parent)}
+        return self.clips[tar].get(member)
 
 
-def source_of_line(table: Path, number: int, name: str, values: dict[str, Any], tars: Tars) -> Source:
-    path, member = table.parent / name, values.get("member")
-    if member is None and path.suffix.lower() == ".tar":
-        raise MegaSoraError(f'{table}:{number}: {name} is a tar; name a clip in it, in a .jsonl: "member": "NAME.mp4"')
-    if member is None and not is_clip(path):
-        raise MegaSoraError(f"{table}:{number}: {name} is no clip: .mp4 .mov .mkv .webm .avi .png .jpg .webp are")
-    if not path.is_file():
-        raise MegaSoraError(f"{table}:{number}: {path} is not there; names are taken from the folder of the list")
-    if member is None:
-        whole = Source(Media(path), name, path.stat().st_size, split_of(Path(name)), None)
-    else:
-        inside = tars.clip(path, member) if isinstance(member, str) else None
-        if inside is None:
-            raise MegaSoraError(f"{table}:{number}: {path} holds no clip of the name {member!r}")
-        whole = replace(inside, name=f"{name}/{member}")
-    split = values.get("split") or ("val" if split_of(Path(name)) == "val" else whole.split)
+def clip_of_line(table: Path, number: int, name: str, values: dict[str, Any], tars: TarListings) -> ClipSource:
+    """The clip of one line: the file or member, with the split, the times and the caption that the line gives."""
+    line = f"{table}:{number}"
+    clip = locate_clip(line, table.parent / name, name, values.get("member"), tars)
+    split = values.get("split") or ("val" if split_of(Path(name)) == "val" else clip.split)
     if split not in SPLITS:
-        raise MegaSoraError(f"{table}:{number}: split {split!r} is none of {', '.join(SPLITS)}")
+        raise MegaSoraError(f"{line}: split {split!r} is not one of {', '.join(SPLITS)}")
+    start, end = read_times(line, values)
+    if "caption" in values:
+        try:
+            caption = None if values["caption"] is None else one_line(values["caption"])
+        except ValueError as error:
+            raise MegaSoraError(f"{line}: the caption: {error}") from None
+        clip = replace(clip, caption=caption, caption_error="")
+    elif values.get("member") is None:
+        clip = replace(clip, caption=caption_beside(clip.media.path))
+    return replace(clip, media=replace(clip.media, start=start, end=end), split=split)
+
+
+def locate_clip(line: str, path: Path, name: str, member: object, tars: TarListings) -> ClipSource:
+    """The whole file, or the whole member of a tar, that a line names. `line`: TABLE:NUMBER, for messages."""
+    if member is None and path.suffix.lower() == ".tar":
+        raise MegaSoraError(f'{line}: {name} is a tar; name a clip in it, in a .jsonl: "member": "NAME.mp4"')
+    if member is None and not is_clip(path):
+        raise MegaSoraError(f"{line}: {name} is not a clip; clips are {CLIP_FILES} files")
+    if not path.is_file():
+        raise MegaSoraError(f"{line}: {path} does not exist; names are relative to the folder of the list")
+    if member is None:
+        return ClipSource(Media(path), name, path.stat().st_size, split_of(Path(name)), None)
+    clip = tars.find(path, member) if isinstance(member, str) else None
+    if clip is None:
+        raise MegaSoraError(f"{line}: {path} contains no clip named {member!r}")
+    return replace(clip, name=f"{name}/{member}")
+
+
+def read_times(line: str, values: dict[str, Any]) -> tuple[float, float | None]:
+    """Seconds at which the clip of a line starts and ends in its file; an end of None is that of the file."""
     start, end = values.get("start") or 0.0, values.get("end")
     for second in (start, *([] if end is None else [end])):
         if isinstance(second, bool) or not isinstance(second, (int, float)) or not 0 <= second < math.inf:
-            raise MegaSoraError(f"{table}:{number}: start and end are seconds, not {second!r}")
+            raise MegaSoraError(f"{line}: start and end are seconds, not {second!r}")
     if end is not None and end <= start:
-        raise MegaSoraError(f"{table}:{number}: end={end} is not behind start={start}")
-    if "caption" in values:
-        try:
-            whole = replace(whole, caption=None if values["caption"] is None else one_line(values["caption"]), fault="")
-        except ValueError as error:
-            raise MegaSoraError(f"{table}:{number}: the caption: {error}") from None
-    elif member is None:
-        whole = replace(whole, caption=caption_beside(path))
-    media = replace(whole.media, start=float(start), end=None if end is None else float(end))
-    return replace(whole, media=media, split=split)
+        raise MegaSoraError(f"{line}: end={end} is not after start={start}")
+    return float(start), None if end is None else float(end)
 
 
-def read_names(table: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def read_name_lines(table: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Line number, file name and no values, for each line of a .txt list that is not empty."""
     for number, line in enumerate(read_text(table).split("\n"), 1):
         if line.strip():
             yield number, line.rstrip("\r"), {}
 
 
-def read_lines(table: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Line number, file and values of each line that is not empty."""
+def read_json_lines(table: Path, required: tuple[str, ...]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Line number, file name and values of each line that is not empty; `required`: keys that must be text."""
     for number, line in enumerate(read_text(table, limit=None).split("\n"), 1):
         if not line.strip():
             continue
@@ -208,8 +221,8 @@ def read_lines(table: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, str,
             values = json.loads(line)
             name = values["file"]
             if not isinstance(name, str) or not name or "\0" in name:
-                raise ValueError(f"{name!r} is no name of a file")
-            for key in needed:
+                raise ValueError(f"{name!r} is not a file name")
+            for key in required:
                 one_line(values[key])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise MegaSoraError(f'{table}:{number} is not {{"file": "NAME.mp4", "caption": "..."}}') from None
@@ -219,8 +232,8 @@ def read_lines(table: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, str,
 # ---------------------------------------------------------------- tars
 
 
-class ClipFiles(Collection):
-    """What is read of a raw tar: members whose name ends as that of a clip or a caption; `a.b.mp4` too."""
+class ClipExtensions(Collection):
+    """The extensions of members to read from a raw tar: those that end as a clip or a caption does; `b.mp4` too."""
 
     known = (*CLIP_SUFFIXES, "txt", "json")
 
@@ -234,46 +247,52 @@ class ClipFiles(Collection):
         return len(self.known)
 
 
-def clips_of_tars(tars: list[Path], base: Path) -> Iterator[Source]:
-    """Members of one key lie together; of a video and an image with one key, the image is a thumbnail of the video."""
+def clips_of_tars(tars: list[Path], base: Path) -> Iterator[ClipSource]:
+    """Members of one key are adjacent. Of a video and an image with one key, the image is a thumbnail of the video."""
     for tar in tars:
-        below = tar.relative_to(base) if tar.is_relative_to(base) else Path(tar.name)
-        split = "val" if split_of(below) == "val" or re.match(r"val\b", tar.name) else "train"
+        tar_name = tar.relative_to(base) if tar.is_relative_to(base) else Path(tar.name)
+        split = "val" if split_of(tar_name) == "val" or re.match(r"val\b", tar.name) else "train"
         with open(tar, "rb") as file:
-            members = read_members(file, ClipFiles(), str(tar), others="skip")
-            for key, found in by_key(members):
-                clips = [m for m in found if "." + m.name.rpartition(".")[2].lower() in VIDEO_FORMATS]
-                clips = clips or [m for m in found if "." + m.name.rpartition(".")[2].lower() in IMAGE_FORMATS]
-                if len(clips) > 1:
-                    raise MegaSoraError(
-                        f"{tar}: key {key!r} has {len(clips)} clips: {', '.join(c.name for c in clips)}"
-                    )
-                if not clips:
+            for key, members in group_by_key(read_members(file, ClipExtensions(), str(tar), others="skip")):
+                clip = clip_member(tar, key, members)
+                if clip is None:
                     continue
-                caption, fault = None, ""
+                caption, caption_error = None, ""
                 try:
-                    caption = caption_in_tar(file, found)
+                    caption = caption_in_tar(file, members)
                 except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                    fault = f"the caption of {clips[0].name} in {tar} cannot be read: {error!r}"
-                media = Media(tar, clips[0].name, clips[0].offset, clips[0].size)
-                yield Source(media, f"{below.as_posix()}/{clips[0].name}", clips[0].size, split, caption, fault)
+                    caption_error = f"the caption of {clip.name} in {tar} cannot be read: {error!r}"
+                media = Media(tar, clip.name, clip.offset, clip.size)
+                yield ClipSource(media, f"{tar_name.as_posix()}/{clip.name}", clip.size, split, caption, caption_error)
 
 
-def by_key(members: Iterable) -> Iterator[tuple[str, list]]:
-    key, found = None, []
+def clip_member(tar: Path, key: str, members: list) -> Any | None:
+    """The one video of a key, else the one image; None where it has neither. Raises MegaSoraError for several."""
+    for formats in (VIDEO_FORMATS, IMAGE_FORMATS):
+        clips = [m for m in members if "." + m.name.rpartition(".")[2].lower() in formats]
+        if len(clips) > 1:
+            raise MegaSoraError(f"{tar}: key {key!r} has {len(clips)} clips: {', '.join(c.name for c in clips)}")
+        if clips:
+            return clips[0]
+    return None
+
+
+def group_by_key(members: Iterable) -> Iterator[tuple[str, list]]:
+    """(key, its members) for each run of adjacent members with one WebDataset key."""
+    key, group = None, []
     for member in members:
-        this = split_name(member.name)[0]
-        if this != key and found:
-            yield key, found
-            found = []
-        key = this
-        found.append(member)
-    if found:
-        yield key, found
+        member_key = split_name(member.name)[0]
+        if member_key != key and group:
+            yield key, group
+            group = []
+        key = member_key
+        group.append(member)
+    if group:
+        yield key, group
 
 
-def caption_in_tar(file, members: list) -> str | None:
-    """KEY.txt, else the key `caption` of KEY.json, where it has one."""
+def caption_in_tar(file: BinaryIO, members: list) -> str | None:
+    """The caption in KEY.txt, else under the key `caption` of KEY.json, else None."""
     for suffix in ("txt", "json"):
         for member in members:
             if member.name.lower().endswith("." + suffix):
@@ -299,6 +318,7 @@ def common_folder(paths: list[Path]) -> Path:
 
 
 def read_text(path: Path, limit: int | None = MAX_CAPTION_BYTES) -> str:
+    """A UTF-8 file, without its byte order mark. `limit`: largest size in bytes. Raises MegaSoraError."""
     size = path.stat().st_size
     if limit is not None and size > limit:
         raise MegaSoraError(f"{path} has {size} bytes; a caption is read from at most {limit}")
@@ -309,7 +329,7 @@ def read_text(path: Path, limit: int | None = MAX_CAPTION_BYTES) -> str:
 
 
 def one_line(caption: object) -> str:
-    """White space runs become one space. Raises ValueError for what is not text: null, numbers, half a character."""
+    """The caption with runs of white space as one space. Raises ValueError for null, numbers and lone surrogates."""
     if not isinstance(caption, str):
         raise ValueError(f"{caption!r} is not text")
     caption.encode("utf-8")

@@ -1,52 +1,94 @@
-"""What an ingest took and what it left out, as tables."""
+"""Counts of rejected clips while a block is written, and the tables that an ingest prints at its end."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from megasora.data.shards import Manifest
+from megasora.data.shard_format import Manifest
 
-# in the order in which a clip meets them
-STAGES = ("caption", "decode", "length", "motion and contrast", "codec", "scores")
-SHOWN_REJECTIONS = 5  # examples a reason
+# in the order in which they see a clip
+FILTERS = ("caption", "decode", "duration", "motion and contrast", "codec", "scores")
+MAX_EXAMPLES = 5  # messages per reason, in a block and in the table
+
+
+class Rejections:
+    """The rejected clips of one block, by filter and reason."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.by_filter: dict[str, Counter[str]] = {}
+        self.examples: dict[str, list[str]] = {}  # reason -> messages
+        self.first = ""  # message
+
+    def add(self, rejection: dict[str, str]) -> None:
+        """`rejection`: filter, reason and message, as `Worker.run_job` returns them."""
+        reason, message = rejection["reason"], rejection["message"].encode("utf-8", "replace").decode()
+        self.reasons[reason] += 1
+        self.by_filter.setdefault(rejection["filter"], Counter())[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(message)
+        self.first = self.first or message
+
+    def details(self) -> dict[str, Any]:
+        """What the block's JSON file records of them."""
+        by_filter = {name: dict(reasons) for name, reasons in self.by_filter.items()}
+        return {"rejected_by_filter": by_filter, "examples": self.examples, "first_rejection": self.first}
 
 
 def print_summary(manifest: Manifest, num_clips: int, details: list[dict[str, Any]]) -> None:
-    """`details`: of each block, as `run.Counts` leaves them."""
+    """Prints clips per split, and per filter and reason. `details`: `Rejections.details()` of each block."""
     from rich.console import Console
+
+    console = Console()
+    console.print(split_table(manifest))
+    if manifest.rejected:
+        console.print(filter_table(num_clips, details))
+        console.print(reason_table(manifest, details))
+
+
+def split_table(manifest: Manifest):
+    from rich.table import Table
+
+    table = Table("split", "clips", "of these images", "frames", "tokens", "longest clip, tokens", "shards")
+    for split, counts in manifest.splits.items():
+        cells = [f"{counts[k]:,}" for k in ("clips", "images", "frames", "tokens", "max_tokens")]
+        table.add_row(split, *cells, str(len(counts["shards"])))
+    return table
+
+
+def filter_table(num_clips: int, details: list[dict[str, Any]]):
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    table = Table("split", "clips", "of these images", "frames", "tokens", "longest clip, tokens", "shards")
-    for split, counts in manifest.splits.items():
-        numbers = [f"{counts[k]:,}" for k in ("clips", "images", "frames", "tokens", "longest")]
-        table.add_row(split, *numbers, str(len(counts["shards"])))
-    console.print(table)
-    if not manifest.rejected:
-        return
-    table = Table("stage", "clips", "kept", "dropped", "because")
-    for stage, arriving, reasons in stage_rows(num_clips, details):
-        dropped = reasons.total()
-        because = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        table.add_row(stage, f"{arriving:,}", f"{arriving - dropped:,}", f"{dropped:,}", escape(because))
-    console.print(table)
-    table = Table("rejected because", "clips", "for example")
+    table = Table("filter", "clips", "accepted", "rejected", "reasons")
+    for name, arriving, reasons in filter_rows(num_clips, details):
+        rejected = reasons.total()
+        shown = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+        table.add_row(name, f"{arriving:,}", f"{arriving - rejected:,}", f"{rejected:,}", escape(shown))
+    return table
+
+
+def reason_table(manifest: Manifest, details: list[dict[str, Any]]):
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("reason", "rejected clips", "examples")
     for reason, count in sorted(manifest.rejected.items(), key=lambda item: -item[1]):
-        examples = [text for block in details for text in block["examples"].get(reason, [])]
-        table.add_row(reason, f"{count:,}", escape("\n".join(examples[:SHOWN_REJECTIONS])))
-    console.print(table)
+        examples = [message for block in details for message in block["examples"].get(reason, [])]
+        table.add_row(reason, f"{count:,}", escape("\n".join(examples[:MAX_EXAMPLES])))
+    return table
 
 
-def stage_rows(num_clips: int, details: list[dict[str, Any]]) -> list[tuple[str, int, Counter[str]]]:
-    """Of each stage that dropped a clip, and of decoding: clips that arrived, and how many it dropped for what."""
+def filter_rows(num_clips: int, details: list[dict[str, Any]]) -> list[tuple[str, int, Counter[str]]]:
+    """(filter, clips that reached it, rejected clips by reason), for decoding and each filter that rejected a clip."""
     rows, arriving = [], num_clips
-    for stage in STAGES:
+    for name in FILTERS:
         reasons: Counter[str] = Counter()
         for block in details:
-            reasons.update(block["stages"].get(stage, {}))
-        if reasons or stage == "decode":
-            rows.append((stage, arriving, reasons))
+            reasons.update(block["rejected_by_filter"].get(name, {}))
+        if reasons or name == "decode":
+            rows.append((name, arriving, reasons))
         arriving -= reasons.total()
     return rows

@@ -1,10 +1,10 @@
-"""A child process that turns clips into patches.
+"""A worker process of an ingest: encodes clips into patches.
 
-    a line of JSON --> bytes -> frames -> stages -> latents -> patches, f16, in the job's file --> a line of JSON
+    job (a line of JSON) --> bytes -> frames -> filters -> latents -> float16 patches --> file, result (a line of JSON)
 
-It decodes what strangers made, so it has a limit on its memory, it is killed with its parent, and whatever happens to
-it costs one clip. It imports numpy and av, no torch: 0.2 s to start, 50 MB. Frames, latents and patches pass one run at
-a time, so its memory does not grow with the length of a clip.
+It decodes untrusted files. So its memory is limited, it is killed with its parent, and a crash costs one clip only. It
+imports numpy and av but not torch, which makes it start in 0.2 s with 50 MB. Frames, latents and patches are streamed
+one latent frame at a time, so memory does not grow with the length of a clip.
 """
 
 from __future__ import annotations
@@ -23,146 +23,159 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megasora.codec import build_stream
+from megasora.codec import build_stream_encoder
 from megasora.config import CodecConfig, IngestConfig
 from megasora.data.video import Media, RejectedClip, open_clip, sha256
 from megasora.errors import MegaSoraError
 from megasora.ingest.duplicates import frame_hash
-from megasora.ingest.half import Half
-from megasora.ingest.scenes import Scenes, grid
-from megasora.ingest.stages import Meter, Thumbnails, load_scores, within_length
+from megasora.ingest.filters import FrameStats, Thumbnails, check_duration, load_score_functions
+from megasora.ingest.float16 import Float16Converter
+from megasora.ingest.scenes import SceneDetector, color_cells
 
-HASHES_KEPT = 64
-OUR_OWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # errors of writing: no fault of the clip
+MAX_CACHED_HASHES = 64
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # of the disk written to, not of the clip
 PR_SET_PDEATHSIG = 1
 
 
-def settings_of(codec: CodecConfig, limits: IngestConfig, patch: list[int]) -> dict[str, Any]:
-    """What a Worker is built from, as JSON."""
+def worker_settings(codec: CodecConfig, limits: IngestConfig, patch: list[int]) -> dict[str, Any]:
+    """The first line that a worker process reads, as JSON values."""
     return {"codec": asdict(codec), "ingest": asdict(limits), "patch": list(patch), "parent": os.getpid()}
 
 
-def job_of(media: Media, spool: Path) -> dict[str, Any]:
-    """What `Worker.work` takes, as JSON. `spool`: the file to write patches to."""
-    values = asdict(media)
-    return {**values, "path": str(media.path), "spool": str(spool)}
+def encode_job(media: Media, spool: Path) -> dict[str, Any]:
+    """A job, as JSON values, that encodes a clip and writes its patches to the file `spool`."""
+    return {**asdict(media), "path": str(media.path), "spool": str(spool)}
 
 
-def look_of(media: Media, threshold: float, min_seconds: float) -> dict[str, Any]:
-    """A job that writes nothing and finds scenes, as JSON."""
-    return {**job_of(media, Path()), "look": [threshold, min_seconds]}
+def scene_job(media: Media, threshold: float, min_seconds: float) -> dict[str, Any]:
+    """A job, as JSON values, that finds the scenes of a clip and writes nothing."""
+    return {**encode_job(media, Path()), "find_scenes": [threshold, min_seconds]}
 
 
 class Worker:
-    def __init__(self, codec: CodecConfig, limits: IngestConfig, patch: list[int]):
-        self.stream, self.limits, self.patch = build_stream(codec), limits, tuple(patch[1:])
-        self.half = Half()
-        self.scores = load_scores(limits.scores)
-        self.hashes: dict[tuple, str] = {}
+    """Runs jobs, one at a time, in this process."""
 
-    def work(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Facts of a clip whose patches were written, or why there are none."""
-        spool, look = job.pop("spool"), job.pop("look", None)
+    def __init__(self, codec: CodecConfig, limits: IngestConfig, patch: list[int]):
+        self.encoder, self.limits, self.patch = build_stream_encoder(codec), limits, tuple(patch[1:])
+        self.to_float16 = Float16Converter()
+        self.score_functions = load_score_functions(limits.scores)
+        self.file_hashes: dict[tuple, str] = {}
+
+    def run_job(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The result of a job: what `encode` or `find_scenes` returns; or filter, reason and message of a rejection."""
+        spool, find_scenes = job.pop("spool"), job.pop("find_scenes", None)
         media = Media(**{**job, "path": Path(job["path"])})
         try:
-            if look:
-                return self.look(media, *look)
+            if find_scenes:
+                return self.find_scenes(media, *find_scenes)
             with open(spool, "wb") as file:
                 return self.encode(media, file)
         except RejectedClip as error:
-            return {"stage": error.stage, "reason": error.reason, "message": str(error)}
+            return {"filter": error.filter_name, "reason": error.reason, "message": str(error)}
         except MemoryError:
-            message = f"{media} needs more memory than ingest.memory_mib={self.limits.memory_mib} to decode"
-            return {"stage": "decode", "reason": "too large in memory", "message": message}
+            memory = f"ingest.worker_memory_mib={self.limits.worker_memory_mib}"
+            message = f"{media} needs more memory than {memory} to decode"
+            return {"filter": "decode", "reason": "too large in memory", "message": message}
         except OSError as error:
-            if error.errno in OUR_OWN:
+            if error.errno in DISK_ERRNOS:
                 raise
-            return {"stage": "decode", "reason": "unreadable", "message": f"{media}: {error}"}
+            return {"filter": "decode", "reason": "unreadable", "message": f"{media}: {error}"}
 
     def encode(self, media: Media, file: BinaryIO) -> dict[str, Any]:
+        """Writes the float16 patches [l, P] of a clip to `file`; returns its size, grid, hash and quality."""
         limits, name, quality = self.limits, str(media), {}
-        _, ph, pw = self.stream.factors
-        multiple = (ph * self.patch[0], pw * self.patch[1])
         with open_clip(media, limits) as clip:
-            frames = within_length(clip.frames, clip.fps, name, limits)
-            meter = Meter(name, limits) if limits.measure or limits.min_motion or limits.min_contrast else None
-            thumbnails = Thumbnails(clip.fps) if self.scores else None
-            for stage in (meter, thumbnails):
-                frames = stage.watch(frames) if stage else frames
-            seen = Counted(frames)
-            grid_t = 0
-            for latent in self.stream.encode(padded(seen, multiple)):
-                try:
-                    patches, grid = to_patches(self.half(latent), self.patch)
-                except OverflowError as error:
-                    message = f"{name}: latent frame {grid_t + 1}: {error}; look at its pixels and the codec"
-                    raise RejectedClip("not finite", message, "codec") from None
-                file.write(patches)
-                grid_t += 1
-        if meter:
-            quality.update(meter.values())
+            frames = check_duration(clip.frames, clip.fps, name, limits)
+            measures = limits.record_quality or limits.min_motion or limits.min_contrast
+            stats = FrameStats(name, limits) if measures else None
+            thumbnails = Thumbnails(clip.fps) if self.score_functions else None
+            for observer in (stats, thumbnails):
+                frames = observer.observe(frames) if observer else frames
+            counter = FrameCounter(frames)
+            grid, patch_dim = self.write_patches(counter, name, file)
+        if stats:
+            quality.update(stats.values())
         if thumbnails:
-            quality.update(thumbnails.scores(name, self.scores))
+            quality.update(thumbnails.scores(name, self.score_functions))
         return {
-            "height": seen.shape[0], "width": seen.shape[1], "frames": seen.count,
-            "fps": clip.fps if seen.count > 1 else 0.0, "grid": [grid_t, *grid], "width_of_token": patches.shape[1],
-            "sha256": self.hash(media), "quality": quality,
+            "height": counter.size[0], "width": counter.size[1], "frames": counter.count,
+            "fps": clip.fps if counter.count > 1 else 0.0, "grid": grid, "patch_dim": patch_dim,
+            "sha256": self.file_hash(media), "quality": quality,
         }  # fmt: skip
 
-    def look(self, media: Media, threshold: float, min_seconds: float) -> dict[str, Any]:
-        """`scenes`: of each, the seconds at which it begins and ends (null: with the file), and two frames' hashes."""
+    def write_patches(self, frames: Iterator[np.ndarray], name: str, file: BinaryIO) -> tuple[list[int], int]:
+        """Encodes uint8 frames [H, W, 3] and appends their patches to `file`; returns the grid [t, h, w] and P."""
+        _, ph, pw = self.encoder.factors
+        multiple = (ph * self.patch[0], pw * self.patch[1])
+        t = 0
+        for latent in self.encoder.encode(pad_frames(frames, multiple)):
+            try:
+                patches, (h, w) = patchify_frame(self.to_float16(latent), self.patch)
+            except OverflowError as error:
+                message = f"{name}: latent frame {t + 1}: {error}; look at its pixels and the codec"
+                raise RejectedClip("not finite", message, "codec") from None
+            file.write(patches)
+            t += 1
+        return [t, h, w], patches.shape[1]
+
+    def find_scenes(self, media: Media, threshold: float, min_seconds: float) -> dict[str, Any]:
+        """`scenes`: for each, start and end in seconds (end null: that of the file), and the hashes of its first and
+        middle frame."""
         with open_clip(media, self.limits) as clip:
-            scenes, hashes = Scenes(threshold, round(min_seconds * clip.fps)), []
+            detector, hashes = SceneDetector(threshold, round(min_seconds * clip.fps)), []
             for frame in clip.frames:
-                cells = grid(frame)
-                scenes.add(cells)
+                cells = color_cells(frame)
+                detector.add_frame(cells)
                 hashes.append(frame_hash(cells))
-        found, moments = [], [*clip.seconds, media.end]
-        for first, end in scenes.spans():
-            begin = media.start if first == 0 else round(moments[first], 6)
-            stop = media.end if end == len(hashes) else round(moments[end], 6)
-            found.append([begin, stop, hashes[first], hashes[(first + end) // 2]])
-        return {"scenes": found}
+        scenes, seconds = [], [*clip.seconds, media.end]
+        for first, stop in detector.scenes():
+            start = media.start if first == 0 else round(seconds[first], 6)
+            end = media.end if stop == len(hashes) else round(seconds[stop], 6)
+            scenes.append([start, end, hashes[first], hashes[(first + stop) // 2]])
+        return {"scenes": scenes}
 
-    def hash(self, media: Media) -> str:
-        """Of the file's bytes; several excerpts of one file come one after the other."""
+    def file_hash(self, media: Media) -> str:
+        """SHA-256 of the file's bytes, cached, because the excerpts of one file follow each other."""
         key = (media.path, media.offset, media.size, os.stat(media.path).st_mtime_ns)
-        if key not in self.hashes:
-            if len(self.hashes) == HASHES_KEPT:
-                self.hashes.pop(next(iter(self.hashes)))
-            self.hashes[key] = sha256(media)
-        return self.hashes[key]
+        if key not in self.file_hashes:
+            if len(self.file_hashes) == MAX_CACHED_HASHES:
+                self.file_hashes.pop(next(iter(self.file_hashes)))
+            self.file_hashes[key] = sha256(media)
+        return self.file_hashes[key]
 
 
-class Counted:
-    """Frames on their way, and how many of what size have passed."""
+class FrameCounter:
+    """Iterates over frames; records how many there were, and the height and width of the last."""
 
     def __init__(self, frames: Iterator[np.ndarray]):
-        self.frames, self.count, self.shape = frames, 0, (0, 0)
+        self.frames, self.count, self.size = frames, 0, (0, 0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for frame in self.frames:
-            self.count, self.shape = self.count + 1, frame.shape[:2]
+            self.count, self.size = self.count + 1, frame.shape[:2]
             yield frame
 
 
-def padded(frames: Iterator[np.ndarray], multiple: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Repeats the last row and column until height and width are multiples; as `data.patches.pad_frames`."""
+# The same as `pad_frames` and `patchify` of data/patches.py, which need torch.
+
+
+def pad_frames(frames: Iterator[np.ndarray], multiple: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Repeats the last row and column of [H, W, 3] frames until H and W are multiples."""
     for frame in frames:
         down, right = (-n % m for n, m in zip(frame.shape[:2], multiple, strict=True))
         yield np.pad(frame, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else frame
 
 
-def to_patches(latent_HWC: np.ndarray, patch: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """One latent frame -> its patches [h*w, C*ph*pw] and (h, w); as `data.patches.patchify`."""
+def patchify_frame(latent_HWC: np.ndarray, patch: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """One latent frame [H, W, C] -> its patches [h*w, C*ph*pw], and (h, w)."""
     height, width, channels = latent_HWC.shape
     h, w = height // patch[0], width // patch[1]
     x = latent_HWC.reshape(h, patch[0], w, patch[1], channels).transpose(0, 2, 4, 1, 3)
     return np.ascontiguousarray(x).reshape(h * w, -1), (h, w)
 
 
-def confine(parent: int, memory_mib: int) -> None:
-    """Memory limited, killed with the parent; the parent alone answers Ctrl-C."""
+def apply_process_limits(parent: int, memory_mib: int) -> None:
+    """Limits the memory of this process, has it killed with its parent, and leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -172,22 +185,22 @@ def confine(parent: int, memory_mib: int) -> None:
 
 
 def main() -> None:
-    """Settings on the first line of standard input, then jobs; an answer to each on standard output."""
-    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what others print is no answer
+    """Reads settings from the first line of standard input, then jobs; writes one line per job to standard output."""
+    output = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # what libraries print must not be read as a result
     settings = json.loads(sys.stdin.readline())
-    confine(settings["parent"], settings["ingest"]["memory_mib"])
+    apply_process_limits(settings["parent"], settings["ingest"]["worker_memory_mib"])
 
-    def answer(values: dict[str, Any]) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
+    def send(message: dict[str, Any]) -> None:
+        output.write(json.dumps(message) + "\n")
+        output.flush()
 
     try:
         worker = Worker(CodecConfig(**settings["codec"]), IngestConfig(**settings["ingest"]), settings["patch"])
-        answer({"ready": True})
+        send({"ready": True})
         for line in sys.stdin:
-            answer(worker.work(json.loads(line)))
+            send(worker.run_job(json.loads(line)))
     except (MegaSoraError, OSError) as error:
-        answer({"error": str(error)})
+        send({"error": str(error)})
     except BrokenPipeError:
         pass

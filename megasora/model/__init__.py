@@ -1,1 +1,1 @@
-"""The video diffusion transformer; knows kernels and configuration only."""
+"""The video diffusion transformer. Imports kernels and configuration only."""

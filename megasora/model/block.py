@@ -1,15 +1,20 @@
-"""One block of the transformer: self-attention, cross-attention to the caption, MLP; adaLN-Zero around the first and
-the last (DiT, arXiv 2212.09748).
+"""One block of the transformer: self-attention, cross-attention to the caption, MLP; adaLN-Zero on the first and the
+last branch (DiT, arXiv 2212.09748).
 
-Shift, scale and gate are computed once a row and meet the row's tokens inside kernels alone: spread over the tokens,
-each would be as large as these. Between two branches, one kernel adds the first to the stream and norms the sum.
+Shift, scale and gate are computed once per row and broadcast to the row's tokens inside kernels only: expanded, each
+would be as large as the hidden tokens. Between two branches, one kernel adds the first to the residual stream and
+normalizes the sum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megasora.config import ModelConfig
 from megasora.kernels.adaln_modulate import adaln_modulate
@@ -21,7 +26,21 @@ from megasora.kernels.rows import Rows
 from megasora.model.attention import NORM_EPS, CrossAttention, SelfAttention
 
 
+class BlockInputs(NamedTuple):
+    """What all blocks need of a pack besides its hidden tokens; computed once per forward pass."""
+
+    cond_RD: Tensor
+    shared_RCD: Tensor | None  # shift, scale and gate of both branches, C = 6, with model.modulation=shared
+    text_SD: Tensor
+    rows: Rows
+    rope: Rope
+    segments: Segments
+    text_segments: Segments
+
+
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them, [L, D] -> [L, D]."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.up = nn.Linear(width, hidden)
@@ -34,7 +53,7 @@ class MLP(nn.Module):
 class RowModulation(nn.Module):
     """The conditioning of each row, [R, D] -> `count` vectors [R, D].
 
-    `block`: a projection of its own (DiT). `shared`: the model projects once for all blocks, a block only adds
+    Not `shared`: by its own projection (DiT). `shared`: the model projects once for all blocks, and this module adds
     its table (PixArt-alpha, arXiv 2310.00426; Wan).
     """
 
@@ -51,45 +70,49 @@ class RowModulation(nn.Module):
 
 
 class ResidualNorm(nn.Module):
-    """x + gate branch, and its LayerNorm with a weight and a bias: both [L, D]."""
+    """Returns x + gate * branch and the LayerNorm of this sum, with weight and bias; both [L, D]."""
 
-    def __init__(self, width: int, kernels: str):
+    def __init__(self, width: int, kernel_backend: str):
         super().__init__()
-        self.kernels = kernels
+        self.kernel_backend = kernel_backend
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         affine = {"weight_D": self.weight, "bias_D": self.bias}
-        return gated_residual_adaln(x_LD, branch_LD, gate_RD, None, None, rows, NORM_EPS, **affine, via=self.kernels)
+        return gated_residual_adaln(
+            x_LD, branch_LD, gate_RD, None, None, rows, NORM_EPS, **affine, via=self.kernel_backend
+        )
 
 
 class Block(nn.Module):
+    """`run_block` calls it, with activation recompute or without."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.kernels = config.kernels
+        self.kernel_backend = config.kernel_backend
         self.modulation = RowModulation(config.width, 6, config.modulation == "shared")
         self.attention = SelfAttention(config)
-        self.cross_norm = ResidualNorm(config.width, config.kernels)
+        self.cross_norm = ResidualNorm(config.width, config.kernel_backend)
         self.cross = CrossAttention(config)
-        self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
+        self.mlp = MLP(config.width, config.mlp_hidden)
 
-    def forward(
-        self,
-        x_LD: Tensor,
-        cond_RD: Tensor,
-        shared_RCD: Tensor | None,
-        text_SD: Tensor,
-        rows: Rows,
-        rope: Rope,
-        segments: Segments,
-        text_segments: Segments,
-        kept: list | None = None,
-    ) -> Tensor:
-        """`kept`: where self-attention leaves its output for a second run of this forward, see kernels.attention."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond_RD, shared_RCD)
-        h_LD = adaln_modulate(x_LD, shift_a, scale_a, rows, NORM_EPS, via=self.kernels)
-        x_LD, h_LD = self.cross_norm(x_LD, self.attention(h_LD, segments, rope, kept), gate_a, rows)
-        branch_LD = self.cross(h_LD, text_SD, text_segments)
-        x_LD, h_LD = gated_residual_adaln(x_LD, branch_LD, None, shift_m, scale_m, rows, NORM_EPS, via=self.kernels)
-        return gated_add(x_LD, self.mlp(h_LD), gate_m, rows, via=self.kernels)
+    def forward(self, x_LD: Tensor, inputs: BlockInputs, saved_output: list | None = None) -> Tensor:
+        """Hidden tokens [L, D] -> [L, D]. `saved_output`: see megasora.kernels.attention.attention."""
+        rows, rope = inputs.rows, inputs.rope
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(inputs.cond_RD, inputs.shared_RCD)
+        h_LD = adaln_modulate(x_LD, shift_a, scale_a, rows, NORM_EPS, via=self.kernel_backend)
+        x_LD, h_LD = self.cross_norm(x_LD, self.attention(h_LD, inputs.segments, rope, saved_output), gate_a, rows)
+        branch_LD = self.cross(h_LD, inputs.text_SD, inputs.text_segments)
+        x_LD, h_LD = gated_residual_adaln(
+            x_LD, branch_LD, None, shift_m, scale_m, rows, NORM_EPS, via=self.kernel_backend
+        )
+        return gated_add(x_LD, self.mlp(h_LD), gate_m, rows, via=self.kernel_backend)
+
+
+def run_block(block: Callable[..., Tensor], x_LD: Tensor, inputs: BlockInputs, recompute: str) -> Tensor:
+    """The output of `block`. `recompute`: none | full | keep_attention, what its backward pass computes again."""
+    if recompute == "none":
+        return block(x_LD, inputs)
+    saved_output = [] if recompute == "keep_attention" else None
+    return checkpoint(block, x_LD, inputs, saved_output, use_reentrant=False, preserve_rng_state=False)

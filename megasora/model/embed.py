@@ -1,4 +1,4 @@
-"""What conditions a row: its noise level, its clip's size, length and frame rate."""
+"""Embeddings of what conditions a row: its timestep, and its clip's size, length and frame rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-TIMESTEP_SCALE = 1000.0  # t in [0, 1] is embedded as [0, 1000], the range of DDPM's steps, as DiT and SD3 do
+TIMESTEP_SCALE = 1000.0  # t in [0, 1] is embedded as [0, 1000], DDPM's range, as in DiT and SD3
 
 
 def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -18,7 +18,7 @@ def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """t [R] in [0, 1] -> [R, D]."""
+    """Timesteps [R] in [0, 1] -> [R, D]."""
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
@@ -30,17 +30,18 @@ class TimestepEmbedding(nn.Module):
 
 
 class NativeEmbedding(nn.Module):
-    """Height, width (pixels), frames and frames a second of each clip, [G, 4] -> [G, D].
+    """Height and width (pixels), frames and frames per second of each clip, [G, 4] -> [G, D].
 
-    Logarithms, since twice the size is the same step anywhere; scaled so that common clips lie within about -1..1.
+    From their logarithms, so that doubling any of them has the same effect at all sizes; scaled to about -1 .. 1 for
+    common clips.
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, native_G4: Tensor) -> Tensor:
-        height, width, frames, fps = native_G4.float().clamp_min(1e-3).log2().unbind(-1)
+    def forward(self, native_size_G4: Tensor) -> Tensor:
+        height, width, frames, fps = native_size_G4.float().clamp_min(1e-3).log2().unbind(-1)
         features = torch.stack(
             (
                 (height - 8) / 4,

@@ -1,26 +1,23 @@
-"""How much arithmetic a pack is and how many weights a model has, in closed form.
+"""FLOPs of a pack and number of parameters of a model, in closed form.
 
-A multiplication with its addition counts 2. Matrix products and attention count, norms and activations do not (a few
-per mille); so do real tokens and text alone: no padding, no recompute. This is the numerator of MFU.
+A multiply-add counts 2. Matrix products and attention are counted; norms and activations are not (a few per mille), nor
+are padding and recompute. This is the numerator of MFU.
 
     forward = linear terms per token, row, segment and text token
-            + depth * 4 D sum(l (l + s))        attention of each segment's l tokens to themselves and to s of text
+            + depth * 4 D sum(l (l + s))        self- and cross-attention of segments of l tokens with s text tokens
             + text_depth * 4 D sum(s^2)
-    training = 3 forward                        each product has two in the backward pass
+    training = 3 forward                        each matrix product has two in the backward pass
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megasora.config import ModelConfig
 
-TIMESTEP_FREQUENCIES = 256  # inputs of the timestep embedding
-NATIVE_FEATURES = 6  # inputs of the native-size embedding
-
-
-def mlp_hidden(config: ModelConfig) -> int:
-    return int(config.width * config.mlp_ratio)
+TIMESTEP_FREQUENCIES = 256  # input features of the timestep embedding
+NATIVE_FEATURES = 6  # input features of the native-size embedding
 
 
 def pack_flops(
@@ -32,12 +29,12 @@ def pack_flops(
     text_dim: int | None = None,
     training: bool = True,
 ) -> int:
-    """FLOPs of one pack, forward and backward, or forward alone.
+    """FLOPs of one pack: forward and backward if `training`, else forward only.
 
-    `cu_segments`, `cu_text`: int [G + 1], as in VideoBatch. `num_rows`: None for one a segment. `text_dim`: numbers of
-    a text token as its encoder gives it; None for the width (`bytes`, whose words are summed embeddings).
+    `cu_segments`, `cu_text`: int [G + 1], as in VideoBatch. `num_rows`: None for one row per segment. `text_dim`:
+    features of a text token from the encoder; None: the width (`bytes`, whose words are sums of embeddings).
     """
-    d, ff, depth = config.width, mlp_hidden(config), config.depth
+    d, ff, depth = config.width, config.mlp_hidden, config.depth
     video, text = cu_segments.diff().tolist(), cu_text.diff().tolist()
     tokens, words, clips = sum(video), sum(text), len(video)
     rows = clips if num_rows is None else num_rows
@@ -57,10 +54,20 @@ def pack_flops(
     return 3 * forward if training else forward
 
 
+def attention_break_even_tokens(config: ModelConfig, patch_dim: int) -> int:
+    """Tokens at which a clip's self-attention costs as much as all else: b / c, if l cost a + b l + c l^2 FLOPs."""
+    text = torch.tensor([0, 0])
+    one, two, three = (pack_flops(config, patch_dim, torch.tensor([0, l]), text) for l in (1, 2, 3))
+    c = (three - 2 * two + one) // 2
+    return (two - one - 3 * c) // c
+
+
 def num_parameters(config: ModelConfig, patch_dim: int) -> int:
-    """Weights of a VideoDiT without its text embedder."""
-    d, ff = config.width, mlp_hidden(config)
-    qk_norms = 4 * {"head": d // config.heads, "width": d, "none": 0}[config.qk_norm]  # q and k, self and cross
+    """Number of parameters of a VideoDiT without its text embedder."""
+    d, ff = config.width, config.mlp_hidden
+    qk_norms = (
+        4 * {"per_head": d // config.heads, "across_heads": d, "none": 0}[config.qk_norm]
+    )  # q and k, self and cross
     attention = 2 * (4 * d * d + 4 * d) + qk_norms + 2 * d  # self, cross, the norm before cross
     mlp = 2 * d * ff + ff + d
     projection = 6 * d * d + 6 * d

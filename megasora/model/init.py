@@ -1,8 +1,8 @@
-"""What every weight is at step 0: a pure function of its name, its full shape and the seed.
+"""Initial weights: each is a pure function of its name, its full shape and the seed.
 
-So a rank that holds a part of the model makes its part alone, one full tensor at a time, and every layout starts from
-the same weights. Linear maps are Xavier uniform; modulation and outputs of branches start at zero, so that each block
-is the identity at first (adaLN-Zero, arXiv 2212.09748).
+So a rank with a part of the model draws only the full tensors that it has a part of, one at a time, and all layouts
+start from the same weights. Linear layers are Xavier uniform; modulation and the output layers of branches are zero, so
+that each block starts as the identity (adaLN-Zero, arXiv 2212.09748).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
-# the first pattern that fits a name decides; vectors called weight belong to norms
+# The first pattern that matches a name applies. 1-D tensors called weight belong to norms.
 RULES: list[tuple[str, float | str]] = [
     ("*.bias", 0.0),
     ("*modulation.proj.weight", 0.0),
@@ -32,10 +32,10 @@ RULES: list[tuple[str, float | str]] = [
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """fp32, on the CPU. KeyError for a name that no rule knows."""
+    """The weight at step 0, full, fp32, on the CPU. Raises KeyError for a name that no rule matches."""
     rule = next((rule for pattern, rule in RULES if fnmatch(name, pattern)), None)
     if rule is None:
-        raise KeyError(f"no rule gives parameter '{name}' its first value")
+        raise KeyError(f"no rule initialises parameter '{name}'")
     if rule == 0.0:
         return torch.zeros(shape)
     if rule == "xavier" and len(shape) == 1:

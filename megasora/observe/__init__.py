@@ -1,1 +1,1 @@
-"""What a person sees of a run and of the machine: metrics, progress, reports, the doctor."""
+"""What shows a run, a dataset or a machine to a person: report, status, inspection of shards, doctor."""

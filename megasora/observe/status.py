@@ -1,7 +1,7 @@
-"""`megasora status RUN`: where a run is, alive or dead, from its folder alone, on any machine that sees it.
+"""`megasora status RUN`: the state of a run, from its folder alone, on any machine that sees the folder.
 
-In: launches.jsonl, exit.json, the end of metrics.jsonl, checkpoints/latest, config.yaml. Out: a table. Nothing is
-imported that takes time, and nothing is asked of the run: a run that hangs is seen by its silence.
+Input: launches.jsonl, exit.json, the end of metrics.jsonl, checkpoints/latest, config.yaml. Output: a table. No slow
+import is made and no process of the run is contacted: a run counts as dead if its files have not changed for too long.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from typing import Any
 
 from megasora.checkpoint.store import LATEST
 from megasora.errors import CONFIGURATION, CRASH, DATA, DONE, HANG, NON_FINITE, STOPPED, MegaSoraError
-from megasora.observe.launches import LAUNCHES, read_exit
+from megasora.observe.formatting import format_duration
+from megasora.run_log.launches import LAUNCHES, read_exit
 
 TAIL_BYTES = 1 << 16
 WATCH_SECONDS = 2.0
-SILENT_SECONDS = 120.0  # after which a run that takes steps faster than that is taken for dead
-SILENT_STEPS = 20
+SILENT_SECONDS, SILENT_STEPS = 120.0, 20  # dead after both without a change of its files
 SHOWN_LAUNCHES = 8
-WORDS = {
-    DONE: "done", CRASH: "crashed", CONFIGURATION: "refused", DATA: "ended by damaged data",
-    NON_FINITE: "ended by a loss that is no finite number", HANG: "hung", STOPPED: "stopped on request",
+FIGURES = ("loss", "grad_norm", "tokens_per_second", "mfu", "time_step")
+EXIT_NAMES = {
+    DONE: "done", CRASH: "crashed", CONFIGURATION: "invalid configuration", DATA: "damaged data",
+    NON_FINITE: "non-finite loss or gradient", HANG: "hung", STOPPED: "stopped on request",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Status:
-    """`state`: one line. `alive`: it trains, or will soon. `launches`: (when, where, how it ended), oldest first."""
+    """State of a run.
+
+    `state`: one line. `alive`: it trains or starts. `figures`: FIGURES of the last step. `launches`: (time, where,
+    how it ended), oldest first.
+    """
 
     state: str
     alive: bool
@@ -42,62 +47,65 @@ class Status:
     launches: list[tuple[float, str, str]]
 
 
-def read_status(run: Path, now: float | None = None) -> Status:
-    """Raises MegaSoraError where `run` is no run folder."""
+def read_status(run_dir: Path, now: float | None = None) -> Status:
+    """Raises MegaSoraError if `run_dir` is not a run folder."""
     now = time.time() if now is None else now
-    if not run.is_dir():
-        raise MegaSoraError(f"no run folder {run}; give the run.dir of a run: megasora status runs/demo")
-    launches, metrics = tail(run / LAUNCHES), tail(run / "metrics.jsonl")
+    if not run_dir.is_dir():
+        raise MegaSoraError(f"no run folder {run_dir}; give the run.dir of a run: megasora status runs/demo")
+    launches, metrics = read_tail(run_dir / LAUNCHES), read_tail(run_dir / "metrics.jsonl")
     if not launches and not metrics:
-        raise MegaSoraError(f"{run} has no {LAUNCHES}: nothing was started here yet; train first, see README.md")
-    ending, last = read_exit(run), metrics[-1] if metrics else {}
-    silence = now - newest_change(run)
-    patience = max(SILENT_SECONDS, SILENT_STEPS * float(last.get("time_step") or 0))
-    if ending:
-        alive, state = False, words_of(ending)
-    else:
-        gone = bool(launches) and has_ended(launches[-1])
-        alive = not gone and silence < patience
-        state = f"running, last word {ago(silence)}" if alive else f"dead: no word for {span(silence)}, killed or hung"
-    latest = run / "checkpoints" / LATEST
+        raise MegaSoraError(f"{run_dir} has no {LAUNCHES}: nothing was started here yet; train first, see README.md")
+    last_step = metrics[-1] if metrics else {}
+    state, alive = current_state(run_dir, launches, float(last_step.get("time_step") or 0), now)
+    ends = [describe_exit(launch.get("previous_exit")) for launch in launches[1:]] + [state]
+    latest = run_dir / "checkpoints" / LATEST
     return Status(
         state=state,
         alive=alive,
-        step=int(last.get("step", 0)),
-        steps=total_steps(run),
-        figures={key: last.get(key) for key in ("loss", "grad_norm", "tokens_per_second", "mfu", "time_step")},
+        step=int(last_step.get("step", 0)),
+        steps=configured_steps(run_dir),
+        figures={key: last_step.get(key) for key in FIGURES},
         checkpoint=f"{latest.read_text().strip()}, {ago(now - latest.stat().st_mtime)}" if latest.is_file() else "none",
-        launches=[
-            (line["time"], place_of(line), end_of(launches[i + 1].get("before")) if i + 1 < len(launches) else state)
-            for i, line in enumerate(launches)
-        ],
+        launches=[(launch["time"], describe_launch(launch), end) for launch, end in zip(launches, ends, strict=False)],
     )
 
 
-def tail(path: Path) -> list[dict[str, Any]]:
-    """The objects in the last lines of a JSONL file; a torn line is left out."""
+def current_state(run_dir: Path, launches: list[dict[str, Any]], step_seconds: float, now: float) -> tuple[str, bool]:
+    """(one line, whether the run is alive)."""
+    if recorded := read_exit(run_dir):
+        return describe_exit(recorded), False
+    silence = now - last_change(run_dir)
+    process_gone = bool(launches) and has_ended(launches[-1])
+    if process_gone or silence >= max(SILENT_SECONDS, SILENT_STEPS * step_seconds):
+        return f"dead: last change {ago(silence)}, killed or hung", False
+    return f"running, last change {ago(silence)}", True
+
+
+def read_tail(path: Path) -> list[dict[str, Any]]:
+    """The objects in the last TAIL_BYTES of a JSONL file; lines that cannot be read are skipped."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL_BYTES))
         lines = file.read().split(b"\n")
-    found = []
+    values = []
     for line in lines if size <= TAIL_BYTES else lines[1:]:
         try:
-            found.append(json.loads(line))
+            values.append(json.loads(line))
         except ValueError:
             continue
-    return [value for value in found if isinstance(value, dict)]
+    return [value for value in values if isinstance(value, dict)]
 
 
-def newest_change(run: Path) -> float:
+def last_change(run_dir: Path) -> float:
+    """Time of the last change of a file that a run writes; 0 if there is none."""
     names = (LAUNCHES, "metrics.jsonl", "validation.jsonl", "logs/rank-00000.log", f"checkpoints/{LATEST}")
-    return max((path.stat().st_mtime for name in names if (path := run / name).is_file()), default=0.0)
+    return max((path.stat().st_mtime for name in names if (path := run_dir / name).is_file()), default=0.0)
 
 
 def has_ended(launch: dict[str, Any]) -> bool:
-    """Known only of a process of this machine."""
+    """Whether its main process is gone; False for a launch on another machine."""
     if launch.get("host") != platform.node():
         return False
     try:
@@ -109,42 +117,35 @@ def has_ended(launch: dict[str, Any]) -> bool:
     return False
 
 
-def total_steps(run: Path) -> int | None:
-    """As it was configured; of any version, so that no key of it is checked."""
+def configured_steps(run_dir: Path) -> int | None:
+    """run.steps of config.yaml, which another version may have written: its keys are not validated."""
     from megasora.config import read_yaml
 
-    path = run / "config.yaml"
+    path = run_dir / "config.yaml"
     return read_yaml(path).get("run", {}).get("steps") if path.is_file() else None
 
 
-def words_of(ending: dict[str, Any]) -> str:
-    code, reason = ending.get("code"), ending.get("reason")
-    return f"{WORDS.get(code, f'ended with {code}')}: {reason}" + (f" (process {ending['rank']})" if code else "")
+def describe_exit(recorded: dict[str, Any] | None) -> str:
+    """`recorded`: the contents of exit.json, or None."""
+    if not recorded:
+        return "killed: no process recorded a reason"
+    code, reason = recorded.get("code"), recorded.get("reason")
+    process = f" (process {recorded['rank']})" if code else ""
+    return f"{EXIT_NAMES.get(code, f'exit code {code}')}: {reason}{process}"
 
 
-def end_of(ending: dict[str, Any] | None) -> str:
-    return words_of(ending) if ending else "killed: no process has said why"
-
-
-def place_of(launch: dict[str, Any]) -> str:
-    place = f"{launch.get('processes')} processes, {launch.get('host')}"
+def describe_launch(launch: dict[str, Any]) -> str:
+    text = f"{launch.get('processes')} processes, {launch.get('host')}"
     if "job" in launch:
-        place += f", job {launch['job']}" + (f" requeued {launch['requeues']}x" if launch.get("requeues") else "")
-    return place
-
-
-def span(seconds: float) -> str:
-    for size, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {name}"
-    return f"{max(0, seconds):.0f} s"
+        text += f", job {launch['job']}" + (f" requeued {launch['requeues']}x" if launch.get("requeues") else "")
+    return text
 
 
 def ago(seconds: float) -> str:
-    return f"{span(seconds)} ago"
+    return f"{format_duration(seconds)} ago"
 
 
-def render(run: Path, status: Status) -> Any:
+def build_table(run_dir: Path, status: Status) -> Any:
     """A table for rich."""
     from rich.table import Table
     from rich.text import Text
@@ -152,7 +153,7 @@ def render(run: Path, status: Status) -> Any:
     f = status.figures
     progress = f"{status.step}" + (f" of {status.steps} ({status.step / status.steps:.0%})" if status.steps else "")
     if status.alive and status.steps and f["time_step"]:
-        progress += f", about {span((status.steps - status.step) * f['time_step'])} left"
+        progress += f", about {format_duration((status.steps - status.step) * f['time_step'])} left"
     rows = {
         "state": status.state,
         "step": progress,
@@ -163,29 +164,29 @@ def render(run: Path, status: Status) -> Any:
         "checkpoint": status.checkpoint,
         "restarts": str(max(0, len(status.launches) - 1)),
     }
-    for when, place, end in status.launches[-SHOWN_LAUNCHES:]:
-        rows[f"{time.strftime('%m-%d %H:%M:%S', time.localtime(when))}"] = f"{place}: {end}"
-    table = Table(title=str(run), title_justify="left", show_header=False)
+    for start, where, end in status.launches[-SHOWN_LAUNCHES:]:
+        rows[time.strftime("%m-%d %H:%M:%S", time.localtime(start))] = f"{where}: {end}"
+    table = Table(title=str(run_dir), title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
 
 
-def show_status(run: Path, watch: bool) -> None:
-    """Prints it; with `watch`, again and again until the run has ended."""
+def show_status(run_dir: Path, watch: bool) -> None:
+    """Prints the table; with `watch`, refreshes it until the run has ended."""
     from rich.console import Console
     from rich.live import Live
 
     console = Console()
     if not console.is_terminal:
-        console.width = 160  # read line by line
+        console.width = 160  # so that no row wraps
     if not watch:
-        console.print(render(run, read_status(run)))
+        console.print(build_table(run_dir, read_status(run_dir)))
         return
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            status = read_status(run)
-            live.update(render(run, status), refresh=True)
+            status = read_status(run_dir)
+            live.update(build_table(run_dir, status), refresh=True)
             if not status.alive:
                 return
             time.sleep(WATCH_SECONDS)

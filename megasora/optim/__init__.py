@@ -1,1 +1,1 @@
-"""Rates and averaged weights."""
+"""Learning rate schedule and EMA weights."""

@@ -1,11 +1,11 @@
-"""The few collectives that parallel layers are made of, with their backward passes.
+"""The collectives of the parallel layers: asynchronous calls, and autograd functions with their backward pass.
 
-`x [L, ...]` is cut along its first dim unless a name says otherwise. On an axis of one rank each is the identity.
+On an axis of size 1 each is the identity. Tensors are sharded along their first dim:
 
-    forward           backward
-    join: gather      my part       every rank does the same with the whole
-    split: my part    gather        the inverse of join
-    spread: nothing   sum           every rank has the same, and does something of its own with it
+                            forward                     backward
+    GatherTokens            all-gather                  this rank's chunk; all ranks compute the same with the output
+    ScatterTokens           this rank's chunk           all-gather
+    CopyToTensorParallel    identity                    all-reduce; for an input that is replicated on all ranks
 """
 
 from __future__ import annotations
@@ -16,68 +16,81 @@ from torch.autograd import Function
 
 from megasora.parallel.mesh import Axis
 
-Pending = tuple[Tensor, dist.Work | None]
+Pending = tuple[Tensor, dist.Work | None]  # the output of a collective, and the handle to wait for
 
 # torch 2.13 renamed both, and warns at the old names
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def start_gather(x: Tensor, axis: Axis) -> Pending:
-    """[L, ...] of each rank to [size * L, ...] on all, while something else is computed; see `finish`."""
+def all_gather_async(x: Tensor, axis: Axis) -> Pending:
+    """Starts an all-gather of [L, ...] to [size * L, ...]; the output is valid after `wait`."""
     if not axis.is_split:
         return x, None
     full = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    return full, all_gather(full, x.contiguous(), group=axis.group, async_op=True)
+    return full, all_gather_tensor(full, x.contiguous(), group=axis.group, async_op=True)
 
 
-def start_scatter_sum(x: Tensor, axis: Axis) -> Pending:
-    """[size * L, ...] of each rank to the sum over ranks of my [L, ...], while something else is computed."""
+def reduce_scatter_async(x: Tensor, axis: Axis) -> Pending:
+    """Starts a reduce-scatter (sum) of [size * L, ...] to [L, ...]; the output is valid after `wait`."""
     if not axis.is_split:
         return x, None
-    part = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    return part, reduce_scatter(part, x.contiguous(), group=axis.group, async_op=True)
+    chunk = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    return chunk, reduce_scatter_tensor(chunk, x.contiguous(), group=axis.group, async_op=True)
 
 
-def start_sum(x: Tensor, axis: Axis) -> Pending:
-    """The sum over ranks, in place, while something else is computed."""
+def all_reduce_async(x: Tensor, axis: Axis) -> Pending:
+    """Starts an all-reduce (sum) of x in place; x is valid after `wait`."""
     return x, dist.all_reduce(x, group=axis.group, async_op=True) if axis.is_split else None
 
 
-def finish(pending: Pending) -> Tensor:
+def wait(pending: Pending) -> Tensor:
+    """Waits for a collective and returns its output."""
     x, work = pending
     if work is not None:
         work.wait()
     return x
 
 
-def my_part(x: Tensor, axis: Axis) -> Tensor:
+def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of x over an axis, in a new tensor, without a gradient."""
+    return wait(all_reduce_async(x.detach().clone(), axis))
+
+
+def local_chunk(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's chunk of x along its first dim; a view."""
     return x.chunk(axis.size)[axis.rank] if axis.is_split else x
 
 
-class Join(Function):
+class GatherTokens(Function):
+    """All-gather of tokens [L/t, ...] to [L, ...], all of which every rank uses alike."""
+
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return finish(start_gather(x, axis))
+        return wait(all_gather_async(x, axis))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return my_part(grad, ctx.axis), None
+        return local_chunk(grad, ctx.axis), None
 
 
-class Split(Function):
+class ScatterTokens(Function):
+    """This rank's chunk [L/t, ...] of tokens [L, ...] that all ranks have; the inverse of GatherTokens."""
+
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return my_part(x, axis).clone()
+        return local_chunk(x, axis).clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return finish(start_gather(grad, ctx.axis)), None
+        return wait(all_gather_async(grad, ctx.axis)), None
 
 
-class Spread(Function):
+class CopyToTensorParallel(Function):
+    """The identity for a replicated input; its gradients, different on each rank, are all-reduced."""
+
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -85,9 +98,4 @@ class Spread(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return finish(start_sum(grad.clone(), ctx.axis)), None
-
-
-def total(values: Tensor, axis: Axis) -> Tensor:
-    """The sum over an axis, in a new tensor, without a gradient."""
-    return finish(start_sum(values.detach().clone(), axis))
+        return wait(all_reduce_async(grad.clone(), ctx.axis)), None

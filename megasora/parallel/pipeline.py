@@ -1,19 +1,19 @@
-"""Pipeline parallel: the blocks are cut into stages, and packs pass through them one behind the other.
+"""Pipeline parallelism: the blocks are divided into stages, and the packs of a step pass through them as microbatches.
 
     pack m: stage 0 --hidden [L, D]--> stage 1 --> ... --> last stage --> prediction [L, P] --> loss
             stage 0 <--gradient------- stage 1 <-- ... <-- last stage <-----------------------'
 
-Every rank of the axis has the packs, so nothing but hidden tokens crosses: schedules are given the packs' numbers.
-Which pack a rank works on when is a schedule of torch.distributed.pipelining:
+All ranks of the axis have all packs, so only hidden tokens and their gradients are sent; schedules are given microbatch
+indices. The order of the microbatches on each rank is a schedule of torch.distributed.pipelining:
 
-    1f1b         one stage a rank; one forward, one backward (arXiv 2104.04473, fig. 4)
-    interleaved  several stages a rank, stage s on rank s mod p: shorter bubbles, more messages (fig. 4, below)
-    zbv          two stages a rank, down and up again like a V; the backward pass sends the gradient of its input first
-                 and computes those of its weights where it would wait otherwise (arXiv 2401.10241, section 6)
+    1f1b         one stage per rank; one forward, one backward (arXiv 2104.04473, fig. 4)
+    interleaved  several stages per rank, stage s on rank s mod p: smaller bubbles, more messages (fig. 4, below)
+    zbv          two stages per rank, placed like a V: down the ranks and up again; the backward pass first sends the
+                 gradient of its input and computes weight gradients in what would be a bubble (arXiv 2401.10241,
+                 section 6; weight_grad_store.py)
 
-torch splits a backward pass by going through the graph twice. It cannot where modulation makes a weight act on several
-places of the residual stream, and it recomputes a checkpointed block once for every group of weights. So zbv here goes
-through the graph once, and linear layers put their weight's gradient off (`WeightGradients`).
+Runs with torch 2.11 to 2.13: torch's private classes for received tensors differ between them, so buffers are allocated
+here, from the one shape that is sent.
 """
 
 from __future__ import annotations
@@ -24,53 +24,52 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
 from megasora.errors import MegaSoraError
 from megasora.parallel.mesh import Axis
+from megasora.parallel.weight_grad_store import WeightGradStore, apply_deferred_weight_grads
 
-Loss = Callable[[Tensor, int], Tensor]
-Fold = Callable[[nn.Module], None]
-ON_THEIR_WAY = 2  # messages of a stage in one direction that are not waited for
+Loss = Callable[[Tensor, int], Tensor]  # (prediction [L, P], microbatch index) -> scalar
+AccumulateGrads = Callable[[nn.Module], None]
+MAX_PENDING_SENDS = 2  # of a stage, in each direction
+NO_BUFFER = torch.empty(0, device="meta")  # torch 2.11 needs a tensor where no buffer is allocated
 
 
 def num_stages(schedule: str, pipeline: int, stages_per_rank: int) -> int:
-    """Stages of the whole pipeline. `stages_per_rank` counts for interleaved only: 1f1b has one, zbv two."""
+    """Number of stages of the whole pipeline. `stages_per_rank` is used by interleaved only: 1f1b has one, zbv two."""
     return pipeline * {"1f1b": 1, "interleaved": stages_per_rank, "zbv": 2}[schedule]
 
 
 def rank_of_stage(schedule: str, pipeline: int, stage: int) -> int:
-    """The rank of the pipeline axis that holds a stage: a loop, or a V for zbv."""
-    there_and_back = schedule == "zbv" and stage >= pipeline
-    return 2 * pipeline - 1 - stage if there_and_back else stage % pipeline
+    """The rank of the pipeline axis that holds a stage: ranks are visited in a loop, by zbv in a V."""
+    is_second_half_of_v = schedule == "zbv" and stage >= pipeline
+    return 2 * pipeline - 1 - stage if is_second_half_of_v else stage % pipeline
 
 
 def stage_numbers(schedule: str, pipeline: int, stages_per_rank: int, rank: int) -> list[int]:
-    """The stages that a rank of the pipeline axis holds, rising."""
+    """The stages that a rank of the pipeline axis holds, in ascending order."""
     stages = range(num_stages(schedule, pipeline, stages_per_rank))
     return [stage for stage in stages if rank_of_stage(schedule, pipeline, stage) == rank]
 
 
 def check_microbatches(schedule: str, pipeline: int, packs_per_step: int, data: int) -> None:
-    """Whether the schedule can run the packs that a step gives one pipeline: packs_per_step over `data` pipelines.
+    """Checks that the schedule can run the packs that each of `data` pipelines gets in a step.
 
     1f1b needs at least `pipeline`; interleaved works in rounds of at least `pipeline`, all of one size; zbv takes any
-    number, and has no bubbles from 2 pipeline - 1 on. MegaSoraError names the nearest numbers that fit.
+    number, and has no bubbles from 2 pipeline - 1 on. Raises MegaSoraError with the nearest numbers that are valid.
     """
 
-    def fits(packs: int) -> bool:
+    def is_valid(packs: int) -> bool:
         if schedule == "interleaved":
             return packs >= 1 and packs % max(1, packs // pipeline) == 0
         return packs >= (pipeline if schedule == "1f1b" else 1)
 
     packs = packs_per_step // data
-    if not fits(packs):
-        below = next((n for n in range(packs - 1, 0, -1) if fits(n)), None)
-        above = next(n for n in range(packs + 1, packs + 2 * pipeline + 1) if fits(n))
+    if not is_valid(packs):
+        below = next((n for n in range(packs - 1, 0, -1) if is_valid(n)), None)
+        above = next(n for n in range(packs + 1, packs + 2 * pipeline + 1) if is_valid(n))
         remedy = " or ".join(str(n * data) for n in (below, above) if n is not None)
         rule = f"at least {pipeline}" if schedule == "1f1b" else f"equal rounds of {pipeline} or more"
         raise MegaSoraError(
@@ -80,17 +79,20 @@ def check_microbatches(schedule: str, pipeline: int, packs_per_step: int, data: 
 
 
 class Pipeline:
-    """One rank's stages, under training and prediction. All ranks of the axis must make the same calls.
+    """The stages of one rank, for training and for prediction. All ranks of the axis must make the same calls.
 
-    axis    the pipeline axis, split
-    stages  {stage number: module}, the numbers of `stage_numbers`. A module is called as module(pack, hidden): hidden
-            is None in the first stage, [L, D] elsewhere, and not to be changed in place. It returns [L, D], in the
-            last stage [L, P].
-    device  where the stages compute
-    fold    called with a stage's module when gradients of one pack are in the `grad` of its parameters: once a pack,
-            for zbv twice, after the backward pass and after the weights of linear layers. It may add them to a sum of
-            its own and clear them; then no other stage has any when it is called.
-    hidden  a tensor, on the meta device for instance, of the shape and dtype that crosses; the same for all packs
+    axis              the pipeline axis, split
+    stages            {stage number: module}, for the numbers of `stage_numbers`. A module is called as
+                      module(pack, hidden): hidden is None in the first stage, else [L, D], and must not be changed in
+                      place. It returns [L, D], in the last stage [L, P].
+    num_stages        of the whole pipeline
+    schedule          1f1b, interleaved or zbv
+    device            the device of the stages
+    accumulate_grads  called with a stage's module when the gradients of one microbatch are in the `.grad` of its
+                      parameters: once per microbatch, for zbv twice, after the backward pass and after the deferred
+                      weight gradients. It may add them to its own sums and set `.grad` to None; then no other stage
+                      has gradients when it is called.
+    hidden            a tensor with the shape and dtype of the hidden tokens, the same for all packs; may be on `meta`
     """
 
     def __init__(
@@ -100,46 +102,47 @@ class Pipeline:
         num_stages: int,
         schedule: str,
         device: torch.device,
-        fold: Fold,
+        accumulate_grads: AccumulateGrads,
         hidden: Tensor,
     ):
-        self.axis, self.modules, self.kind, self.device, self.hidden = axis, stages, schedule, device, hidden
-        self.owners = [rank_of_stage(schedule, axis.size, stage) for stage in range(num_stages)]
-        self.packs: list[Any] = []  # of the step under way
+        self.axis, self.modules, self.schedule_name, self.device = axis, stages, schedule, device
+        self.hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device="meta", requires_grad=True)
+        self.stage_ranks = [rank_of_stage(schedule, axis.size, stage) for stage in range(num_stages)]
+        self.packs: list[Any] = []  # of the current step
         self.loss: Loss | None = None
         self.schedule, self.num_packs = None, 0
 
-        later = WeightGradients() if schedule == "zbv" else None
-        example = torch.empty(hidden.shape, dtype=hidden.dtype, device="meta", requires_grad=True)
+        store = WeightGradStore() if schedule == "zbv" else None
         self.stages = []
         for number, module in sorted(stages.items()):
-            if later is not None:
-                apply_later(module, later)
+            if store is not None:
+                apply_deferred_weight_grads(module, store)
             stage = Stage(
-                OnPacks(module, self.packs), number, num_stages, device, group=axis.group,
-                # Given both, torch does not find shapes out by running the stages on empty tensors.
-                input_args=() if number == 0 else example, output_args=example,
-                dw_builder=None if later is None else later.take,
+                PackStageModule(module, self.packs), number, num_stages, device, group=axis.group,
+                # With both, torch does not infer shapes by running the stages on empty tensors.
+                input_args=() if number == 0 else self.hidden, output_args=self.hidden,
+                dw_builder=None if store is None else store.pop,
             )  # fmt: skip
-            stage.fold, stage.sends_itself = partial(fold, module), schedule != "1f1b"
+            stage.hidden, stage.eager_send = self.hidden, schedule != "1f1b"
+            stage.accumulate_grads = partial(accumulate_grads, module)
             self.stages.append(stage)
 
-    def train(self, packs: list[Any], loss: Loss) -> None:
-        """Forward and backward of all packs. Adds to each parameter's `grad` the sum over packs, unscaled; where `fold`
-        clears them, it has the sum.
+    def forward_backward(self, packs: list[Any], loss: Loss) -> None:
+        """Forward and backward pass of all packs: adds to each parameter's `.grad` the unscaled sum over packs, unless
+        `accumulate_grads` moves it to its own sums.
 
-        `loss(prediction [L, P], number of the pack)` is called once a pack, on the last stage's rank only, and returns
-        a scalar. What `check_microbatches` says of len(packs) must hold.
+        `loss(prediction [L, P], microbatch index)` is called once per pack, on the rank of the last stage only, and
+        returns a scalar. len(packs) must pass `check_microbatches`.
         """
         if len(packs) != self.num_packs:
             self.schedule, self.num_packs = self.build_schedule(len(packs)), len(packs)
-        numbers = torch.arange(len(packs))
+        microbatches = torch.arange(len(packs))
         self.packs[:], self.loss = packs, loss
         try:
-            self.schedule.step(number=numbers, target=numbers, return_outputs=False)
+            self.schedule.step(microbatch=microbatches, target=microbatches, return_outputs=False)
             for stage in self.stages:
-                wait_but(0, stage.sent_tokens)
-                wait_but(0, stage.sent_gradients)
+                wait_all_but(0, stage.token_sends)
+                wait_all_but(0, stage.grad_sends)
         except RuntimeError as error:  # torch wraps what a stage raises
             if isinstance(error.__cause__, MegaSoraError):
                 raise error.__cause__ from None
@@ -149,194 +152,151 @@ class Pipeline:
             self.loss = None
 
     def build_schedule(self, num_packs: int) -> Schedule1F1B | ScheduleInterleaved1F1B | ScheduleZBVZeroBubble:
-        def loss_of(prediction: Tensor, number: Tensor) -> Tensor:
-            return self.loss(prediction, int(number)).clone()  # no view, so that Stage can cut it off its graph
+        def loss_of(prediction: Tensor, microbatch: Tensor) -> Tensor:
+            return self.loss(prediction, int(microbatch)).clone()  # not a view, so that Stage can detach it in place
 
-        if self.kind == "1f1b":
+        if self.schedule_name == "1f1b":
             return Schedule1F1B(self.stages[0], num_packs, loss_fn=loss_of, scale_grads=False)
-        kind = ScheduleInterleaved1F1B if self.kind == "interleaved" else ScheduleZBVZeroBubble
-        return kind(self.stages, num_packs, loss_fn=loss_of, scale_grads=False)
+        schedule = ScheduleInterleaved1F1B if self.schedule_name == "interleaved" else ScheduleZBVZeroBubble
+        return schedule(self.stages, num_packs, loss_fn=loss_of, scale_grads=False)
 
     @torch.no_grad()
-    def predict(self, packs: list[Any]) -> list[Tensor] | None:
-        """Predictions [L, P] of any number of packs, on the rank with the last stage; None elsewhere.
+    def forward_only(self, packs: list[Any]) -> list[Tensor] | None:
+        """Predictions [L, P] of any number of packs, on the rank with the last stage; None on the others.
 
-        torch's own forward-only run needs as many packs as stages, and fails for zbv. All ranks walk through one order
-        of (stage, pack), and both ends of a message post it where its sender's turn is: no two wait for each other.
+        torch's own forward-only run needs as many packs as stages, and fails for zbv. Here all ranks go through the
+        same order of (stage, microbatch), and sender and receiver both post a message at the sender's position in it,
+        so that no two ranks wait for each other.
         """
-        me, group, last = self.axis.rank, self.axis.group, len(self.owners) - 1
-        arriving: dict[tuple[int, int], tuple[Tensor, dist.Work | None]] = {}
+        own_rank, group, last = self.axis.rank, self.axis.group, len(self.stage_ranks) - 1
+        inputs: dict[tuple[int, int], tuple[Tensor, dist.Work | None]] = {}  # by (stage, microbatch)
         predictions, sends = [], []
-        for stage, owner in enumerate(self.owners):
-            next_owner = None if stage == last else self.owners[stage + 1]
-            for number, pack in enumerate(packs):
-                if owner == me:
-                    hidden, work = arriving.pop((stage, number), (None, None))
-                    if work is not None:
-                        work.wait()
+        for stage, rank in enumerate(self.stage_ranks):
+            next_rank = None if stage == last else self.stage_ranks[stage + 1]
+            for microbatch, pack in enumerate(packs):
+                if rank == own_rank:
+                    hidden, receive = inputs.pop((stage, microbatch), (None, None))
+                    if receive is not None:
+                        receive.wait()
                     out = self.modules[stage](pack, hidden)
                     if stage == last:
                         predictions.append(out)
-                    elif next_owner == me:
-                        arriving[stage + 1, number] = out, None
+                    elif next_rank == own_rank:
+                        inputs[stage + 1, microbatch] = out, None
                     else:
-                        sends.append(dist.isend(out.contiguous(), group=group, group_dst=next_owner))
-                elif next_owner == me:
-                    buffer = torch.empty(self.hidden.shape, dtype=self.hidden.dtype, device=self.device)
-                    arriving[stage + 1, number] = buffer, dist.irecv(buffer, group=group, group_src=owner)
-        wait_but(0, sends)
-        return predictions if self.owners[last] == me else None
+                        sends.append(dist.isend(out.contiguous(), group=group, group_dst=next_rank))
+                elif next_rank == own_rank:
+                    buffer = torch.empty_like(self.hidden, device=self.device)
+                    inputs[stage + 1, microbatch] = buffer, dist.irecv(buffer, group=group, group_src=rank)
+        wait_all_but(0, sends)
+        return predictions if self.stage_ranks[last] == own_rank else None
 
 
-class OnPacks(nn.Module):
-    """A stage as torch calls it: with the hidden tokens that arrived, if any, and the number of the pack."""
+class PackStageModule(nn.Module):
+    """A stage as torch calls it: with the received hidden tokens, if any, and the index of the microbatch."""
 
     def __init__(self, stage: nn.Module, packs: list[Any]):
         super().__init__()
         self.stage, self.packs = stage, packs
 
-    def forward(self, hidden: Tensor | None = None, *, number: Tensor) -> Tensor:
-        return self.stage(self.packs[int(number)], hidden).contiguous()  # messages must be
+    def forward(self, hidden: Tensor | None = None, *, microbatch: Tensor) -> Tensor:
+        return self.stage(self.packs[int(microbatch)], hidden).contiguous()  # only contiguous tensors can be sent
 
 
 class Stage(PipelineStage):
-    """A stage that folds its gradients after each pack, and holds memory for the packs on their way, not for a step's.
+    """A PipelineStage that accumulates gradients after each microbatch, in memory that does not grow with their number.
 
-    torch allocates buffers [L, D] for each pack's tokens and gradient, for ever, and keeps to the end of the step what
-    was sent (but for 1f1b) and all losses with their graphs.
+    torch allocates buffers [L, D] for the tokens and the gradient of every microbatch permanently, and keeps what was
+    sent (except in 1f1b) and all losses with their graphs until the end of the step. Here a buffer exists from its
+    receive to its use, at most MAX_PENDING_SENDS sends are pending, and a loss is detached after its backward pass.
     """
 
-    fold: Callable[[], None]
-    sends_itself: bool
+    hidden: Tensor  # shape and dtype of what is received, on `meta`
+    eager_send: bool  # False: the schedule issues the sends, in one batch with the receives
+    accumulate_grads: Callable[[], None]
 
-    def _post_metadata_inference_cleanup(self) -> None:
-        super()._post_metadata_inference_cleanup()
-        for number in self.args_recv_info:
-            drop_buffers(self.args_recv_info[number])
-            drop_buffers(self.grad_recv_info[number])
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_forward_infra(*args, **kwargs)
+        for infos in self.args_recv_info.values():
+            free_recv_buffers(infos)
+        return prepared
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_backward_infra(*args, **kwargs)
+        for infos in self.grad_recv_info.values():
+            free_recv_buffers(infos)
+        return prepared
+
+    def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
+        """Does nothing: torch 2.11 would compare the prediction [L, P] of the last stage with [L, D]."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """The messages that connect neighbours, without those of torch 2.11 to this rank itself, which gloo rejects."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def clear_runtime_states(self) -> None:  # before each step
         super().clear_runtime_states()
-        self.sent_tokens: list[dist.Work] = []
-        self.sent_gradients: list[dist.Work] = []
+        self.token_sends: list[dist.Work] = []
+        self.grad_sends: list[dist.Work] = []
 
-    def get_fwd_send_ops(self, number: int) -> list[dist.P2POp]:
-        return self.send(super().get_fwd_send_ops(number), self.sent_tokens)
+    def get_fwd_send_ops(self, microbatch: int) -> list[dist.P2POp]:
+        return self.send(super().get_fwd_send_ops(microbatch), self.token_sends)
 
-    def get_bwd_send_ops(self, number: int) -> list[dist.P2POp]:
-        return self.send(super().get_bwd_send_ops(number), self.sent_gradients)
+    def get_bwd_send_ops(self, microbatch: int) -> list[dist.P2POp]:
+        return self.send(super().get_bwd_send_ops(microbatch), self.grad_sends)
 
-    def send(self, ops: list[dist.P2POp], sent: list[dist.Work]) -> list[dist.P2POp]:
-        """Sends, and waits for what was sent a while ago; what is left to torch is nothing.
+    def send(self, ops: list[dist.P2POp], pending: list[dist.Work]) -> list[dist.P2POp]:
+        """Issues the sends and waits until at most MAX_PENDING_SENDS are pending. Returns the ops left to torch: none,
+        unless `eager_send` is False.
 
-        In a schedule the two ends of a message come next to each other, so that waiting for one that is further up in
-        it waits for nothing that comes later.
+        A schedule places the send and the receive of a message next to each other. Waiting for an earlier message
+        therefore never waits for a later one.
         """
-        if not self.sends_itself:
+        if not self.eager_send:
             return ops
-        sent += [dist.isend(op.tensor, group=op.group, group_dst=op.group_peer) for op in ops]
-        wait_but(ON_THEIR_WAY, sent)
+        pending += [dist.isend(op.tensor, group=op.group, group_dst=op.group_peer) for op in ops]
+        wait_all_but(MAX_PENDING_SENDS, pending)
         return []
 
-    def get_fwd_recv_ops(self, number: int) -> list[dist.P2POp]:
-        make_buffers(self.args_recv_info[number], self.device)
-        return super().get_fwd_recv_ops(number)
+    def get_fwd_recv_ops(self, microbatch: int) -> list[dist.P2POp]:
+        self.allocate_recv_buffers(self.args_recv_info[microbatch])
+        return super().get_fwd_recv_ops(microbatch)
 
-    def get_bwd_recv_ops(self, number: int) -> list[dist.P2POp]:
-        make_buffers(self.grad_recv_info[number], self.device)
-        return super().get_bwd_recv_ops(number)
+    def get_bwd_recv_ops(self, microbatch: int) -> list[dist.P2POp]:
+        self.allocate_recv_buffers(self.grad_recv_info[microbatch])
+        return super().get_bwd_recv_ops(microbatch)
 
-    def forward_one_chunk(self, number: int, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward_one_chunk(number, *args, **kwargs)
-        drop_buffers(self.args_recv_info[number])  # the graph has the tokens now
+    def allocate_recv_buffers(self, infos: tuple) -> None:
+        """`infos`: torch's descriptions of the tensors to receive; empty for tokens of the first and gradients of the
+        last stage."""
+        for info in infos:
+            info.buffer = torch.empty_like(self.hidden, device=self.device)
+
+    def forward_one_chunk(self, microbatch: int, *args: Any, **kwargs: Any) -> Any:
+        for info in self.args_recv_info[microbatch]:
+            info.buffer.requires_grad_()
+        out = super().forward_one_chunk(microbatch, *args, **kwargs)
+        free_recv_buffers(self.args_recv_info[microbatch])  # the graph holds the tokens now
         return out
 
-    def backward_one_chunk(self, number: int, loss: Tensor | None = None, **kwargs: Any) -> None:
-        super().backward_one_chunk(number, loss=loss, **kwargs)
-        drop_buffers(self.grad_recv_info[number])
+    def backward_one_chunk(self, microbatch: int, loss: Tensor | None = None, **kwargs: Any) -> None:
+        super().backward_one_chunk(microbatch, loss=loss, **kwargs)
+        free_recv_buffers(self.grad_recv_info[microbatch])
         if loss is not None:
             loss.detach_()
-        self.fold()
+        self.accumulate_grads()
 
-    def backward_weight_one_chunk(self, number: int, **kwargs: Any) -> None:
-        super().backward_weight_one_chunk(number, **kwargs)
-        self.fold()
+    def backward_weight_one_chunk(self, microbatch: int, **kwargs: Any) -> None:
+        super().backward_weight_one_chunk(microbatch, **kwargs)
+        self.accumulate_grads()
 
 
-def wait_but(newest: int, works: list[dist.Work]) -> None:
-    """Waits for all but the newest, and forgets them."""
+def free_recv_buffers(infos: tuple) -> None:
+    for info in infos:
+        info.buffer = NO_BUFFER
+
+
+def wait_all_but(newest: int, works: list[dist.Work]) -> None:
+    """Waits for all but the newest works, and removes those from the list."""
     while len(works) > newest:
         works.pop(0).wait()
-
-
-def make_buffers(infos: tuple, device: torch.device) -> None:
-    for info in infos:
-        if not info.is_root_arg:
-            info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=device)
-
-
-def drop_buffers(infos: tuple) -> None:
-    for info in infos:
-        info.buffer = None
-
-
-class WeightGradients:
-    """Gradients of weights that a backward pass left to be computed. It is called with each; `take` hands all over."""
-
-    def __init__(self):
-        self.waiting: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
-
-    def __call__(self, weight: nn.Parameter, compute: Callable[[], Tensor]) -> None:
-        self.waiting.append((weight, compute))
-
-    def take(self) -> Callable[[], None]:
-        """What adds the gradients put off since the last take to their weights' `grad`."""
-        taken, self.waiting = self.waiting, []
-
-        @torch.no_grad()
-        def run() -> None:
-            while taken:  # each releases its activations
-                weight, compute = taken.pop(0)
-                weight.grad = compute() if weight.grad is None else weight.grad.add_(compute())
-
-        return run
-
-
-def apply_later(stage: nn.Module, later: WeightGradients) -> None:
-    """Makes a stage's linear layers put the gradients of weight and bias off.
-
-    So do other modules with an attribute `later`, which their backward pass calls, if it is not None, as
-    later(weight, compute) in place of returning compute(). All other gradients are computed at once.
-    """
-    for module in stage.modules():
-        if type(module) is nn.Linear:
-            module.forward = partial(linear_later, module, later)
-        elif hasattr(module, "later"):
-            module.later = later
-
-
-def linear_later(linear: nn.Linear, later: WeightGradients, x: Tensor) -> Tensor:
-    return LinearLater.apply(x, linear.weight, linear.bias, linear, later)
-
-
-class LinearLater(Function):
-    """x W^T + b; the gradient of x at once, those of W and b later."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, linear: nn.Linear, later: WeightGradients
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.linear, ctx.later = linear, later  # the parameters themselves, to which the gradients go
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad_2d, x_2d = grad.reshape(-1, grad.shape[-1]), x.detach().reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[1]:
-            ctx.later(ctx.linear.weight, lambda: grad_2d.t() @ x_2d)
-        if ctx.needs_input_grad[2]:
-            ctx.later(ctx.linear.bias, lambda: grad_2d.sum(0))
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None

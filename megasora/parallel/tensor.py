@@ -1,137 +1,149 @@
-"""Tensor parallel with sequence parallel (arXiv 1909.08053, 2205.05198): each rank of the axis has a part of every
-matrix, and between matrices a part of the tokens.
+"""Tensor parallelism with sequence parallelism (arXiv 1909.08053, 2205.05198): each rank of the tensor axis has a shard
+of every weight matrix and, between matrices, a shard of the tokens.
 
-    tokens [L/t, D] --gather--> [L, D] --column--> [L, F/t] ... [L, F/t] --row--> [L, D] --scatter-sum--> [L/t, D]
+    [L/t, D] --all-gather--> [L, D] --column--> [L, F/t] ... [L, F/t] --row--> [L, D] --reduce-scatter--> [L/t, D]
 
-A column linear holds some of the outputs, a row linear some of the inputs. They take the place of nn.Linear, under the
-same parameter names, so the model's forward is the one of a single process. While tokens are gathered, the product of
-those that are here is computed, and while one gradient is summed, that of the other. A pipeline may set `later`, to
-have the gradients of weights put off: it is called with a weight and what computes its gradient.
+A column-parallel linear has a shard of the outputs, a row-parallel one of the inputs. They replace nn.Linear under the
+same parameter names, so the model's forward is that of a single process. Communication overlaps with computation: while
+tokens are gathered, the product with the local ones is computed, and while one gradient is reduced, the other.
+A pipeline may set `wgrad_store` to defer the weight gradients (weight_grad_store.py).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megasora.parallel.collectives import Spread, finish, start_gather, start_scatter_sum
+from megasora.parallel.collectives import CopyToTensorParallel, all_gather_async, reduce_scatter_async, wait
 from megasora.parallel.mesh import Axis
-
-# takes a weight and what computes its gradient, to be called under torch.no_grad
-Later = Callable[[nn.Parameter, Callable[[], Tensor]], None]
+from megasora.parallel.weight_grad_store import WeightGradStore
 
 
-class ColumnLinear(nn.Module):
-    """y = x W^T + b for this rank's rows of W. What comes in and goes out:
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b for this rank's rows of W and b.
 
-    input    `tokens`: my tokens, all of them are gathered first; `same`: the same on every rank, e.g. captions
-    output   my part of the last dim; `whole`: gathered; it consists of `runs` equal runs, e.g. shift, scale and gate
+    sequence_parallel  True: the input is this rank's tokens [L/t, D] and is all-gathered first. False: the input is
+                       replicated on all tensor ranks (captions, conditioning).
+    gather_output      True: the output [R, F] is all-gathered. False: it is this rank's features [L, F/t].
+    num_chunks         The output consists of so many equal chunks, each sharded by itself: 3 for q, k and v; 6 for
+                       shift, scale and gate of attention and MLP.
     """
 
-    def __init__(self, linear: nn.Linear, axis: Axis, runs: int = 1, tokens: bool = True, whole: bool = False):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        axis: Axis,
+        num_chunks: int = 1,
+        sequence_parallel: bool = True,
+        gather_output: bool = False,
+    ):
         super().__init__()
-        self.axis, self.runs, self.tokens, self.whole = axis, runs, tokens, whole
-        self.later: Later | None = None
+        self.axis, self.num_chunks = axis, num_chunks
+        self.sequence_parallel, self.gather_output = sequence_parallel, gather_output
+        self.wgrad_store: WeightGradStore | None = None
         out_features, in_features = linear.weight.shape
         self.weight = nn.Parameter(linear.weight.new_empty(out_features // axis.size, in_features))
         self.bias = nn.Parameter(linear.bias.new_empty(out_features // axis.size))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tokens:
-            return GatheredLinear.apply(x, self.weight, self.bias, self)
-        y = nn.functional.linear(Spread.apply(x, self.axis), self.weight, self.bias)
-        return JoinRuns.apply(y, self.axis, self.runs) if self.whole else y
+        if self.sequence_parallel:
+            return AllGatherLinear.apply(x, self.weight, self.bias, self)
+        y = nn.functional.linear(CopyToTensorParallel.apply(x, self.axis), self.weight, self.bias)
+        return GatherChunkedOutput.apply(y, self.axis, self.num_chunks) if self.gather_output else y
 
 
-class RowLinear(nn.Module):
-    """y = sum over ranks of x W^T, + b, for this rank's columns of W and its part of x's last dim; y is my tokens."""
+class RowParallelLinear(nn.Module):
+    """y = x W^T summed over the ranks, + b, for this rank's columns of W.
+
+    The input is this rank's features [L, F/t], the output this rank's tokens [L/t, D]. The bias is replicated.
+    """
 
     def __init__(self, linear: nn.Linear, axis: Axis):
         super().__init__()
         self.axis = axis
-        self.later: Later | None = None
+        self.wgrad_store: WeightGradStore | None = None
         out_features, in_features = linear.weight.shape
         self.weight = nn.Parameter(linear.weight.new_empty(out_features, in_features // axis.size))
         self.bias = nn.Parameter(linear.bias.new_empty(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ScatteredLinear.apply(x, self.weight, self) + self.bias
+        return ReduceScatterLinear.apply(x, self.weight, self) + self.bias
 
 
-class GatheredLinear(Function):
-    """x [L/t, D] -> [L, F/t]. Keeps x as it came, and gathers it again in the backward pass."""
+class AllGatherLinear(Function):
+    """x [L/t, D] -> [L, F/t]. Saves the local tokens and gathers them again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, linear: ColumnLinear) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, linear: ColumnParallelLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.linear = linear
-        return gathered_product(x, weight.t(), linear.axis)[0].add_(bias)
+        return all_gather_matmul(x, weight.t(), linear.axis)[0].add_(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), axis, later = ctx.saved_tensors, ctx.linear.axis, ctx.linear.later
-        grad_x = grad_weight = scattering = None
-        gathering = start_gather(x, axis) if ctx.needs_input_grad[1] and later is None else None
+        (x, weight), axis, store = ctx.saved_tensors, ctx.linear.axis, ctx.linear.wgrad_store
+        grad_x = grad_weight = pending_grad_x = None
+        pending_x = all_gather_async(x, axis) if ctx.needs_input_grad[1] and store is None else None
         if ctx.needs_input_grad[0]:
-            scattering = start_scatter_sum(grad @ weight, axis)
-        if gathering is not None:
-            grad_weight = grad.t() @ finish(gathering)
+            pending_grad_x = reduce_scatter_async(grad @ weight, axis)
+        if pending_x is not None:
+            grad_weight = grad.t() @ wait(pending_x)
         elif ctx.needs_input_grad[1]:
-            later(ctx.linear.weight, lambda: grad.t() @ finish(start_gather(x, axis)))
+            store.put(ctx.linear.weight, lambda: grad.t() @ wait(all_gather_async(x, axis)))
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        if scattering is not None:
-            grad_x = finish(scattering)
+        if pending_grad_x is not None:
+            grad_x = wait(pending_grad_x)
         return grad_x, grad_weight, grad_bias, None
 
 
-class ScatteredLinear(Function):
+class ReduceScatterLinear(Function):
     """x [L, F/t] -> [L/t, D]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, linear: RowLinear) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, linear: RowParallelLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.linear = linear
-        return finish(start_scatter_sum(x @ weight.t(), linear.axis))
+        return wait(reduce_scatter_async(x @ weight.t(), linear.axis))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), later, grad_weight = ctx.saved_tensors, ctx.linear.later, None
-        grad_x, grad = gathered_product(grad, weight, ctx.linear.axis)
-        if ctx.needs_input_grad[1] and later is None:
+        (x, weight), store, grad_weight = ctx.saved_tensors, ctx.linear.wgrad_store, None
+        grad_x, grad = all_gather_matmul(grad, weight, ctx.linear.axis)
+        if ctx.needs_input_grad[1] and store is None:
             grad_weight = grad.t() @ x
         elif ctx.needs_input_grad[1]:
-            later(ctx.linear.weight, lambda: grad.t() @ x)
+            store.put(ctx.linear.weight, lambda: grad.t() @ x)
         return grad_x, grad_weight, None
 
 
-def gathered_product(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """x [L/t, D] of all ranks, times `matrix` [D, F] -> [L, F], and x gathered; my own tokens' product is computed
-    while those of the others arrive."""
-    gathering, mine = start_gather(x, axis), len(x) * axis.rank
+def all_gather_matmul(x: Tensor, matrix: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """(the product [L, F] of all ranks' x with `matrix`, all ranks' x [L, D]), for x [L/t, D] and `matrix` [D, F].
+
+    The product of the local tokens is computed while the others arrive.
+    """
+    pending_x, start = all_gather_async(x, axis), len(x) * axis.rank
     y = x.new_empty(len(x) * axis.size, matrix.shape[1])
-    torch.mm(x, matrix, out=y[mine : mine + len(x)])
-    full = finish(gathering)
-    for part in (slice(0, mine), slice(mine + len(x), len(full))):
-        torch.mm(full[part], matrix, out=y[part])
+    torch.mm(x, matrix, out=y[start : start + len(x)])
+    full = wait(pending_x)
+    for remote in (slice(0, start), slice(start + len(x), len(full))):
+        torch.mm(full[remote], matrix, out=y[remote])
     return y, full
 
 
-class JoinRuns(Function):
-    """y [R, runs * d] of each rank -> [R, runs * t * d]; backward sums what the ranks' tokens made of it."""
+class GatherChunkedOutput(Function):
+    """All-gathers y [R, chunks * d] to [R, chunks * t * d]; backward reduce-scatters the ranks' partial gradients."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, axis: Axis, runs: int) -> Tensor:
-        ctx.axis, ctx.runs = axis, runs
-        full = finish(start_gather(y, axis)).unflatten(0, (axis.size, -1)).unflatten(-1, (runs, -1))
+    def forward(ctx, y: Tensor, axis: Axis, num_chunks: int) -> Tensor:
+        ctx.axis, ctx.num_chunks = axis, num_chunks
+        full = wait(all_gather_async(y, axis)).unflatten(0, (axis.size, -1)).unflatten(-1, (num_chunks, -1))
         return full.permute(1, 2, 0, 3).flatten(1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        parts = grad.unflatten(-1, (ctx.runs, ctx.axis.size, -1)).permute(2, 0, 1, 3)
-        return finish(start_scatter_sum(parts.flatten(2).flatten(0, 1), ctx.axis)), None, None
+        by_rank = grad.unflatten(-1, (ctx.num_chunks, ctx.axis.size, -1)).permute(2, 0, 1, 3)
+        return wait(reduce_scatter_async(by_rank.flatten(2).flatten(0, 1), ctx.axis)), None, None

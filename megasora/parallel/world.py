@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, how many are we, and the few sums we need of each other."""
+"""The processes of a run: rank, size and device of this one, collectives over all of them, and their start and end."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from megasora.errors import MegaSoraError
 
 @dataclass(frozen=True)
 class World:
+    """All processes of a run, as one of them sees them. Every method is a collective: all processes must call it."""
+
     rank: int
     size: int
-    local_rank: int
+    local_rank: int  # on this machine
     local_size: int
     device: torch.device
 
@@ -28,38 +30,39 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, in a new tensor."""
-        total = values.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all processes, in a new tensor on `device`."""
+        sums = values.to(self.device, copy=True)
+        dist.all_reduce(sums)
+        return sums
 
-    def gather(self, value: object) -> list | None:
-        """Any picklable value of each process, on the main one; None elsewhere."""
-        found: list | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, found)
-        return found
+    def gather_objects(self, value: object) -> list | None:
+        """The value of each process, by rank, on the main process; None on the others. `value` must be picklable."""
+        values: list | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values
 
-    def from_main(self, value: object) -> object:
-        """The main process's value, everywhere."""
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+    def broadcast_object(self, value: object) -> object:
+        """The main process's value, on all processes. `value` must be picklable."""
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
 
     def barrier(self) -> None:
         dist.barrier()
 
 
 def world_size() -> int:
-    """Processes that the launcher started; readable before anything is initialised."""
+    """The number of processes that the launcher started, from its environment; needs no process group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
-    """Joins the process group that torchrun described, or one of a single process; leaves it at the end."""
+def init_distributed(device: str) -> Iterator[World]:
+    """Initialises the default process group from torchrun's environment, or one of a single process without torchrun;
+    destroys it on exit. `device`: auto, cuda or cpu. Raises MegaSoraError if this process has no GPU."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_launcher()
+        die_with_launcher()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,23 +79,23 @@ def join_world(device: str) -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, place)
+        own_device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, own_device)
     finally:
         dist.destroy_process_group()
 
 
-def end_with_launcher() -> None:
-    """From now on the kernel kills this process as soon as the one that started it is gone (Linux).
+def die_with_launcher() -> None:
+    """Asks the Linux kernel to kill this process as soon as its launcher has ended; does nothing on other systems.
 
-    A torchrun that is killed takes nothing with it: its processes would train on, and write into the run folder beside
-    those of the next launch.
+    When torchrun is killed, its processes are not: they would continue to train, and write into the run folder at the
+    same time as those of the next launch.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is None:
         return
     pr_set_pdeathsig, launcher = 1, os.getppid()
     prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != launcher:  # gone in between
+    if os.getppid() != launcher:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)

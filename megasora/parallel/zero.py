@@ -24,14 +24,15 @@ from torch import Tensor, nn
 
 from megasora.batch import VideoBatch
 from megasora.config import Config
-from megasora.parallel.collectives import total
-from megasora.parallel.context import ContextAttention
+from megasora.fragment import Fragment
+from megasora.parallel.collectives import all_reduce_sum
+from megasora.parallel.context_attention import ContextAttention
 from megasora.parallel.mesh import Mesh
 from megasora.parallel.pipeline import Pipeline
 from megasora.parallel.world import World
-from megasora.placement import Fragment, Placement
+from megasora.placement import Placement
 
-ADAM_MEANS = ("exp_avg", "exp_avg_sq")  # of the gradient and of its square
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # of the gradient and of its square
 
 
 class ZeroEngine:
@@ -55,7 +56,7 @@ class ZeroEngine:
         self.parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
         self.name_of = {parameter: name for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            parameter.model_parallel = mesh.counts_here(placements[name])  # DeepSpeed's word for: counts in the norm
+            parameter.model_parallel = placements[name].is_primary_replica(mesh.pipeline.rank, mesh.tensor.rank)  # DeepSpeed's word for: counts in the norm
         groups = parameter_groups(self.parameters, placements, decayed)
         self.check_groups(list(groups))
         optimizer = torch.optim.AdamW(
@@ -63,7 +64,7 @@ class ZeroEngine:
                 {"params": parameters, "weight_decay": config.optim.weight_decay if key[0] else 0.0}
                 for key, parameters in groups.items()
             ],
-            lr=config.optim.rate,
+            lr=config.optim.lr,
             betas=tuple(config.optim.betas),
             eps=config.optim.eps,
             fused=world.device.type == "cuda",
@@ -72,7 +73,7 @@ class ZeroEngine:
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1 if piped else config.data.packs_per_step // mesh.data.size,
-            "gradient_clipping": config.optim.clip,
+            "gradient_clipping": config.optim.max_grad_norm,
             "zero_optimization": {
                 "stage": config.parallel.zero_stage,
                 "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in self.parameters.values())),
@@ -89,7 +90,7 @@ class ZeroEngine:
                 optimizer=optimizer,
                 config=settings,
                 dist_init_required=False,
-                mpu=ModelParallelGroups(mesh) if mesh.model.is_split else None,
+                mpu=DeepSpeedMPU(mesh) if mesh.model.is_split else None,
             )
         self.adam = self.optimizer.optimizer
         self.begin_adam()
@@ -117,9 +118,9 @@ class ZeroEngine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        scale = self.mesh.zero.size  # DeepSpeed divides by it
+        scale = self.mesh.data_context.size  # DeepSpeed divides by it
         if self.pipeline is not None:
-            self.pipeline.train(packs, lambda prediction, number: loss(prediction, number) * scale)
+            self.pipeline.forward_backward(packs, lambda prediction, number: loss(prediction, number) * scale)
             self.reduce_after_pipeline()
             lap("backward")
         for number, pack in enumerate(packs if self.pipeline is None else ()):
@@ -138,7 +139,7 @@ class ZeroEngine:
         """Predictions of the last stage, without gradients, in evaluation mode; None on ranks of other stages."""
         self.module.eval()
         with torch.no_grad():
-            found = self.pipeline.predict(packs) if self.pipeline is not None else [self.engine(p) for p in packs]
+            found = self.pipeline.forward_only(packs) if self.pipeline is not None else [self.engine(p) for p in packs]
         self.module.train()
         return found
 
@@ -159,9 +160,9 @@ class ZeroEngine:
     def sum_partial_gradients(self) -> None:
         """Sums what, after ZeRO's sum over data x context, is still a part over the tensor or pipeline axis."""
         for parameters, slices in self.reduced_gradients():
-            for name in self.placements[self.name_of[parameters[0]]].summed:
+            for name in self.placements[self.name_of[parameters[0]]].partial_axes:
                 axis = getattr(self.mesh, name)
-                flat = total(torch.cat([s.reshape(-1) for s in slices]), axis)
+                flat = all_reduce_sum(torch.cat([s.reshape(-1) for s in slices]), axis)
                 for target, values in zip(slices, flat.split([s.numel() for s in slices]), strict=True):
                     target.copy_(values.view_as(target))
 
@@ -190,7 +191,7 @@ class ZeroEngine:
                 count = 0
             if count:
                 master, placement, axis = self.masters[group], self.placements[name], self.mesh.tensor
-                flat = {"weights": master.detach(), **{kind: self.adam.state[master][kind] for kind in ADAM_MEANS}}
+                flat = {"weights": master.detach(), **{kind: self.adam.state[master][kind] for kind in ADAM_MOMENTS}}
                 values = {kind: whole[offset : offset + count] for kind, whole in flat.items()}
                 shape = placement.full_shape(self.shape_of(name), axis.size)
                 found.append(Fragment(name, shape, placement, axis.rank, axis.size, start, values))
@@ -210,11 +211,11 @@ class ZeroEngine:
             count_device = master.device if self.adam.defaults["fused"] else "cpu"
             self.adam.state[master] = {
                 "step": torch.zeros((), device=count_device),
-                **{kind: torch.zeros_like(master, requires_grad=False) for kind in ADAM_MEANS},
+                **{kind: torch.zeros_like(master, requires_grad=False) for kind in ADAM_MOMENTS},
             }
 
     @torch.no_grad()
-    def go_on(self, step: int) -> None:
+    def sync_after_load(self, step: int) -> None:
         """After a checkpoint of step `step` was written into the fragments. All ranks must call it.
 
         The model's weights become those of the master copies, as at the end of a step.
@@ -229,7 +230,7 @@ class ZeroEngine:
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         self.optimizer.checkpoint_event_epilogue()  # small ones are whole again
 
-    def copies(self) -> dict[str, Tensor]:
+    def compute_weights(self) -> dict[str, Tensor]:
         """What the model computes with, by name; under stage 3 this rank's slices of it."""
         if self.engine.zero_optimization_stage() != 3:
             return dict(self.parameters)
@@ -238,15 +239,16 @@ class ZeroEngine:
     def slice_of(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Stage 3: (start, size) of this rank's slice in the flattened parameter, without padding."""
         size = parameter.ds_tensor.ds_numel
-        start = min(size * self.mesh.zero.rank, parameter.ds_numel)
+        start = min(size * self.mesh.data_context.rank, parameter.ds_numel)
         return start, min(size, parameter.ds_numel - start)
 
     @property
     def num_parameters(self) -> int:
         """Of the whole model."""
-        here = [n for n in self.parameters if self.mesh.counts_here(self.placements[n])]
+        ranks = self.mesh.pipeline.rank, self.mesh.tensor.rank
+        here = [name for name in self.parameters if self.placements[name].is_primary_replica(*ranks)]
         count = torch.tensor(sum(self.shape_of(name).numel() for name in here))
-        return int(total(count.to(self.world.device), self.mesh.model))
+        return int(all_reduce_sum(count.to(self.world.device), self.mesh.model))
 
     def shape_of(self, name: str) -> torch.Size:
         """Of this rank's part; under stage 3 a parameter itself is empty between uses."""
@@ -254,7 +256,7 @@ class ZeroEngine:
         return getattr(parameter, "ds_shape", parameter.shape)
 
 
-class ModelParallelGroups:
+class DeepSpeedMPU:
     """The mesh in DeepSpeed's words."""
 
     def __init__(self, mesh: Mesh):
@@ -270,13 +272,13 @@ class ModelParallelGroups:
         return self.mesh.model.size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.zero.group
+        return self.mesh.data_context.group
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.zero.rank
+        return self.mesh.data_context.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh.zero.size
+        return self.mesh.data_context.size
 
 
 def parameter_groups(
@@ -285,7 +287,7 @@ def parameter_groups(
     """By (decayed or not, axes that its gradients are still to be summed over)."""
     groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault((decayed(name, parameter), placements[name].summed), []).append(parameter)
+        groups.setdefault((decayed(name, parameter), placements[name].partial_axes), []).append(parameter)
     return dict(sorted(groups.items(), reverse=True))
 
 

@@ -1,1 +1,1 @@
-"""Prompts to videos."""
+"""Sampling videos from prompts."""

@@ -1,4 +1,7 @@
-"""Prompts to patches: the objective run backwards, guided; all prompts, with and without caption, in one call."""
+"""Prompts to patches: integrates the predicted velocity from noise to data, with classifier-free guidance.
+
+All prompts, with and without their captions, are one pack: one model call per evaluation of the velocity.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megasora.batch import VideoBatch, owner_of_tokens
+from megasora.batch import VideoBatch, segment_ids
 from megasora.config import ObjectiveConfig, SampleConfig
 from megasora.data.pack import Record, make_batch
 from megasora.diffusion import noise
-from megasora.diffusion.flow import NOISE, SAMPLING_STEP, even, rows_of
+from megasora.diffusion.flow import NOISE, SAMPLING_STEP, build_rows, round_up_to_even
 from megasora.diffusion.samplers import integrate, timestep_grid
 from megasora.diffusion.timesteps import shift_factor
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A record whose patches are empty but for `clean` = (head, tail) latent frames, which are kept as they are."""
+    """Grid, caption and size of a clip to sample. `clean` = (head, tail) latent frames of its patches are kept."""
 
     record: Record
     clean: tuple[int, int] = (0, 0)
@@ -36,46 +39,62 @@ def generate(
     device: torch.device | str = "cpu",
     progress: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
-    """Patches [l, P] of each prompt. Its noise depends on (seed, its sample id) alone, not on its company."""
-    records = [p.record for p in prompts]
-    guided = sample.guidance != 1.0
-    doubled = [*records, *records] if guided else records
-    batch = make_batch(doubled, sum(len(r.patches_LP) for r in doubled))
-    drop = batch.drop_text_G.clone()
-    drop[len(records) :] = True
-    cu_rows, rows, owner = rows_of(batch, torch.ones(len(doubled)), [p.clean for p in prompts] * (2 if guided else 1))
-    batch = dataclasses.replace(batch, drop_text_G=drop, cu_rows=cu_rows, row_segment_R=owner)
+    """The sampled patches [l, P] of each prompt, on the CPU. Calls `progress` after each model call.
+
+    The noise of a prompt depends only on `seed` and its sample id, not on the other prompts.
+    """
+    is_guided = sample.guidance_scale != 1.0
+    batch = build_batch(prompts, is_guided)
+    cu = batch.cu_segments[: len(prompts) + 1]
+    length = int(cu[-1])  # tokens with a caption; those without follow them
+    segment_L = segment_ids(cu, length)
+    row_L = segment_ids(batch.cu_rows, len(batch.patches_LP))[:length]
+    is_noised_L1 = (batch.timesteps_R[row_L] > 0)[:, None].to(device)
+    noise_LP = draw_noise(batch, cu, seed).to(device)
     batch = batch.to(device)
+    x_LP = torch.where(is_noised_L1, noise_LP, batch.patches_LP[:length])
 
-    length = sum(len(r.patches_LP) for r in records)  # the half with captions; the other follows it
-    cu = batch.cu_segments[: len(records) + 1]
-    segment_L = owner_of_tokens(cu, length)
-    dim = batch.patches_LP.shape[1]
-    keys = noise.clip_keys(seed, SAMPLING_STEP, batch.sample_ids_G[: len(records)], NOISE)
-    first_L = (torch.arange(length) - cu[segment_L]) * even(dim)
-    x_LP = noise.normal(keys[segment_L], first_L, dim).to(device)
-    row_L = owner_of_tokens(cu_rows, len(batch.patches_LP))
-    free_L1 = (rows[row_L[:length]] > 0)[:, None].to(device)
-    x_LP = torch.where(free_L1, x_LP, batch.patches_LP[:length])
+    factor_L1 = shift_factor(cu.diff(), objective)[segment_L, None].float().to(device)
+    timesteps = [t_L1 * is_noised_L1 for t_L1 in timestep_grid(sample.num_inference_steps, factor_L1)]
+    first_token_R = (batch.cu_rows[:-1].long() % length).to(device)  # rows without a caption: as those with it
 
-    factors = shift_factor(cu.diff(), objective)[segment_L, None].float().to(device)
-    levels = [level * free_L1 for level in timestep_grid(sample.steps, factors)]
-    first_of_row = cu_rows[:-1].long() % length  # the unguided half has the levels of the guided one
-
-    def velocity(x: Tensor, level_L1: Tensor) -> Tensor:
-        t_R = level_L1[first_of_row.to(device), 0]
-        x_both = torch.cat((x, x)) if guided else x
-        v = model(dataclasses.replace(batch, patches_LP=x_both, timesteps_R=t_R))
+    def velocity(x_LP: Tensor, t_L1: Tensor) -> Tensor:
+        patches_LP = torch.cat((x_LP, x_LP)) if is_guided else x_LP
+        v_LP = model(dataclasses.replace(batch, patches_LP=patches_LP, timesteps_R=t_L1[first_token_R, 0]))
         progress()
-        if not guided:
-            return v
-        conditional, unconditional = v.split(length)
-        return unconditional + sample.guidance * (conditional - unconditional)
+        if not is_guided:
+            return v_LP
+        conditional, unconditional = v_LP.split(length)
+        return unconditional + sample.guidance_scale * (conditional - unconditional)
 
-    x_LP = integrate(velocity, x_LP, levels, sample.solver)
+    x_LP = integrate(velocity, x_LP, timesteps, sample.solver)
     return list(x_LP.cpu().split(cu.diff().tolist()))
 
 
-def calls_of(sample: SampleConfig) -> int:
-    """Model calls that `generate` makes."""
-    return sample.steps if sample.solver == "euler" else 2 * sample.steps - 1
+def build_batch(prompts: list[Prompt], is_guided: bool) -> VideoBatch:
+    """A pack of all prompts, on the CPU; `is_guided`: followed by all of them again, with hidden captions.
+
+    `timesteps_R` is 1 at rows to sample and 0 at clean ones.
+    """
+    doubled = [*prompts, *prompts] if is_guided else prompts
+    batch = make_batch([p.record for p in doubled], sum(len(p.record.patches_LP) for p in doubled))
+    drop_text_G = batch.drop_text_G.clone()
+    drop_text_G[len(prompts) :] = True
+    cu_rows, timesteps_R, segment_R = build_rows(batch, torch.ones(len(doubled)), [p.clean for p in doubled])
+    return dataclasses.replace(
+        batch, drop_text_G=drop_text_G, cu_rows=cu_rows, timesteps_R=timesteps_R.float(), row_segment_R=segment_R
+    )
+
+
+def draw_noise(batch: VideoBatch, cu: Tensor, seed: int) -> Tensor:
+    """Standard normals fp32 [L, P] for the first segments of `batch`, whose boundaries are `cu`."""
+    length, dim = int(cu[-1]), batch.patches_LP.shape[1]
+    segment_L = segment_ids(cu, length)
+    keys_G = noise.clip_keys(seed, SAMPLING_STEP, batch.sample_ids_G[: len(cu) - 1], NOISE)
+    first_L = (torch.arange(length) - cu[segment_L]) * round_up_to_even(dim)
+    return noise.normal(keys_G[segment_L], first_L, dim)
+
+
+def num_model_calls(sample: SampleConfig) -> int:
+    """How many times `generate` calls the model."""
+    return sample.num_inference_steps if sample.solver == "euler" else 2 * sample.num_inference_steps - 1

@@ -1,4 +1,4 @@
-"""A trained run, ready to answer prompts: codec, text encoder, model with its averaged weights."""
+"""Samples videos with a trained run: text encoder, model with the EMA weights, codec."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from megasora.build import build_model, patch_dim
-from megasora.checkpoint.slices import Slices
-from megasora.checkpoint.store import CheckpointStore, verify
+from megasora.checkpoint.sharded import ShardedCheckpoint
+from megasora.checkpoint.store import CheckpointStore, verify_checksums
 from megasora.codec import build_codec
 from megasora.config import Config, SampleConfig, load, token_pixels
 from megasora.data.pack import Record
@@ -22,12 +22,12 @@ from megasora.errors import MegaSoraError
 from megasora.sampling.generate import Prompt, generate
 from megasora.text import build_text_encoder
 
-WEIGHTS = {"ema": "ema", "raw": "weights"}  # what a person asks for: what it is in a checkpoint
+WEIGHTS = {"ema": "ema", "raw": "weights"}  # values of --weights -> kinds in a checkpoint
 
 
 @dataclass(frozen=True)
 class Request:
-    """One video to make. `image`: uint8 [H, W, 3], its first frame. `number` keys its noise, together with the seed."""
+    """A video to sample. `image`: uint8 [H, W, 3], its first frame. `sample_id` and the seed are its noise's key."""
 
     prompt: str
     height: int
@@ -35,38 +35,40 @@ class Request:
     frames: int
     fps: float
     image: np.ndarray | None = None
-    number: int = 0
+    sample_id: int = 0
 
 
-class Pipeline:
+class SamplingPipeline:
+    """Calling it samples a list of requests. `run` and `step` name the checkpoint in `provenance`."""
+
     def __init__(self, config: Config, model: torch.nn.Module, run: str, step: int, device: torch.device):
         self.config, self.run, self.step, self.device = config, run, step, device
         self.model = model.to(device).eval()
         self.codec, self.encoder = build_codec(config.codec), build_text_encoder(config.text)
 
     @classmethod
-    def from_run(cls, run_dir: Path, weights: str = "ema", device: str = "auto") -> Pipeline:
-        """The newest checkpoint of a run folder. Raises MegaSoraError where there is none."""
+    def from_run(cls, run_dir: Path, weights: str = "ema", device: str = "auto") -> SamplingPipeline:
+        """Loads the newest checkpoint of a run folder. `weights`: ema or raw. Raises MegaSoraError if there is none."""
         if not (run_dir / "config.yaml").is_file():
             raise MegaSoraError(f"{run_dir} is not a run folder: it has no config.yaml; train one with megasora train")
-        checkpoint = CheckpointStore(run_dir / "checkpoints").newest()
-        if checkpoint is None:
+        folder = CheckpointStore(run_dir / "checkpoints").newest()
+        if folder is None:
             raise MegaSoraError(
                 f"{run_dir / 'checkpoints'} holds no checkpoint to sample from; train until step checkpoint.every="
                 f"{load(run_dir / 'config.yaml').checkpoint.every}, or to the end"
             )
-        step = verify(checkpoint)["step"]
+        step = verify_checksums(folder)["step"]
         config = load(run_dir / "config.yaml")
-        config.model.kernels = config.model.attention = "auto"  # of this machine, which need not be the training's
+        config.model.kernel_backend = config.model.attention_backend = "auto"  # this machine may differ from training's
         model = build_model(config, patch_dim(config))
-        slices = Slices(checkpoint)
-        model.load_state_dict({name: slices.whole(WEIGHTS[weights], name) for name in slices.shapes})
+        checkpoint = ShardedCheckpoint(folder)
+        model.load_state_dict({name: checkpoint.full_tensor(WEIGHTS[weights], name) for name in checkpoint.shapes})
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(config, model, run_dir.resolve().name, step, torch.device(device))
 
     def check(self, request: Request) -> None:
-        """Raises MegaSoraError for a request that the model cannot answer."""
+        """Raises MegaSoraError if the model cannot sample this request."""
         if not request.prompt.strip():
             raise MegaSoraError("--prompt is empty; describe the clip, e.g. --prompt 'a red circle moves right'")
         try:
@@ -92,10 +94,10 @@ class Pipeline:
     def __call__(
         self, requests: list[Request], sample: SampleConfig, seed: int, progress: Callable[[], None] = lambda: None
     ) -> list[np.ndarray]:
-        """uint8 [F, H, W, 3] of each request; all are sampled side by side."""
+        """uint8 [F, H, W, 3] of each request, sampled in one pack. Calls `progress` after each model call."""
         for request in requests:
             self.check(request)
-        prompts = [self.prompt(request) for request in requests]
+        prompts = [self.build_prompt(request) for request in requests]
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
         with autocast:
             patches = generate(self.model, prompts, self.config.objective, sample, seed, self.device, progress)
@@ -106,7 +108,7 @@ class Pipeline:
             videos.append(frames_to_uint8(frames)[: request.frames].numpy())
         return videos
 
-    def prompt(self, request: Request) -> Prompt:
+    def build_prompt(self, request: Request) -> Prompt:
         _, ph, pw = token_pixels(self.config)
         grid = (self.codec.latent_frames(request.frames), request.height // ph, request.width // pw)
         patches = torch.zeros(grid[0] * grid[1] * grid[2], patch_dim(self.config))
@@ -118,16 +120,15 @@ class Pipeline:
             clean = (1, 0)
         native = (request.height, request.width, request.frames, request.fps if request.frames > 1 else 0.0)
         text = self.encoder.encode([request.prompt])[0]
-        return Prompt(Record(request.number, patches, grid, text, native, request.prompt), clean)
+        return Prompt(Record(request.sample_id, patches, grid, text, native, request.prompt), clean)
 
     def provenance(self, prompt: str, seed: int) -> str:
-        """What a written file says of itself."""
+        """JSON text for the metadata of a file: that it is generated, and by which run."""
         return json.dumps(
             {"ai_generated": True, "by": "MegaSora", "run": self.run, "step": self.step, "prompt": prompt, "seed": seed}
         )
 
 
-def sample_settings(config: Config, **changes) -> SampleConfig:
-    """The run's `sample` section with what the caller gave; None leaves a setting as it is."""
-    given = {k: v for k, v in changes.items() if v is not None}
-    return dataclasses.replace(config.sample, **given)
+def override_sample_config(config: Config, **changes) -> SampleConfig:
+    """A copy of the run's `sample` section with these changes; None leaves a setting as it is."""
+    return dataclasses.replace(config.sample, **{key: value for key, value in changes.items() if value is not None})

@@ -1,4 +1,4 @@
-"""Contact sheets: a row of frames for each video, its prompt above."""
+"""Contact sheets: one image with a row of frames per video, below its prompt."""
 
 from __future__ import annotations
 

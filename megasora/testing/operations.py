@@ -177,7 +177,7 @@ def build_rope3d(size: Size, dtype: torch.dtype, device: torch.device | str) -> 
 
 def build_qk_norm_rope3d(norm: str, size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
     draw, (rope, angles) = partial(normal, dtype, device), rope_of(size, device)
-    weight = size.head_dim if norm == "head" else size.width
+    weight = size.head_dim if norm == "per_head" else size.width
     return Problem(
         (draw(size.tokens, 3, size.heads, size.head_dim), draw(weight), draw(weight)),
         lambda *given: qk_norm_rope3d.qk_norm_rope3d(*given, rope, EPS, norm, via="triton"),
@@ -221,8 +221,8 @@ OPERATIONS: dict[str, Callable[[Size, torch.dtype, torch.device | str], Problem]
     "residual_adaln": build_residual_adaln,
     "gated_add": build_gated_add,
     "rope3d": build_rope3d,
-    "qk_norm_rope3d, head": partial(build_qk_norm_rope3d, "head"),
-    "qk_norm_rope3d, width": partial(build_qk_norm_rope3d, "width"),
+    "qk_norm_rope3d, per_head": partial(build_qk_norm_rope3d, "per_head"),
+    "qk_norm_rope3d, across_heads": partial(build_qk_norm_rope3d, "across_heads"),
     "rms_norm": build_rms_norm,
     "merge_partial_attention": build_merge_partial_attention,
 }

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 PRELOADED = [
-    "torch", "torch.distributed.pipelining", "deepspeed", "megasora.trainer",
+    "torch", "torch.distributed.pipelining", "deepspeed", "megasora.trainer", "megasora.tasks.dit",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # else imported by deepspeed.initialize, with the whole of inductor
 ]  # fmt: skip
 

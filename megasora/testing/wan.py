@@ -18,11 +18,11 @@ from megasora.checkpoint.wan import WanFolder, import_wan, read_wan
 from megasora.config import load
 from megasora.data.pack import Record, make_batch
 from megasora.data.patches import patchify, unpatchify
-from megasora.diffusion.flow import rows_of
+from megasora.diffusion.flow import build_rows
 from megasora.model.dit import VideoDiT
 from megasora.model.embed import TIMESTEP_SCALE
 from megasora.model.init import initial_value
-from megasora.text.pretrained import FeatureEmbedder
+from megasora.text.embedders import FeatureEmbedder
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -105,7 +105,7 @@ def make_pack(clips: list = CLIPS, padding: int = 3) -> VideoBatch:
         native = (16.0 * grid[1], 16.0 * grid[2], 4.0 * grid[0] - 3, 16.0)
         records.append(Record(number, patches_LP, grid, text_SE, native, "a caption"))
     batch = make_batch(records, sum(len(r.patches_LP) for r in records) + padding)
-    cu_rows, timesteps_R, owner = rows_of(
+    cu_rows, timesteps_R, owner = build_rows(
         batch, torch.tensor([t for *_, t in clips]), [clean for _, _, clean, _ in clips]
     )
     return dataclasses.replace(batch, cu_rows=cu_rows, timesteps_R=timesteps_R.float(), row_segment_R=owner)

@@ -1,6 +1,9 @@
-"""Captions to what the model attends to. An encoder has `encode(captions)` (per caption [S_i, E]), `precomputed`
-(whether that is done once, at ingest), `fingerprint`, and `build_embedder`, the trained module that maps [S, E] to
-[S, D]."""
+"""Text encoders: map captions to the features that the model's cross-attention reads.
+
+An encoder has `encode(captions)` (a tensor [S_i, E] per caption), `precomputed` (True: encoded once, at ingest),
+`fingerprint`, and `build_embedder`, which builds the trained module [S, E] -> [S, D]. A new one is added to
+`build_text_encoder`.
+"""
 
 from __future__ import annotations
 

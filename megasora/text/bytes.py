@@ -1,8 +1,8 @@
-"""`bytes`: captions as words of UTF-8 bytes, read by a small encoder that is trained with the model.
+"""`bytes`: a caption as words of UTF-8 bytes, embedded by a small module that is trained with the model.
 
-A caption is split at white space (and every 16 bytes, so that scripts without spaces work); each word becomes one text
-token, the sum of an embedding for each (place, byte), as in the space-delimited patches of byte-level language models
-(SpaceByte, arXiv 2404.14408). Nothing has to be downloaded, and no word is unknown.
+A caption is split at white space, and after every 16 bytes, so that scripts without spaces work. Each word is one text
+token: the sum of an embedding for each (position, byte), as in byte-level language models with space-delimited patches
+(SpaceByte, arXiv 2404.14408). Nothing has to be downloaded, and no word is out of vocabulary.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from megasora.config import TextConfig
 from megasora.errors import MegaSoraError
-from megasora.kernels.attention import Segments, attention
+from megasora.text.embedders import BytesEmbedder
 
 WORD_BYTES = 16
-PAD = 256  # behind the end of a word
-NO_BYTE = b"\xff"  # UTF-8 has none: it stands for PAD while a caption is bytes
-SYMBOLS = np.where(np.arange(256) == NO_BYTE[0], PAD, np.arange(256))
+PAD = 256  # the symbol after the end of a word
+PAD_BYTE = b"\xff"  # stands for PAD in bytes; it does not occur in UTF-8
+SYMBOL_OF_BYTE = np.where(np.arange(256) == PAD_BYTE[0], PAD, np.arange(256))
 
 
 class BytesEncoder:
-    """caption -> int64 [S_i, 16]: bytes of each word. Nothing is computed ahead: the embedder is trained."""
+    """caption -> int64 [S_i, 16]: the bytes of each word. Not precomputed, because the embedder is trained."""
 
     precomputed = False
     fingerprint = f"bytes-{WORD_BYTES}"
@@ -33,69 +33,29 @@ class BytesEncoder:
         self.max_tokens = config.max_tokens
 
     def encode(self, captions: list[str]) -> list[Tensor]:
-        """At least one token a caption: an empty one is one word without bytes.
+        """int64 [S_i, 16] per caption, S_i >= 1: an empty caption is one word of PAD.
 
-        Raises MegaSoraError where a caption has more than `text.max_tokens` words; none is cut.
+        Raises MegaSoraError where a caption has more than `text.max_tokens` words; captions are not truncated.
         """
-        words = [self.words(caption) for caption in captions]
-        for caption, tokens in zip(captions, words, strict=True):
-            if len(tokens) > self.max_tokens:
+        encoded = [self.words(caption) for caption in captions]
+        for caption, words in zip(captions, encoded, strict=True):
+            if len(words) > self.max_tokens:
                 raise MegaSoraError(
-                    f"caption of {len(tokens)} words ('{caption[:40]}...') is longer than "
+                    f"caption of {len(words)} words ('{caption[:40]}...') is longer than "
                     f"text.max_tokens={self.max_tokens}; shorten the caption or raise text.max_tokens"
                 )
-        return words
+        return encoded
 
     def words(self, caption: str) -> Tensor:
-        data = b"".join(map(filled, caption.lower().split())) or NO_BYTE * WORD_BYTES
-        return torch.from_numpy(SYMBOLS[np.frombuffer(data, np.uint8)].reshape(-1, WORD_BYTES))
+        data = b"".join(map(padded_bytes, caption.lower().split())) or PAD_BYTE * WORD_BYTES
+        return torch.from_numpy(SYMBOL_OF_BYTE[np.frombuffer(data, np.uint8)].reshape(-1, WORD_BYTES))
 
     def build_embedder(self, width: int, depth: int, heads: int) -> nn.Module:
-        return BytesEmbedder(width, depth, heads)
+        return BytesEmbedder(WORD_BYTES, PAD + 1, width, depth, heads)
 
 
-@lru_cache(maxsize=8192)  # few words are most of what captions say
-def filled(word: str) -> bytes:
-    """UTF-8, filled up to whole tokens."""
+@lru_cache(maxsize=8192)  # a few words make up most of all captions
+def padded_bytes(word: str) -> bytes:
+    """The UTF-8 bytes of a word, padded to a multiple of 16."""
     data = word.encode("utf-8")
-    return data.ljust(-(-len(data) // WORD_BYTES) * WORD_BYTES, NO_BYTE)
-
-
-class BytesEmbedder(nn.Module):
-    """int64 [S, 16] -> [S, D]: words by themselves, then `depth` blocks of attention inside each caption."""
-
-    def __init__(self, width: int, depth: int, heads: int):
-        super().__init__()
-        self.byte = nn.Embedding(WORD_BYTES * (PAD + 1), width)
-        self.word = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-        self.place = nn.Embedding(512, width)  # of the word in its caption; later words share the last
-        self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, words_SB: Tensor, cu_text: Tensor) -> Tensor:
-        length, device = len(words_SB), words_SB.device
-        slots = torch.arange(WORD_BYTES, device=device) * (PAD + 1)
-        x_SD = self.byte(words_SB + slots).sum(1)
-        starts = torch.repeat_interleave(cu_text[:-1].long(), cu_text.diff().long()).to(device)
-        place = (torch.arange(length, device=device) - starts).clamp_max(self.place.num_embeddings - 1)
-        x_SD = self.word(x_SD) + self.place(place)
-        segments = Segments.from_cu_seqlens(cu_text, cu_text, length, device)
-        for block in self.blocks:
-            x_SD = block(x_SD, segments)
-        return self.norm(x_SD)
-
-
-class TextBlock(nn.Module):
-    """A plain pre-norm transformer block inside each caption."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x_SD: Tensor, segments: Segments) -> Tensor:
-        q, k, v = self.qkv(self.norm_attention(x_SD)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        x_SD = x_SD + self.out(attention(q, k, v, segments).flatten(-2))
-        return x_SD + self.mlp(self.norm_mlp(x_SD))
+    return data.ljust(-(-len(data) // WORD_BYTES) * WORD_BYTES, PAD_BYTE)

@@ -1,10 +1,10 @@
-"""`t5` and `clip`: a frozen text encoder made by others, run once at ingest through transformers.
+"""`t5` and `clip`: a frozen text encoder, run once at ingest through transformers.
 
-    captions --tokenizer--> ids --encoder--> features [S_i, E]        at ingest; kept in the shards
+    captions --tokenizer--> ids --encoder--> features [S_i, E]        at ingest; stored in the shards
     features [S, E] --embedder (trained)--> tokens [S, D]             at every step
 
-Training needs only the folder's config and the fingerprint of its weights; the weights themselves are loaded by the
-first `encode`. Features are fp32 on the CPU whatever the encoder runs in.
+Training needs only the config file and the fingerprint of the weights; the first `encode` loads the weights themselves.
+Features are fp32 on the CPU, whatever device and dtype the encoder runs in.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from torch import Tensor, nn
 
 from megasora.config import TextConfig
 from megasora.errors import MegaSoraError
-from megasora.kernels.attention import Segments
-from megasora.text.bytes import TextBlock
+from megasora.text.embedders import FeatureEmbedder
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-# text.name -> model_type in config.json -> the class of transformers
+# text.name -> model_type in config.json -> class of transformers
 ENCODERS = {
     "t5": {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"},
     "clip": {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"},
 }
 ENCODER_BATCH = 32  # captions in one call of the encoder
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # what transformers prefers comes first
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # in the order that transformers prefers
 SMALL_FILES = ["*.json", "*.model", "*.txt"]  # config and tokenizer
-PAGES, PAGE_BYTES = 64, 4096  # of each weights file, hashed for the fingerprint
+NUM_PAGES, PAGE_BYTES = 64, 4096  # of each weights file, hashed for the fingerprint
 
 
 class PretrainedEncoder:
@@ -45,7 +44,7 @@ class PretrainedEncoder:
     precomputed = True
 
     def __init__(self, config: TextConfig, device: torch.device | str | None = None):
-        """`device`: where the encoder runs; None takes the GPU where there is one."""
+        """`device`: where the encoder runs; None: the GPU if there is one."""
         self.name, self.path, self.max_tokens, self.pad = config.name, config.path, config.max_tokens, config.pad
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.transformers = import_transformers(config.name)
@@ -61,22 +60,22 @@ class PretrainedEncoder:
                 f"text.max_tokens={config.max_tokens} is more than the {positions} positions of "
                 f"text.path={config.path}; use at most {positions}"
             )
-        self.loading = threading.Lock()  # ingest encodes from several threads
+        self.lock = threading.Lock()  # `encode` may be called by several threads
 
     @cached_property
     def fingerprint(self) -> str:
-        """Encoders with the same fingerprint give the same features. Sizes and a spread of pages of the weights' files
-        stand for the weights: a few MB are read however large they are."""
+        """Encoders with the same fingerprint give the same features. It hashes the config, and of each weights file the
+        name, the size and 64 evenly spaced pages, so only a few MB are read."""
         digest = hashlib.sha256(json.dumps(self.weights_config, sort_keys=True).encode())
         for path in self.weights:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with open(path, "rb") as file:
-                for page in range(PAGES):
-                    file.seek(max(0, size - PAGE_BYTES) * page // (PAGES - 1))
+                for page in range(NUM_PAGES):
+                    file.seek(max(0, size - PAGE_BYTES) * page // (NUM_PAGES - 1))
                     digest.update(file.read(PAGE_BYTES))
-        padded = f"-pad{self.max_tokens}" if self.pad else ""
-        return f"{self.name}-{self.model_type}-{digest.hexdigest()[:16]}{padded}"
+        padding = f"-pad{self.max_tokens}" if self.pad else ""
+        return f"{self.name}-{self.model_type}-{digest.hexdigest()[:16]}{padding}"
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -95,30 +94,29 @@ class PretrainedEncoder:
     def load(self, from_pretrained: Any, **options: Any) -> Any:
         try:
             return from_pretrained(self.folder, local_files_only=True, **options)
-        except Exception as error:  # each library underneath raises its own kinds on damaged files
-            raise unreadable(self.path, error) from None
+        except Exception as error:  # each library raises its own exceptions on damaged files
+            raise load_error(self.path, error) from None
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
-        """Features of the real tokens of each caption, at least one; with `text.pad`, zeros behind them up to
-        `text.max_tokens`.
+        """fp32 [S_i, E] per caption, S_i >= 1; with `text.pad`, padded with zeros to `text.max_tokens`.
 
-        Raises MegaSoraError where a caption has more than `text.max_tokens` tokens; none is cut.
+        Raises MegaSoraError where a caption has more than `text.max_tokens` tokens; captions are not truncated.
         """
-        with self.loading:
+        with self.lock:
             ids = [self.tokenize(caption) for caption in captions]
-            by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # so that little is padded
+            by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # keeps padding small
             features: list[Tensor] = [torch.empty(0)] * len(ids)
-            for i in range(0, len(ids), ENCODER_BATCH):
-                numbers = by_length[i : i + ENCODER_BATCH]
-                for number, text_SE in zip(numbers, self.encode_batch([ids[n] for n in numbers]), strict=True):
-                    features[number] = text_SE
+            for start in range(0, len(ids), ENCODER_BATCH):
+                batch = by_length[start : start + ENCODER_BATCH]
+                for i, text_SE in zip(batch, self.encode_batch([ids[i] for i in batch]), strict=True):
+                    features[i] = text_SE
         if self.pad:
             features = [F.pad(text_SE, (0, 0, 0, self.max_tokens - len(text_SE))) for text_SE in features]
         return features
 
     def tokenize(self, caption: str) -> list[int]:
-        ids = self.tokenizer(caption, truncation=False, verbose=False)["input_ids"] or [self.filler]
+        ids = self.tokenizer(caption, truncation=False, verbose=False)["input_ids"] or [self.filler_id]
         if len(ids) > self.max_tokens:
             raise MegaSoraError(
                 f"caption of {len(ids)} tokens ('{caption[:40]}...') is longer than text.max_tokens={self.max_tokens}; "
@@ -127,14 +125,14 @@ class PretrainedEncoder:
         return ids
 
     @property
-    def filler(self) -> int:
-        """The token of an empty caption where the tokenizer adds none of its own, and behind the end of a caption."""
+    def filler_id(self) -> int:
+        """The token id that pads a batch, and the one token of a caption for which the tokenizer gives none."""
         candidates = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
         return next(token for token in candidates if token is not None)
 
     def encode_batch(self, ids: list[list[int]]) -> list[Tensor]:
         longest = max(map(len, ids))
-        ids_BS = torch.full((len(ids), longest), self.filler)
+        ids_BS = torch.full((len(ids), longest), self.filler_id)
         mask_BS = torch.zeros_like(ids_BS)
         for row, tokens in enumerate(ids):
             ids_BS[row, : len(tokens)] = torch.tensor(tokens)
@@ -147,24 +145,6 @@ class PretrainedEncoder:
         return FeatureEmbedder(self.text_dim, width, depth, heads)
 
 
-class FeatureEmbedder(nn.Module):
-    """features [S, E] -> [S, D]: an MLP (as in Wan), then `depth` blocks of attention inside each caption, which a
-    causal encoder's features need most (the refiner of HunyuanVideo, arXiv 2412.03603)."""
-
-    def __init__(self, text_dim: int, width: int, depth: int, heads: int):
-        super().__init__()
-        self.up, self.down = nn.Linear(text_dim, width), nn.Linear(width, width)
-        self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width) if depth else nn.Identity()
-
-    def forward(self, text_SE: Tensor, cu_text: Tensor) -> Tensor:
-        x_SD = self.down(F.gelu(self.up(text_SE.to(self.up.weight.dtype)), approximate="tanh"))
-        segments = Segments.from_cu_seqlens(cu_text, cu_text, len(x_SD), x_SD.device)
-        for block in self.blocks:
-            x_SD = block(x_SD, segments)
-        return self.norm(x_SD)
-
-
 def import_transformers(name: str) -> ModuleType:
     try:
         import transformers
@@ -174,7 +154,7 @@ def import_transformers(name: str) -> ModuleType:
 
 
 def find_folder(path: str) -> Path:
-    """`path` itself, or the local copy of the hub repository of this name, downloaded where there is none."""
+    """`path` itself, or the local copy of the hub repository of this name, which is downloaded if needed."""
     if Path(path).is_dir():
         return Path(path)
     import huggingface_hub
@@ -184,35 +164,35 @@ def find_folder(path: str) -> Path:
         if not any(folder.glob(WEIGHTS[0])):
             huggingface_hub.snapshot_download(path, allow_patterns=[WEIGHTS[1]])
     except Exception as error:  # no such folder or repository, no network, no permission
-        raise unreadable(path, error) from None
+        raise load_error(path, error) from None
     return folder
 
 
 def read_config(folder: Path, config: TextConfig) -> tuple[str, dict[str, Any]]:
-    """(model type, what config.json itself says about the text encoder: no default of a library's version)."""
+    """(model type, the text encoder's values in config.json); defaults of the transformers version are not included."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise unreadable(config.path, error) from None
+        raise load_error(config.path, error) from None
     model_type, known = values.get("model_type"), ENCODERS[config.name]
     if model_type not in known:
         raise MegaSoraError(
             f"text.path={config.path} holds a model of type '{model_type}'; "
             f"text.name={config.name} reads {', '.join(known)}"
         )
-    values = values.get("text_config", values)  # of a whole CLIP
+    values = values.get("text_config", values)  # a CLIP folder may also hold the vision encoder
     volatile = ("_name_or_path", "transformers_version", "architectures")
     return model_type, {key: value for key, value in values.items() if key not in volatile}
 
 
 def find_weights(folder: Path, path: str) -> list[Path]:
     for pattern in WEIGHTS:
-        if found := sorted(folder.glob(pattern)):
-            return found
+        if files := sorted(folder.glob(pattern)):
+            return files
     raise MegaSoraError(f"text.path={path} holds no weights: looked for {' and '.join(WEIGHTS)} in {folder}")
 
 
-def unreadable(path: str, error: Exception) -> MegaSoraError:
+def load_error(path: str, error: Exception) -> MegaSoraError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return MegaSoraError(
         f"text.path={path} cannot be loaded ({type(error).__name__}: {reason}); give a folder that save_pretrained "

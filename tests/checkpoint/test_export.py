@@ -37,29 +37,29 @@ def test_the_averaged_weights_are_exported_unless_the_last_ones_are_asked_for(tr
 
 
 def test_a_run_starts_from_a_checkpoint_as_from_its_exported_last_weights(trained, tmp_path):
-    from megasora.parallelize import first_values
-    from megasora.train import check_parallel
+    from megasora.parallelize import initial_weights
+    from megasora.checks import check_parallel
 
     out, checkpoint = tmp_path / "a.safetensors", trained / "checkpoints" / "step-00000010"
     assert main(["checkpoint", "export", str(checkpoint), "--out", str(out), "--weights", "raw"]) == 0
     expected = saved(trained, 10)
     for weights in (out, checkpoint):
-        config = load(None, [f"model.weights={weights}"])
+        config = load(None, [f"model.init_from={weights}"])
         check_parallel(config)
-        value_of = first_values(config)
+        weight_of = initial_weights(config)
         for name, values in load_file(out).items():
-            assert torch.equal(value_of(name, values.shape), expected[f"weights/{name}"])
+            assert torch.equal(weight_of(name, values.shape), expected[f"weights/{name}"])
         with pytest.raises(MegaSoraError, match=r"this model's null_text is \[7\], the file has \[\d+\]"):
-            value_of("null_text", torch.Size([7]))
+            weight_of("null_text", torch.Size([7]))
     for nothing in (trained, tmp_path / "none"):
         with pytest.raises(MegaSoraError, match="is no file and no checkpoint"):
-            check_parallel(load(None, [f"model.weights={nothing}"]))
+            check_parallel(load(None, [f"model.init_from={nothing}"]))
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line_and_nothing_is_written(trained, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "a.safetensors"
     shutil.copytree(trained, run)
-    file = run / "checkpoints" / "step-00000020" / "slices" / "rank-00000.safetensors"
+    file = run / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
     file.write_bytes(data)

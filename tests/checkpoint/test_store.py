@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megasora.checkpoint.store import CheckpointStore, find_checkpoint, remove_parts, sha256, verify
+from megasora.checkpoint.store import CheckpointStore, find_checkpoint, remove_incomplete, sha256, verify_checksums
 from megasora.errors import MegaSoraError
 from megasora.files import write_whole
 
 FILES = {
     "model.safetensors": b"weights of step %d",
-    "slices/rank-00000.safetensors": b"moments of step %d",
+    "fragments/rank-00000.safetensors": b"moments of step %d",
     "state.json": b'{"step": %d}',
 }
 
@@ -42,7 +42,7 @@ def test_a_save_holds_what_was_written_and_becomes_the_newest(tmp_path):
     final = save(store, 10)
     assert final == store.path(10) == store.newest() == tmp_path / "checkpoints" / "step-00000010"
     assert {name: (final / name).read_bytes() for name in FILES} == {n: c % 10 for n, c in FILES.items()}
-    manifest = verify(final)
+    manifest = verify_checksums(final)
     assert manifest["step"] == 10
     assert manifest["files"] == {n: [len(c % 10), sha256(final / n)] for n, c in FILES.items()}
     assert names(store) == ["latest", "step-00000010"]
@@ -71,13 +71,13 @@ def test_a_step_saved_again_replaces_the_older_save(tmp_path):
     (part / "model.safetensors").write_bytes(b"other weights")
     store.commit(10)
     assert sorted(p.name for p in store.path(10).iterdir()) == ["manifest.json", "model.safetensors"]
-    assert verify(store.newest())["step"] == 10
+    assert verify_checksums(store.newest())["step"] == 10
 
 
 def test_what_is_left_of_an_earlier_attempt_is_not_part_of_a_save(tmp_path):
     store = CheckpointStore(tmp_path)
     write_part(store, 10)
-    (store.part(10) / "torn.pt").write_bytes(b"half")
+    (store.staging_dir(10) / "torn.pt").write_bytes(b"half")
     save(store, 10)
     assert not (store.path(10) / "torn.pt").exists()
 
@@ -88,7 +88,7 @@ def test_a_save_after_going_back_is_kept_though_later_ones_are_there(tmp_path):
     save(store, 10, 20, 30, 40)
     write_whole(store.folder / "latest", "step-00000030\n")
     save(store, 35)
-    assert store.newest() == store.path(35) and verify(store.path(35))["step"] == 35
+    assert store.newest() == store.path(35) and verify_checksums(store.path(35))["step"] == 35
     assert [p.name for p in store.complete()] == ["step-00000030", "step-00000035", "step-00000040"]
 
 
@@ -134,14 +134,14 @@ def test_a_save_interrupted_anywhere_leaves_a_whole_newest_checkpoint(tmp_path, 
             except Killed:
                 finished = False
         newest = store.newest()
-        assert verify(newest)["step"] == int(newest.name[5:])
+        assert verify_checksums(newest)["step"] == int(newest.name[5:])
         moved = "replace .latest.part" in done
         assert newest == store.path(20 if moved else 10), done
         seen.append((calls, "replace .step-00000020.part" in done, moved))
-        remove_parts(store.folder)
+        remove_incomplete(store.folder)
         assert not list(store.folder.glob(".*"))
         save(store, 20)  # the resumed run saves again
-        assert store.newest() == store.path(20) and verify(store.path(20))["step"] == 20
+        assert store.newest() == store.path(20) and verify_checksums(store.path(20))["step"] == 20
         if finished:
             break
     assert {state[1:] for state in seen} == {(False, False), (True, False), (True, True)}  # each point was visited
@@ -152,7 +152,7 @@ def test_a_save_that_was_never_committed_is_invisible(tmp_path):
     save(store, 10)
     write_part(store, 20)
     assert store.newest() == store.path(10) and store.complete() == [store.path(10)]
-    remove_parts(store.folder)
+    remove_incomplete(store.folder)
     assert names(store) == ["latest", "step-00000010"]
 
 
@@ -161,7 +161,7 @@ def test_parts_of_files_are_removed_too_and_nothing_else(tmp_path):
     save(store, 10)
     (tmp_path / ".latest.part").write_text("step")
     (tmp_path / ".keep").write_text("mine")
-    remove_parts(tmp_path)
+    remove_incomplete(tmp_path)
     assert names(store) == [".keep", "latest", "step-00000010"]
 
 
@@ -204,9 +204,9 @@ def test_one_flipped_bit_is_found_in_every_file(name, tmp_path):
         for bit in (1, 64):
             (final / name).write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
             with pytest.raises(MegaSoraError, match="use an earlier checkpoint"):
-                verify(final)
+                verify_checksums(final)
     (final / name).write_bytes(data)
-    verify(final)
+    verify_checksums(final)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -215,10 +215,10 @@ def test_a_missing_and_a_cut_file_are_found_by_name(name, tmp_path):
     data = (final / name).read_bytes()
     (final / name).write_bytes(data[:-1])
     with pytest.raises(MegaSoraError, match=f"{name} is damaged: {len(data) - 1} bytes, {len(data)} expected"):
-        verify(final)
+        verify_checksums(final)
     (final / name).unlink()
     with pytest.raises(MegaSoraError, match=f"{name} is missing"):
-        verify(final)
+        verify_checksums(final)
 
 
 @pytest.mark.parametrize(
@@ -228,13 +228,13 @@ def test_a_manifest_that_is_none_is_refused(text, tmp_path):
     final = save(CheckpointStore(tmp_path), 10)
     (final / "manifest.json").write_text(text)
     with pytest.raises(MegaSoraError, match="manifest.json cannot be read: .*; use an earlier checkpoint"):
-        verify(final)
+        verify_checksums(final)
 
 
 def test_a_checkpoint_is_found_by_its_own_name_and_as_the_newest_of_its_run(tmp_path):
     final = save(CheckpointStore(tmp_path / "run" / "checkpoints"), 10, 20)
     assert find_checkpoint(final.with_name("step-00000010")).name == "step-00000010"
     assert find_checkpoint(tmp_path / "run") == final
-    for nothing in (tmp_path, tmp_path / "nowhere", final / "slices"):
+    for nothing in (tmp_path, tmp_path / "nowhere", final / "fragments"):
         with pytest.raises(MegaSoraError, match=f"{nothing} is no checkpoint"):
             find_checkpoint(nothing)

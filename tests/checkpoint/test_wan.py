@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasora.checkpoint.wan import FIRST_VALUE, WEIGHTS, ZERO, import_wan, mlp_ratio, read_wan
+from megasora.checkpoint.wan import DEFAULT_INIT, WEIGHTS, ZERO_INIT, import_wan, mlp_ratio, read_wan
 from megasora.config import load
 from megasora.errors import MegaSoraError
 from megasora.model.init import initial_value
@@ -105,7 +105,7 @@ def test_the_equality_sees_where_a_token_is(axis, tiny, ours):
 def test_what_wan_does_not_have_adds_nothing_and_can_be_trained(ours):
     batch = make_pack()
     before = ours(batch)
-    other = dataclasses.replace(batch, native_G4=batch.native_G4 * 3)
+    other = dataclasses.replace(batch, native_size_G4=batch.native_size_G4 * 3)
     assert torch.equal(before, ours(other))
     by_clip(before, batch)[2].square().sum().backward()
     for name in ("first_frame", "native.mlp.2.weight", "pooled_text.1.weight"):
@@ -130,7 +130,7 @@ def test_the_file_has_every_weight_once_in_fp32_and_no_part_is_left(tiny, weight
     assert {name: p.shape for name, p in model.named_parameters()} == {n: w.shape for n, w in found.items()}
     assert {w.dtype for w in found.values()} == {torch.float32}
     size = sum(w.numel() for w in tiny.theirs.parameters())
-    extra = sum(found[name].numel() for name in (*ZERO, *FIRST_VALUE))
+    extra = sum(found[name].numel() for name in (*ZERO_INIT, *DEFAULT_INIT))
     assert sum(w.numel() for w in found.values()) == size + extra
     assert not list(weights.parent.glob(".*"))
 
@@ -148,7 +148,7 @@ def test_bfloat16_weights_in_one_file_are_widened_exactly(tiny, folder, weights,
     import_to(folder, tmp_path / "narrow.safetensors")
     whole, narrow = load_file(weights), load_file(tmp_path / "narrow.safetensors")
     for name, value in whole.items():
-        rounded = value if name in FIRST_VALUE else value.bfloat16().float()
+        rounded = value if name in DEFAULT_INIT else value.bfloat16().float()
         assert torch.equal(narrow[name], rounded), name
 
 
@@ -157,11 +157,11 @@ def test_the_settings_of_the_released_model_are_known(tmp_path):
     (tmp_path / WEIGHTS).touch()
     assert read_wan(tmp_path).settings() == [
         "model.width=1536", "model.depth=30", "model.heads=12", "model.mlp_ratio=5.8334", "model.modulation=shared",
-        "model.qk_norm=width", "model.text_depth=0", "text.name=t5", "text.path=google/umt5-xxl",
+        "model.qk_norm=across_heads", "model.text_depth=0", "text.name=t5", "text.path=google/umt5-xxl",
         "text.max_tokens=512", "text.pad=true", "data.patch=[1,2,2]", "codec.channels=16",
     ]  # fmt: skip
     config = load(None, read_wan(tmp_path).settings())
-    assert config.text.pad and int(config.model.width * config.model.mlp_ratio) == 8960
+    assert config.text.pad and config.model.mlp_hidden == 8960
 
 
 def test_the_ratio_gives_the_hidden_width_exactly():

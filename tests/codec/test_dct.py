@@ -8,7 +8,7 @@ import torch
 
 from megasora.codec import build_codec
 from megasora.codec.dct import DCTCodec
-from megasora.codec.dct_stream import dct_basis
+from megasora.codec.dct_encoder import dct_basis
 from megasora.config import CodecConfig
 from megasora.data.patches import frames_to_float
 from megasora.errors import MegaSoraError
@@ -59,7 +59,7 @@ def test_frames_that_do_not_fill_the_last_block_come_back_too(count):
 def test_latents_survive_decoding_and_encoding(factors, channels):
     codec = make(factors, channels)
     z = torch.randn(channels, 4, 3, 2, generator=torch.Generator().manual_seed(0))
-    z[~codec.still, 0] = 0  # the first latent stands still
+    z[~codec.is_static, 0] = 0  # the first latent stands still
     torch.testing.assert_close(codec.encode(codec.decode(z)), z, rtol=1e-5, atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_a_stream_of_frames_gives_the_bits_of_the_whole_clip(count, size):
     codec = make((4, 8, 8), 48)
     frames = random_frames(count, *size)
     whole = codec.encode(frames).permute(1, 2, 3, 0).contiguous()
-    runs = list(codec.stream.encode(frame.permute(1, 2, 0).numpy() for frame in frames))
+    runs = list(codec.stream_encoder.encode(frame.permute(1, 2, 0).numpy() for frame in frames))
     assert len(runs) == codec.latent_frames(count)
     assert all(np.array_equal(run, latent.numpy()) for run, latent in zip(runs, whole, strict=True))
 
@@ -90,10 +90,10 @@ def test_bytes_are_encoded_as_the_floats_that_they_stand_for():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 24, 3), dtype=np.uint8)
     codec = make((4, 8, 8), 192)
     of_floats = codec.encode(frames_to_float(torch.from_numpy(pixels))).permute(1, 2, 3, 0)
-    of_bytes = torch.from_numpy(np.stack(list(codec.stream.encode(pixels))))
+    of_bytes = torch.from_numpy(np.stack(list(codec.stream_encoder.encode(pixels))))
     torch.testing.assert_close(of_bytes, of_floats, rtol=1e-5, atol=5e-6)
-    mirrored = list(codec.stream.encode(pixels[:, :, ::-1]))  # memory in another order
-    assert np.array_equal(mirrored, list(codec.stream.encode(np.ascontiguousarray(pixels[:, :, ::-1]))))
+    mirrored = list(codec.stream_encoder.encode(pixels[:, :, ::-1]))  # memory in another order
+    assert np.array_equal(mirrored, list(codec.stream_encoder.encode(np.ascontiguousarray(pixels[:, :, ::-1]))))
 
 
 def test_an_image_is_a_clip_of_one_frame():
@@ -151,5 +151,5 @@ def test_fingerprints_of_different_codecs_differ():
 
 
 def test_sizes_that_are_no_whole_blocks_are_refused():
-    with pytest.raises(MegaSoraError, match=r"frames of 8x10 pixels are no multiple of codec.factors=4x4"):
+    with pytest.raises(MegaSoraError, match=r"frames of 8x10 pixels are not multiples of codec.factors=4x4"):
         make().encode(random_frames(1, 8, 10))

@@ -8,10 +8,11 @@ import torch
 
 from megasora.batch import grid_coords
 from megasora.config import DataConfig, load
-from megasora.data.blocks import BlockWriter, write_manifest
+from megasora.data.shard_writer import BlockWriter, write_manifest
 from megasora.data.mixture import Mixture, open_mixture
 from megasora.data.pack import Record, make_batch
-from megasora.data.shards import Entry, Index, Manifest, Shards
+from megasora.data.shard_format import Entry, Index, Manifest
+from megasora.data.shard_reader import ShardSplit
 from megasora.errors import MegaSoraError
 
 ALIKE = Manifest("codec-a", "text-a", [1, 1, 1], 2, {}, {}, 4)
@@ -20,17 +21,17 @@ ALIKE = Manifest("codec-a", "text-a", [1, 1, 1], 2, {}, {}, 4)
 class Memory(Shards):
     """Shards without files: every token of a clip holds its place in it."""
 
-    def read(self, number, encode, into_LP=None, waiting=None):
-        entry = self.entries[number]
-        patches = torch.arange(entry.tokens).float()[:, None].expand(-1, 2)
-        return Record(entry.sample_id, patches, entry.grid, encode("ab"), entry.native, "ab")
+    def read(self, number, encode, out_LP=None):
+        entry = self.index[number]
+        patches = torch.arange(entry.num_tokens).float()[:, None].expand(-1, 2)
+        return Record(entry.sample_id, patches, entry.grid, encode("ab"), entry.native_size, "ab")
 
-    def meta(self, number):
+    def read_meta(self, number):
         return {"source": f"clip-{number}.mp4"}
 
 
 def make_shards(grids, folder="shards", manifest=ALIKE) -> Memory:
-    entries = Index.of([Entry(100 + i, grid, (8.0, 8.0, 1.0, 0.0), {}) for i, grid in enumerate(grids)])
+    entries = Index.from_entries([Entry(100 + i, grid, (8.0, 8.0, 1.0, 0.0), {}) for i, grid in enumerate(grids)])
     return Memory(Path(folder), "train", manifest, entries, [0] * len(entries), ["train-000000-000.tar"])
 
 
@@ -44,11 +45,11 @@ def make(*datasets, budget=64, split_long=False) -> Mixture:
 
 def test_clips_are_numbered_through_the_datasets_and_sample_ids_say_which():
     clips = make(make_shards([(1, 2, 3), (2, 2, 2)]), make_shards([(1, 1, 5)]))
-    assert len(clips) == 3 and [t.tolist() for t in clips.tokens] == [[6, 8], [5]]
+    assert len(clips) == 3 and [t.tolist() for t in clips.token_counts] == [[6, 8], [5]]
     records = [clips.read(i, encode) for i in range(3)]
     assert [r.sample_id for r in records] == [100, 101, (1 << 40) + 100]
     assert [len(r.patches_LP) for r in records] == [6, 8, 5]
-    assert "shards/train-000000-000.tar, sample 100" in clips.where(2)
+    assert "shards/train-000000-000.tar, sample 100" in clips.describe_clip(2)
 
 
 # ---- clips that are too long
@@ -65,14 +66,14 @@ def test_a_clip_longer_than_a_pack_is_refused_with_its_name_and_the_numbers():
 @pytest.mark.parametrize("frames", [5, 6, 7, 8, 9, 31])
 def test_parts_of_a_clip_are_whole_frames_of_even_number_that_make_up_the_clip(frames):
     clips = make(make_shards([(2, 2, 2), (frames, 3, 5), (1, 1, 1)]), budget=64, split_long=True)  # 4 frames fit
-    assert clips.tokens_N[0] == 8 and clips.tokens_N[-1] == 1
+    assert clips.tokens_I[0] == 8 and clips.tokens_I[-1] == 1
     parts = [clips.read(i, encode) for i in range(1, len(clips) - 1)]
     assert len(parts) == -(-frames // 4)
     counts = [len(part.patches_LP) // 15 for part in parts]
     assert all(len(part.patches_LP) % 15 == 0 for part in parts) and max(counts) - min(counts) <= 1
     assert {(part.sample_id, part.grid) for part in parts} == {(101, (frames, 3, 5))}
     assert torch.equal(torch.cat([part.patches_LP[:, 0] for part in parts]), torch.arange(frames * 15).float())
-    assert [int(part.places_L[0]) for part in parts] == [int(part.patches_LP[0, 0]) for part in parts]
+    assert [int(part.positions_L[0]) for part in parts] == [int(part.patches_LP[0, 0]) for part in parts]
     coords = torch.cat([make_batch([part], 64).coords_L3[: len(part.patches_LP)] for part in parts])
     assert torch.equal(coords, grid_coords((frames, 3, 5)))
 
@@ -83,7 +84,7 @@ def test_parts_are_noised_as_the_whole_clip_is():
 
     def corrupt(clips):
         packs = [make_batch([clips.read(i, encode)], 120) for i in range(len(clips))]
-        return [FlowMatching(load(None).objective, 3).corrupt(pack, 11) for pack in packs]
+        return [FlowMatching(load(None).objective, 3).add_noise(pack, 11) for pack in packs]
 
     shards = make_shards([(8, 3, 5)])
     ((whole, target, weight),) = corrupt(make(shards, budget=120))
@@ -142,7 +143,7 @@ def test_a_configuration_names_one_folder_or_several_with_weights(tmp_path):
     films, photos = write(tmp_path / "films", [0, 1, 2]), write(tmp_path / "photos", [0, 5])
     one = open_mixture(load(None, [f"data.shards={films}"]).data, "train")
     assert [one.read(i, encode).sample_id for i in range(len(one))] == [0, 1, 2] and one.weights == [1.0]
-    both = open_mixture(load(None, [f"data.mixture=[{films},{photos}]", "data.weights=[3,0.5]"]).data, "train")
+    both = open_mixture(load(None, [f"data.mixture=[{films},{photos}]", "data.mixture_weights=[3,0.5]"]).data, "train")
     ids = [both.read(i, encode).sample_id for i in range(len(both))]
     assert ids == [0, 1, 2, 1 << 40, (1 << 40) + 5] and both.weights == [3.0, 0.5]
     assert float(both.read(4, encode).patches_LP[0, 0]) == 5
@@ -151,23 +152,23 @@ def test_a_configuration_names_one_folder_or_several_with_weights(tmp_path):
 
 def test_a_dataset_without_training_clips_is_refused_by_its_name(tmp_path):
     empty, photos = write(tmp_path / "empty", [1], "val"), write(tmp_path / "photos", [0, 5])
-    for data in (DataConfig(shards=str(empty)), DataConfig(mixture=[str(photos), str(empty)], weights=[1.0, 1.0])):
+    for data in (DataConfig(shards=str(empty)), DataConfig(mixture=[str(photos), str(empty)], mixture_weights=[1.0, 1.0])):
         with pytest.raises(MegaSoraError, match="empty has no clip in its train split"):
             open_mixture(data, "train")
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", ".nan", ".inf"])
 def test_a_weight_that_is_not_positive_is_refused_by_the_name_of_its_folder(weight):
-    with pytest.raises(MegaSoraError, match="data.weights of b/c=.* must be a positive number"):
-        load(None, ["data.mixture=[a,b/c]", f"data.weights=[1,{weight}]"])
+    with pytest.raises(MegaSoraError, match="data.mixture_weights of b/c=.* must be a positive number"):
+        load(None, ["data.mixture=[a,b/c]", f"data.mixture_weights=[1,{weight}]"])
 
 
 def test_a_folder_and_a_mixture_at_once_are_refused():
     with pytest.raises(MegaSoraError, match="both set"):
-        load(None, ["data.shards=a", "data.mixture=[b]", "data.weights=[1]"])
+        load(None, ["data.shards=a", "data.mixture=[b]", "data.mixture_weights=[1]"])
 
 
 @pytest.mark.parametrize(("mixture", "weights"), [("[a,b]", "[1]"), ("[]", "[1]"), ("[a,a]", "[1,2]")])
 def test_a_mixture_has_a_weight_for_each_of_its_folders(mixture, weights):
-    with pytest.raises(MegaSoraError, match=r"data.weights=.* each of data.mixture="):
-        load(None, [f"data.mixture={mixture}", f"data.weights={weights}"])
+    with pytest.raises(MegaSoraError, match=r"data.mixture_weights=.* each of data.mixture="):
+        load(None, [f"data.mixture={mixture}", f"data.mixture_weights={weights}"])

@@ -44,7 +44,7 @@ def test_a_fresh_pack_is_clean_with_a_row_a_segment():
     records, batch = make_pack()
     assert torch.equal(batch.cu_rows, batch.cu_segments)
     assert (batch.timesteps_R == 0).all() and batch.row_segment_R.tolist() == [0, 1, 2]
-    assert batch.native_G4.tolist() == [list(r.native) for r in records]
+    assert batch.native_size_G4.tolist() == [list(r.native_size) for r in records]
 
 
 def test_an_empty_caption_is_hidden():
@@ -79,11 +79,11 @@ def test_a_full_pack_has_no_padding_and_one_clip_too_many_is_refused():
 
 def test_some_tokens_of_a_clip_keep_their_coords_and_places():
     whole = record(5, (3, 1, 2), 3)
-    places = torch.tensor([0, 3, 4, 5])
-    part = dataclasses.replace(whole, patches_LP=whole.patches_LP[places], places_L=places)
+    positions = torch.tensor([0, 3, 4, 5])
+    part = dataclasses.replace(whole, patches_LP=whole.patches_LP[positions], positions_L=positions)
     batch = make_batch([record(1, (1, 1, 1), 1), part], 8)
     assert batch.coords_L3[1:5].tolist() == [[0, 0, 0], [1, 0, 1], [2, 0, 0], [2, 0, 1]]
-    assert batch.places_L.tolist() == [0, 0, 3, 4, 5, 0, 0, 0] and batch.places_L.dtype == torch.int64
+    assert batch.positions_L.tolist() == [0, 0, 3, 4, 5, 0, 0, 0] and batch.positions_L.dtype == torch.int64
     assert batch.grids_G3[1].tolist() == [3, 1, 2] and batch.cu_segments.tolist() == [0, 1, 5]
 
 
@@ -91,4 +91,4 @@ def test_plans_are_made_from_what_stays_on_the_cpu():
     _, batch = make_pack()
     moved = batch.to("meta")
     on_cpu = {name for name, value in vars(moved).items() if value is not None and value.device.type == "cpu"}
-    assert on_cpu == {"grids_G3", "cu_segments", "cu_rows", "cu_text", "sample_ids_G", "places_L"}
+    assert on_cpu == {"grids_G3", "cu_segments", "cu_rows", "cu_text", "sample_ids_G", "positions_L"}

@@ -9,12 +9,12 @@ import torch
 from aiohttp import web
 
 from megasora.config import DataConfig
-from megasora.data.blocks import BlockWriter, write_manifest
+from megasora.data.shard_writer import BlockWriter, write_manifest
 from megasora.data.folder import open_folder
 from megasora.data.loader import PackLoader
 from megasora.data.mixture import open_mixture
 from megasora.data.pack import Record
-from megasora.data.shards import Shards
+from megasora.data.shard_reader import ShardSplit
 from megasora.data.tar import DamagedTar
 from megasora.data.verify import verify
 
@@ -72,19 +72,19 @@ def encode(caption):
 
 def test_clips_are_the_same_over_http_and_only_their_own_bytes_are_read(url, shards):
     address, asked = url
-    remote, local = Shards.open(address, "train"), Shards.open(shards, "train")
+    remote, local = ShardSplit.open(address, "train"), ShardSplit.open(shards, "train")
     assert len(remote) == CLIPS and len(remote.names) > 1
     asked.clear()
     for i in range(CLIPS):
         there, here = remote.read(i, encode), local.read(i, encode)
         assert torch.equal(there.patches_LP, here.patches_LP) and there.caption == here.caption == f"clip {i}"
     assert len(asked) == CLIPS and all(path.endswith(".tar") and part for path, part in asked)
-    assert remote.meta(3) == local.meta(3)
+    assert remote.read_meta(3) == local.read_meta(3)
 
 
 def test_packs_are_the_same_over_http(url, shards):
     def read(address, threads):
-        config = DataConfig(shards=str(address), tokens_per_pack=32, packs_per_step=2, threads=threads)
+        config = DataConfig(shards=str(address), tokens_per_pack=32, packs_per_step=2, reader_threads=threads)
         steps = iter(PackLoader(open_mixture(config, "train"), config, 0, encode, 100))
         found = [next(steps) for _ in range(6)]
         steps.close()
@@ -100,7 +100,7 @@ def test_damage_over_http_is_named_by_its_address(url, shards):
     try:
         tar.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
         with pytest.raises(DamagedTar, match=f"{url[0]}/{tar.name}: byte .* of sample 0 is damaged"):
-            Shards.open(url[0], "train").read(0, encode)
+            ShardSplit.open(url[0], "train").read(0, encode)
         assert [fault.sample_id for fault in verify(open_folder(url[0]))] == [0]
     finally:
         tar.write_bytes(data)

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from megasora.data.tar import BLOCK, END, DamagedTar, Member, group, padded, read_members, write_header
+from megasora.data.tar import BLOCK_BYTES, END_OF_ARCHIVE, DamagedTar, Member, group_by_key, padded_size, read_members, write_header
 from megasora.errors import MegaSoraError
 
 TXT = {"txt"}
@@ -36,7 +36,7 @@ def make(names=NAMES, format=tarfile.GNU_FORMAT, size=700) -> tuple[bytes, dict[
 
 
 def plain(*files: tuple[str, bytes]) -> bytes:
-    return b"".join(write_header(n, len(c)) + c.ljust(padded(len(c)), b"\0") for n, c in files) + END
+    return b"".join(write_header(n, len(c)) + c.ljust(padded_size(len(c)), b"\0") for n, c in files) + END_OF_ARCHIVE
 
 
 def special(name="a.txt", **attributes) -> bytes:
@@ -44,7 +44,7 @@ def special(name="a.txt", **attributes) -> bytes:
     info = tarfile.TarInfo(name)
     for key, value in attributes.items():
         setattr(info, key, value)
-    return info.tobuf(tarfile.GNU_FORMAT) + END
+    return info.tobuf(tarfile.GNU_FORMAT) + END_OF_ARCHIVE
 
 
 def pax(key: str, value: str) -> bytes:
@@ -108,12 +108,12 @@ def test_a_size_in_pax_records_counts():
     info = tarfile.TarInfo("@PaxHeader")
     info.size, info.type = len(record), tarfile.XHDTYPE
     file = rewritten(write_header("a.txt", 0), 124, b"00000000000\0")
-    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK, b"\0") + resealed(file) + b"x" * 1024 + END
-    assert members(data) == [Member("a.txt", 3 * BLOCK, 700)]
+    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK_BYTES, b"\0") + resealed(file) + b"x" * 1024 + END_OF_ARCHIVE
+    assert members(data) == [Member("a.txt", 3 * BLOCK_BYTES, 700)]
 
 
 def test_folders_are_passed_over_and_leading_dots_are_no_part_of_a_name():
-    folder = special("./deep/", type=tarfile.DIRTYPE)[:BLOCK]
+    folder = special("./deep/", type=tarfile.DIRTYPE)[:BLOCK_BYTES]
     assert [m.name for m in members(folder + plain(("./deep//a.txt", b"x"), ("./b.txt", b"y")))] == [
         "deep/a.txt",
         "b.txt",
@@ -122,7 +122,7 @@ def test_folders_are_passed_over_and_leading_dots_are_no_part_of_a_name():
 
 def test_the_key_is_the_name_up_to_the_first_dot_of_its_last_part():
     data = plain(("v1.0/a.part.txt", b"1"), ("v1.0/a.TXT", b"22"), ("v2/a.txt", b"3"))
-    found = group(members(data, {"txt", "part.txt"}))
+    found = group_by_key(members(data, {"txt", "part.txt"}))
     assert {key: {e: size for e, (_, size) in files.items()} for key, files in found.items()} == {
         "v1.0/a": {"part.txt": 1, "txt": 2},
         "v2/a": {"txt": 1},
@@ -138,14 +138,14 @@ def test_grouping_is_that_of_webdataset(tmp_path):
         sample["__key__"]: {k: v for k, v in sample.items() if not k.startswith("__")}
         for sample in webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)
     }
-    ours = group(members(data, {"txt", "b.txt"}))
+    ours = group_by_key(members(data, {"txt", "b.txt"}))
     read = {key: {e: data[o : o + s] for e, (o, s) in files.items()} for key, files in ours.items()}
     assert read == theirs
 
 
 def test_other_extensions_are_refused_or_skipped():
     data = plain(("a.txt", b"1"), ("a.pkl", b"2"), ("b.txt", b"3"), ("noextension", b"4"), (".hidden", b"5"))
-    refuse(data, r"'a.pkl' is no file of the format; these are: txt", 2 * BLOCK)
+    refuse(data, r"'a.pkl' is no file of the format; these are: txt", 2 * BLOCK_BYTES)
     assert [m.name for m in members(data, others="skip")] == ["a.txt", "b.txt"]
 
 
@@ -164,7 +164,7 @@ def test_the_caller_may_read_between_two_members():
 def test_one_flipped_bit_in_any_header_is_an_error_at_that_header(format):
     """tarfile takes the rest for the end."""
     data, _ = make(["a.txt", "狐" * 60 + ".txt", "b.txt"], format)
-    headers = [at for at in range(0, len(data), BLOCK) if data[at + 257 : at + 262] == b"ustar"]
+    headers = [at for at in range(0, len(data), BLOCK_BYTES) if data[at + 257 : at + 262] == b"ustar"]
     assert len(headers) >= 4
     rng = np.random.default_rng(1)
     for at in headers:
@@ -179,9 +179,9 @@ def test_a_cut_at_any_place_is_an_error():
     for length in range(0, len(data), 128):
         error = refuse(data[:length], "empty|cut|are left of the archive|half an end|ends")
         assert error.offset <= length
-    refuse(data[: whole[1].offset - BLOCK], "cut between two members", whole[1].offset - BLOCK)
-    refuse(data[: whole[1].offset + 7], "'b.txt' has 512 bytes, 7 are left", whole[1].offset - BLOCK)
-    refuse(data[:-BLOCK], "half an end", len(data) - 2 * BLOCK)
+    refuse(data[: whole[1].offset - BLOCK_BYTES], "cut between two members", whole[1].offset - BLOCK_BYTES)
+    refuse(data[: whole[1].offset + 7], "'b.txt' has 512 bytes, 7 are left", whole[1].offset - BLOCK_BYTES)
+    refuse(data[:-BLOCK_BYTES], "half an end", len(data) - 2 * BLOCK_BYTES)
 
 
 @pytest.mark.parametrize("size", [512, 1024])
@@ -190,13 +190,13 @@ def test_a_zeroed_hole_over_a_header_is_an_error_at_the_hole(size):
     for member in members(data)[:-1]:
         if member.name.startswith("x" * 100):
             continue  # its header is behind one for the name
-        at = member.offset - BLOCK
+        at = member.offset - BLOCK_BYTES
         refuse(rewritten(data, at, bytes(size)), "more from byte .* a hole", at)
 
 
 def test_a_hole_to_the_end_is_an_error():
     data = plain(("a.txt", b"x" * 700), ("b.txt", b"y" * (2 << 20)))
-    at = members(data)[1].offset - BLOCK
+    at = members(data)[1].offset - BLOCK_BYTES
     refuse(rewritten(data, at, bytes(len(data) - at)), "zeros for .* bytes, to the end", at)
 
 
@@ -204,7 +204,7 @@ def test_anything_behind_the_end_is_an_error_but_zeros():
     data = plain(("a.txt", b"x"))
     assert members(data + bytes(9 * 1024)) == members(data)
     for rest in (b"x", bytes(3000) + b"x", plain(("b.txt", b"y"))):
-        refuse(data + rest, "the archive ends, but there is more from byte", len(data) - len(END))
+        refuse(data + rest, "the archive ends, but there is more from byte", len(data) - len(END_OF_ARCHIVE))
 
 
 @pytest.mark.parametrize(
@@ -223,14 +223,14 @@ def test_a_file_that_is_no_tar_says_what_it_begins_with(data, words):
 
 
 def test_an_empty_archive_has_no_member():
-    assert members(END) == members(bytes(10240)) == []
+    assert members(END_OF_ARCHIVE) == members(bytes(10240)) == []
 
 
 def test_a_file_or_a_key_that_comes_twice_is_an_error():
-    refuse(plain(("a.txt", b"1"), ("a.txt", b"2")), "'a.txt' is there twice", 2 * BLOCK)
+    refuse(plain(("a.txt", b"1"), ("a.txt", b"2")), "'a.txt' is there twice", 2 * BLOCK_BYTES)
     refuse(plain(("a.txt", b"1"), ("./a.txt", b"2")), "is there twice")
     refuse(plain(("a.txt", b"1"), ("a.TXT", b"2")), "is there twice")
-    refuse(plain(("a.txt", b"1"), ("b.txt", b"2"), ("a.png", b"3")), "'a' is there twice", 4 * BLOCK, {"txt", "png"})
+    refuse(plain(("a.txt", b"1"), ("b.txt", b"2"), ("a.png", b"3")), "'a' is there twice", 4 * BLOCK_BYTES, {"txt", "png"})
 
 
 # ---------------------------------------------------------------- what is hostile
@@ -248,18 +248,18 @@ def test_a_file_or_a_key_that_comes_twice_is_an_error():
         (special(type=tarfile.GNUTYPE_SPARSE), "a sparse file"),
         (special(type=b"V"), "of type b'V'"),
         (special(type=tarfile.SYMTYPE, linkname="l" * 200), "a link with a long name"),
-        (resealed(rewritten(special("d", type=b"5")[:BLOCK], 124, b"00000000005\0")) + END, "5 bytes of content"),
+        (resealed(rewritten(special("d", type=b"5")[:BLOCK_BYTES], 124, b"00000000005\0")) + END_OF_ARCHIVE, "5 bytes of content"),
         (special("/etc/a.txt"), "leads out of the archive"),
         (special("../a.txt"), "leads out of the archive"),
         (special("a/../../b.txt"), "leads out of the archive"),
         (special("/" + "x" * 200 + ".txt"), "leads out of the archive"),
         (special(size=8 << 40), "'a.txt' has 8796093022208 bytes, 1024 are left"),
         (special(size=(1 << 63) - 1), "has 9223372036854775807 bytes"),
-        (resealed(rewritten(special()[:BLOCK], 124, b"-0000000001\0")) + END, "a size of"),
-        (resealed(rewritten(special()[:BLOCK], 124, b"\xff" * 12)) + END, "a size of"),
-        (resealed(rewritten(special()[:BLOCK], 0, b"\xff\xfe.txt")) + END, "is not UTF-8"),
-        (resealed(rewritten(special()[:BLOCK], 0, bytes(100))) + END, "a file without a name"),
-        (resealed(rewritten(special()[:BLOCK], 257, bytes(8))) + END, "not one of ustar"),
+        (resealed(rewritten(special()[:BLOCK_BYTES], 124, b"-0000000001\0")) + END_OF_ARCHIVE, "a size of"),
+        (resealed(rewritten(special()[:BLOCK_BYTES], 124, b"\xff" * 12)) + END_OF_ARCHIVE, "a size of"),
+        (resealed(rewritten(special()[:BLOCK_BYTES], 0, b"\xff\xfe.txt")) + END_OF_ARCHIVE, "is not UTF-8"),
+        (resealed(rewritten(special()[:BLOCK_BYTES], 0, bytes(100))) + END_OF_ARCHIVE, "a file without a name"),
+        (resealed(rewritten(special()[:BLOCK_BYTES], 257, bytes(8))) + END_OF_ARCHIVE, "not one of ustar"),
         (special(type=b"L", size=1 << 30), "a name of 1073741824 bytes"),
         (special(type=b"x", size=1 << 30), "a name of 1073741824 bytes"),
     ],
@@ -288,18 +288,18 @@ def test_hostile_members_are_refused_by_what_they_are(data, words):
 def test_hostile_pax_records_are_refused(records, words, kind):
     info = tarfile.TarInfo("pax")
     info.size, info.type = len(records), kind
-    data = info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(BLOCK, b"\0") + plain(("a.txt", b"x"))
+    data = info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(BLOCK_BYTES, b"\0") + plain(("a.txt", b"x"))
     refuse(data, words if kind == tarfile.XHDTYPE else f"{words}|one name or size for all")
 
 
 def test_a_name_for_a_file_that_does_not_come_is_an_error():
     data = special("n" * 200 + ".txt")
-    refuse(data[: 2 * BLOCK] + END, "the archive ends where the file with this name should be", 0)
+    refuse(data[: 2 * BLOCK_BYTES] + END_OF_ARCHIVE, "the archive ends where the file with this name should be", 0)
 
 
 def test_global_comments_as_git_writes_them_are_passed_over():
     record = pax("comment", "0123456789" * 4)
     info = tarfile.TarInfo("pax_global_header")
     info.size, info.type = len(record), tarfile.XGLTYPE
-    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK, b"\0") + plain(("a.txt", b"x"))
+    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK_BYTES, b"\0") + plain(("a.txt", b"x"))
     assert [m.name for m in members(data)] == ["a.txt"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megasora.data.blocks import BlockWriter, RawPatches, write_manifest
+from megasora.data.shard_writer import BlockWriter, PatchFile, write_manifest
 from megasora.data.folder import open_folder
 from megasora.data.pack import Record
-from megasora.data.shards import Shards
+from megasora.data.shard_reader import ShardSplit
 from megasora.data.verify import verify
 
 LENGTH, WIDTH = 6, 4
@@ -26,7 +26,7 @@ def write(folder: Path, clips: list[np.ndarray], dtype: str) -> Path:
     with BlockWriter(folder, 0, 1 << 20, dtype) as writer:
         for number, bits in enumerate(clips):
             bits.astype("<u2").tofile(folder.parent / "raw")
-            raw = RawPatches(folder.parent / "raw", (LENGTH, WIDTH))
+            raw = PatchFile(folder.parent / "raw", (LENGTH, WIDTH))
             record = Record(number, raw, (1, 2, 3), torch.zeros(1, 1), (16.0, 24.0, 1.0, 0.0), f"clip {number}")
             writer.add("train", record, {"source": f"{number}.png", "sha256": "0" * 64})
         writer.commit({}, {})
@@ -44,13 +44,13 @@ def test_nan_and_inf_in_patches_are_counted_with_clip_and_place(dtype, chunk, tm
     clips[2][0] = INF[dtype][1]
     folder = write(tmp_path / "shards", clips, dtype)
     found = list(verify(open_folder(folder)))
-    starts = [e.members[f"patches.{dtype}"][0] for e in Shards.open(folder, "train").entries]
+    starts = [e.members[f"patches.{dtype}"][0] for e in ShardSplit.open(folder, "train").index]
     assert [(f.file, f.offset, f.sample_id) for f in found] == [
         ("train-000000-000.tar", starts[1] + 10, 1),
         ("train-000000-000.tar", starts[2], 2),
     ]
-    assert "sample 1: its patches hold 3 NaN and 2 Inf; leave its clip out" in found[0].what
-    assert "sample 2: its patches hold 0 NaN and 1 Inf" in found[1].what
+    assert "sample 1: its patches hold 3 NaN and 2 Inf; leave its clip out" in found[0].problem
+    assert "sample 2: its patches hold 0 NaN and 1 Inf" in found[1].problem
 
 
 def test_the_largest_finite_numbers_are_no_fault(tmp_path):
@@ -72,10 +72,10 @@ def test_text_that_reads_as_nan_is_text(tmp_path):
 def test_a_damaged_record_is_damaged_and_no_more(tmp_path):
     clips = [np.full(LENGTH * WIDTH, INF["f16"][0])]
     folder = write(tmp_path / "shards", clips, "f16")
-    offset = Shards.open(folder, "train").entries[0].members["patches.f16"][0]
+    offset = ShardSplit.open(folder, "train").index[0].members["patches.f16"][0]
     tar = folder / "train-000000-000.tar"
     data = bytearray(tar.read_bytes())
     data[offset] ^= 1
     tar.write_bytes(data)
     (fault,) = verify(open_folder(folder))
-    assert "patches.f16" in fault.what and "is damaged" in fault.what
+    assert "patches.f16" in fault.problem and "is damaged" in fault.problem

@@ -18,7 +18,7 @@ from PIL import Image
 
 from megasora.config import IngestConfig, load
 from megasora.data.folder import open_folder
-from megasora.data.shards import Shards
+from megasora.data.shard_reader import ShardSplit
 from megasora.data.verify import verify
 from megasora.data.video import Media, RejectedClip, is_clip, open_clip, read_clip, sha256, write_image, write_video
 from megasora.ingest import ingest
@@ -312,9 +312,9 @@ def test_in_an_ingest_each_costs_itself_alone_and_is_counted_by_its_reason(tmp_p
     found.subtract(reasons)
     (hole,) = +found
     assert hole in ("damaged", "unreadable", "truncated") and found.total() == 1 and not -found
-    shards = Shards.open(tmp_path / "out", "train")
-    assert shards.entries.sample_ids.tolist() == [0, len(bad) + 1]
-    assert [(e.native[2], e.grid) for e in shards.entries] == [(9.0, (3, 4, 6)), (5.0, (2, 6, 4))]
+    shards = ShardSplit.open(tmp_path / "out", "train")
+    assert shards.index.sample_ids.tolist() == [0, len(bad) + 1]
+    assert [(e.native_size[2], e.grid) for e in shards.index] == [(9.0, (3, 4, 6)), (5.0, (2, 6, 4))]
     assert list(verify(open_folder(tmp_path / "out"))) == []
 
 
@@ -511,7 +511,7 @@ def test_a_part_may_be_taken_of_a_clip_beyond_the_limits_of_length(tmp_path):
 )
 def test_a_lower_rate_leaves_frames_out_evenly_and_a_higher_one_adds_none(fps, kept, tmp_path):
     path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
-    clip = read_clip(path, IngestConfig(fps=fps))
+    clip = read_clip(path, IngestConfig(max_fps=fps))
     assert clip.fps == min(fps, 12.0)
     numbers = (
         list(kept) if kept is not None else [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23, 24, 26, 27, 29]

@@ -19,8 +19,8 @@ from megasora.config import CodecConfig, IngestConfig
 from megasora.data.patches import frames_to_float, pad_frames, patchify
 from megasora.data.video import Media, read_clip, write_image, write_video
 from megasora.errors import MegaSoraError
-from megasora.ingest.pool import Pool
-from megasora.ingest.worker import Worker, job_of, settings_of
+from megasora.ingest.pool import WorkerPool
+from megasora.ingest.worker import Worker, encode_job, worker_settings
 
 SCORES = """
 import os, signal, time
@@ -51,11 +51,11 @@ def noise(frames: int, height: int, width: int) -> np.ndarray:
 def test_a_worker_writes_the_patches_of_the_whole_clip(patch, size, tmp_path):
     write_video(noise(*size), 12, tmp_path / "a.mp4")
     config = CodecConfig(channels=24)
-    answer = Worker(config, IngestConfig(), patch).work(job_of(Media(tmp_path / "a.mp4"), tmp_path / "spool"))
+    answer = Worker(config, IngestConfig(), patch).run_job(encode_job(Media(tmp_path / "a.mp4"), tmp_path / "spool"))
     frames = frames_to_float(torch.from_numpy(read_clip(tmp_path / "a.mp4", IngestConfig()).frames_FHWC))
     frames = pad_frames(frames, (8 * patch[1], 8 * patch[2]))
     expected, grid = patchify(build_codec(config).encode(frames), tuple(patch))
-    written = np.fromfile(tmp_path / "spool", "<f2").reshape(-1, answer["width_of_token"])
+    written = np.fromfile(tmp_path / "spool", "<f2").reshape(-1, answer["patch_dim"])
     assert tuple(answer["grid"]) == grid and (answer["height"], answer["width"]) == size[1:]
     assert (answer["frames"], answer["fps"]) == (size[0], 12.0)
     assert written.shape == expected.shape
@@ -66,18 +66,18 @@ def test_a_worker_writes_the_patches_of_the_whole_clip(patch, size, tmp_path):
 def test_latents_that_half_precision_cannot_hold_refuse_their_clip_with_a_reason(value, tmp_path):
     write_image(np.full((16, 16, 3), 7, np.uint8), tmp_path / "a.png")
     worker = Worker(CodecConfig(), IngestConfig(), [1, 1, 1])
-    whole = worker.work(job_of(Media(tmp_path / "a.png"), tmp_path / "spool"))
-    encode = worker.stream.encode
+    whole = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "spool"))
+    encode = worker.encoder.encode
 
     def broken(frames):
         for latent in encode(frames):
             latent[1, 0, 3] = value
             yield latent
 
-    worker.stream.encode = broken
-    answer = worker.work(job_of(Media(tmp_path / "a.png"), tmp_path / "spool"))
-    assert (answer["stage"], answer["reason"]) == ("codec", "not finite") and whole["grid"] == [1, 2, 2]
-    for word in ("a.png: latent frame 1", "1 of 192 numbers are not finite in float16"):
+    worker.encoder.encode = broken
+    answer = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "spool"))
+    assert (answer["filter"], answer["reason"]) == ("codec", "not finite") and whole["grid"] == [1, 2, 2]
+    for word in ("a.png: latent frame 1", "1 of 192 values are not finite in float16"):
         assert word in answer["message"]
 
 
@@ -88,9 +88,9 @@ def stills(folder: Path, *levels: int) -> list[Path]:
 
 
 def run(paths: list[Path | None], folder: Path, workers: int = 2, **limits) -> list[dict | None]:
-    settings = settings_of(CodecConfig(), IngestConfig(**limits), [1, 1, 1])
-    with Pool(settings, workers) as pool:
-        return list(pool.run(job_of(Media(p), folder / f"{i}.spool") if p else None for i, p in enumerate(paths)))
+    settings = worker_settings(CodecConfig(), IngestConfig(**limits), [1, 1, 1])
+    with WorkerPool(settings, workers) as pool:
+        return list(pool.run(encode_job(Media(p), folder / f"{i}.spool") if p else None for i, p in enumerate(paths)))
 
 
 @pytest.fixture
@@ -112,14 +112,14 @@ def test_answers_come_in_the_order_of_the_jobs(workers, scores, tmp_path):
 
 def test_a_decoder_that_crashes_hangs_or_grows_costs_its_clip_alone(scores, tmp_path, capfd):
     levels = [0, 10, 1, 2, 20, 3, 30, 40, 50, 4, 10, 10, 5]
-    answers = run(stills(tmp_path, *levels), tmp_path, scores=scores, seconds=1.5)
+    answers = run(stills(tmp_path, *levels), tmp_path, scores=scores, decode_timeout_seconds=1.5)
     reasons = [answer.get("reason") for answer in answers]
-    crash, late, large = "crash", "time", "too large in memory"
+    crash, late, large = "crash", "timeout", "too large in memory"
     assert reasons == [None, crash, None, None, late, None, large, None, crash, None, crash, crash, None]
     assert "1.png" in answers[1]["message"] and "SIGSEGV" in answers[1]["message"]
-    assert "ingest.seconds=1.5" in answers[4]["message"] and "exit code 3" in answers[8]["message"]
-    assert "ingest.memory_mib=4096" in answers[6]["message"]
-    assert {answer.get("stage") for answer in answers} == {None, "decode"}
+    assert "ingest.decode_timeout_seconds=1.5" in answers[4]["message"] and "exit code 3" in answers[8]["message"]
+    assert "ingest.worker_memory_mib=4096" in answers[6]["message"]
+    assert {answer.get("filter") for answer in answers} == {None, "decode"}
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_no_rejection(scores, tmp_path):
@@ -133,10 +133,10 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_rejection(scores, tmp_pat
 
 def test_a_full_disk_is_an_error_and_no_rejection(tmp_path):
     with pytest.raises(MegaSoraError, match="No space left on device"):
-        settings = settings_of(CodecConfig(), IngestConfig(), [1, 1, 1])
-        with Pool(settings, 1) as pool:
+        settings = worker_settings(CodecConfig(), IngestConfig(), [1, 1, 1])
+        with WorkerPool(settings, 1) as pool:
             write_video(noise(9, 256, 256), 12, tmp_path / "a.mp4")
-            list(pool.run(iter([job_of(Media(tmp_path / "a.mp4"), Path("/dev/full"))])))
+            list(pool.run(iter([encode_job(Media(tmp_path / "a.mp4"), Path("/dev/full"))])))
 
 
 def test_workers_are_gone_with_their_parent_however_it_ends(scores, tmp_path):
@@ -146,13 +146,13 @@ def test_workers_are_gone_with_their_parent_however_it_ends(scores, tmp_path):
         "from pathlib import Path\n"
         "from megasora.config import CodecConfig, IngestConfig\n"
         "from megasora.data.video import Media\n"
-        "from megasora.ingest.pool import Pool\n"
-        "from megasora.ingest.worker import job_of, settings_of\n"
+        "from megasora.ingest.pool import WorkerPool\n"
+        "from megasora.ingest.worker import encode_job, worker_settings\n"
         "folder = Path(sys.argv[1])\n"
-        "pool = Pool(settings_of(CodecConfig(), IngestConfig(scores=['my_scores:trouble']), [1, 1, 1]), 1)\n"
-        "child = pool.free_child()\n"
+        "pool = WorkerPool(worker_settings(CodecConfig(), IngestConfig(scores=['my_scores:trouble']), [1, 1, 1]), 1)\n"
+        "child = pool.available_worker()\n"
         "print(child.process.pid, flush=True)\n"
-        "list(pool.run(iter([job_of(Media(folder / '0.png'), folder / 'spool')])))\n"
+        "list(pool.run(iter([encode_job(Media(folder / '0.png'), folder / 'spool')])))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
@@ -169,7 +169,7 @@ def test_workers_are_gone_with_their_parent_however_it_ends(scores, tmp_path):
 def test_a_worker_loads_no_torch(tmp_path):
     code = (
         "import sys, megasora.ingest.worker, megasora.codec; from megasora.config import CodecConfig; "
-        "megasora.codec.build_stream(CodecConfig()); print('torch' in sys.modules)"
+        "megasora.codec.build_stream_encoder(CodecConfig()); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""Scenes begin where the picture changes at once; clips that look alike are found whatever their size."""
+"""SceneDetector begin where the picture changes at once; clips that look alike are found whatever their size."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from megasora.config import IngestConfig, load
-from megasora.data.shards import Shards
+from megasora.data.shard_reader import ShardSplit
 from megasora.data.video import read_clip, write_image, write_video
 from megasora.ingest import ingest
-from megasora.ingest.duplicates import Seen, frame_hash
-from megasora.ingest.scenes import Scenes, grid
+from megasora.ingest.duplicates import DuplicateIndex, frame_hash
+from megasora.ingest.scenes import SceneDetector, color_cells
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "list_clips.py"
 
@@ -37,18 +37,18 @@ def pan(seed: int, count: int, step: int) -> list[np.ndarray]:
 
 
 def spans(frames: list[np.ndarray], threshold: float = 20.0, least: int = 4) -> list[tuple[int, int]]:
-    scenes = Scenes(threshold, least)
+    scenes = SceneDetector(threshold, least)
     for frame in frames:
-        scenes.add(grid(frame))
-    return scenes.spans()
+        scenes.add_frame(color_cells(frame))
+    return scenes.scenes()
 
 
 def test_cells_are_the_mean_colours_of_their_places():
     frame = np.zeros((160, 320, 3), np.uint8)
     frame[:10, 300:] = (10, 20, 30)
-    cells = grid(frame)
+    cells = color_cells(frame)
     assert cells.shape == (16, 16, 3) and cells[0, 15].tolist() == [10, 20, 30] and cells.sum() == 60
-    assert grid(np.full((1, 3, 3), 7, np.uint8)).tolist() == np.full((16, 16, 3), 7).tolist()
+    assert color_cells(np.full((1, 3, 3), 7, np.uint8)).tolist() == np.full((16, 16, 3), 7).tolist()
 
 
 def test_a_scene_begins_at_every_cut_and_nowhere_else():
@@ -74,7 +74,7 @@ def test_a_flash_is_no_scene_and_a_short_end_stays_with_the_scene_before():
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> int:
-    return (frame_hash(grid(a)) ^ frame_hash(grid(b))).bit_count()
+    return (frame_hash(color_cells(a)) ^ frame_hash(color_cells(b))).bit_count()
 
 
 def test_a_hash_knows_a_picture_at_another_size_light_and_grain_and_no_other_picture():
@@ -98,12 +98,12 @@ def test_what_is_alike_is_found_as_by_comparing_all_pairs(bits):
                 value ^ sum(1 << int(b) for b in set(g.integers(0, 64, g.integers(0, bits + 2)))) for value in pairs[-1]
             ]
         pairs.append((pair[0], pair[1]))
-    seen, kept = Seen(bits), []
+    seen, kept = DuplicateIndex(bits), []
     for pair in pairs:
         expected = [
             n for n, k in enumerate(kept) if all((a ^ b).bit_count() <= bits for a, b in zip(pair, k, strict=True))
         ]
-        assert seen.like(pair) == (expected[0] if expected else None)
+        assert seen.find_or_add(pair) == (expected[0] if expected else None)
         kept += [] if expected else [pair]
     assert 0 < len(kept) < len(pairs)
 
@@ -131,8 +131,8 @@ def test_a_list_of_scenes_is_ingested_as_the_frames_between_the_cuts(tmp_path, c
     ]
     assert [line["file"] for line in lines[3:]] == ["clips/c.png", "clips/d.mp4"]
     ingest(tmp_path / "list.jsonl", tmp_path / "out", load(None, ["ingest.workers=1", "codec.channels=768"]))
-    shards = Shards.open(tmp_path / "out", "train")
-    assert [entry.native[2] for entry in shards.entries] == [15, 13, 14, 1]
+    shards = ShardSplit.open(tmp_path / "out", "train")
+    assert [entry.native_size[2] for entry in shards.index] == [15, 13, 14, 1]
     means = [shards.read(i, lambda text: torch.zeros(1, 1)).patches_LP.float()[0, 0] for i in range(3)]
     whole = read_clip(clips / "a.mp4", IngestConfig()).frames_FHWC.astype(float)
     expected = [(whole[i][:8, :8].mean() / 127.5 - 1) / 0.5 for i in (0, 15, 28)]  # of the first block, first frame
@@ -161,10 +161,10 @@ def test_a_list_of_scenes_in_tars_is_ingested_as_that_of_the_files_is(tmp_path):
         options = ["--scenes", "--min-seconds", "0.5", "ingest.workers=1"]
         assert run([str(source), "--out", str(table), *options]) == 0
         ingest(table, tmp_path / f"of {source.name}", load(None, ["ingest.workers=1", "codec.channels=24"]))
-        shards = Shards.open(tmp_path / f"of {source.name}", "train")
+        shards = ShardSplit.open(tmp_path / f"of {source.name}", "train")
         assert shards.manifest.rejected == {"unreadable": 1}
         records[source.name] = [
-            (r.caption, r.native, r.grid, r.patches_LP.tolist(), shards.meta(i)["sha256"], shards.meta(i).get("start"))
+            (r.caption, r.native_size, r.grid, r.patches_LP.tolist(), shards.read_meta(i)["sha256"], shards.read_meta(i).get("start"))
             for i, r in ((i, shards.read(i, lambda text: torch.zeros(1, 1))) for i in range(len(shards)))
         ]
     assert records["clips"] == records["tars"] and len(records["tars"]) == 3

@@ -90,24 +90,24 @@ LINES = [
     ('{"file": 3}', "1 is not"),
     ("[" * 100_000, "1 is not"),
     ('{"file": "a\\u0000.mp4"}', "1 is not"),
-    ('{"file": "no.mp4"}', "1: .*no.mp4 is not there"),
-    ('{"file": "list.jsonl"}', "1: list.jsonl is no clip"),
-    ('{"file": "a.mp4", "split": "test"}', "1: split 'test' is none of train, val"),
+    ('{"file": "no.mp4"}', "1: .*no.mp4 does not exist"),
+    ('{"file": "list.jsonl"}', "1: list.jsonl is not a clip"),
+    ('{"file": "a.mp4", "split": "test"}', "1: split 'test' is not one of train, val"),
     ('{"file": "a.mp4", "start": "1"}', "1: start and end are seconds, not '1'"),
     ('{"file": "a.mp4", "start": -1}', "1: start and end are seconds, not -1"),
     ('{"file": "a.mp4", "end": NaN}', "1: start and end are seconds, not nan"),
-    ('{"file": "a.mp4", "start": 2, "end": 2}', "1: end=2 is not behind start=2"),
+    ('{"file": "a.mp4", "start": 2, "end": 2}', "1: end=2 is not after start=2"),
     ('{"file": "a.mp4", "caption": 3}', "1: the caption: 3 is not text"),
     ('{"file": "a.mp4", "caption": "\\ud800"}', "1: the caption"),
     ('{"file": "a.mp4"}\n{"file": "a.mp4"}', "lists .*a.mp4 twice"),
     ("", "no clip in"),
     ("\xff", "is not UTF-8"),
     ('{"file": "t.tar"}', "1: t.tar is a tar; name a clip in it"),
-    ('{"file": "t.tar", "member": "no.mp4"}', "1: .*t.tar holds no clip of the name 'no.mp4'"),
-    ('{"file": "t.tar", "member": "in.txt"}', "1: .*t.tar holds no clip of the name 'in.txt'"),
-    ('{"file": "t.tar", "member": ["in.mp4"]}', "1: .*t.tar holds no clip of the name"),
+    ('{"file": "t.tar", "member": "no.mp4"}', "1: .*t.tar contains no clip named 'no.mp4'"),
+    ('{"file": "t.tar", "member": "in.txt"}', "1: .*t.tar contains no clip named 'in.txt'"),
+    ('{"file": "t.tar", "member": ["in.mp4"]}', "1: .*t.tar contains no clip named"),
     ('{"file": "a.mp4", "member": "in.mp4"}', "a.mp4: byte 0: "),
-    ('{"file": "gone.tar", "member": "in.mp4"}', "1: .*gone.tar is not there"),
+    ('{"file": "gone.tar", "member": "in.mp4"}', "1: .*gone.tar does not exist"),
     ('{"file": "t.tar", "member": "in.mp4"}\n' * 2, "lists .*t.tar: in.mp4 twice"),
 ]
 
@@ -177,7 +177,7 @@ def test_a_list_names_clips_in_tars_as_it_names_files(tmp_path):
         ("in here/t 🦊.tar/b.png", None, "train", 0.0, None),
         ("val/v.tar/v.mp4", None, "val", 0.0, None),
     ]
-    assert "the caption of b.png" in found[4].fault and not any(c.fault for c in found[:4])
+    assert "the caption of b.png" in found[4].caption_error and not any(c.caption_error for c in found[:4])
     data = [c.media.path.read_bytes()[c.media.offset :][: c.media.size] for c in found[1:4]]
     assert data == [b"video z", b"video a", b"video a"] and [c.size for c in found[1:4]] == [7, 7, 7]
 
@@ -188,8 +188,8 @@ def test_a_list_names_clips_in_tars_as_it_names_files(tmp_path):
 def test_a_caption_in_a_tar_that_is_no_text_is_a_fault_of_its_clip_alone(name, data, tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"a.mp4": b"video", name: data, "b.mp4": b"video", "b.txt": b"fine"})
     first, second = find_clips(tar)
-    assert "a.mp4" in first.fault and "cannot be read" in first.fault and first.caption is None
-    assert not second.fault and second.caption == "fine"
+    assert "a.mp4" in first.caption_error and "cannot be read" in first.caption_error and first.caption is None
+    assert not second.caption_error and second.caption == "fine"
 
 
 def a_link(path: Path) -> None:

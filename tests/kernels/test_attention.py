@@ -251,7 +251,7 @@ def forget():
         cache.cache_clear()
 
 
-WAYS = ("sdpa", "plain", "flash2", "flash3", "flash3 early", "varlen")
+WAYS = ("sdpa", "math", "flash2", "flash3", "flash3 early", "varlen")
 
 
 @pytest.fixture(params=WAYS)
@@ -307,7 +307,7 @@ def test_log_sum_exp_equals_the_reference(way, lengths):
     torch.testing.assert_close(lse, attention_reference(q, k, v, segments)[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel", [CPU, PLAIN], ids=["cpu", "plain"])
+@pytest.mark.parametrize("kernel", [CPU, PLAIN], ids=["cpu", "math"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_each_kernel_of_buckets_gives_the_output_and_every_gradient(kernel, masked):
     shapes = (2, 3, 7, 8), (2, 3, 11, 8), (2, 3, 11, 8)
@@ -531,11 +531,11 @@ def machine(monkeypatch, forget):
         (H100, {}, torch.bfloat16, 256, "varlen"),
         (H100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 264, "sdpa"),
         (H100, {"flash2": "2.8.3", "flash3": True}, torch.float32, 64, "sdpa"),
-        (H100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 60, "plain"),
-        (H100, {"flash2": "2.8.3", "flash3": True}, torch.float64, 64, "plain"),
+        (H100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 60, "math"),
+        (H100, {"flash2": "2.8.3", "flash3": True}, torch.float64, 64, "math"),
         (A100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 128, "flash2"),
         (B200, {"flash3": True}, torch.bfloat16, 128, "varlen"),
-        ((7, 5), {"flash2": "2.8.3", "flash3": True}, torch.float16, 128, "plain"),
+        ((7, 5), {"flash2": "2.8.3", "flash3": True}, torch.float16, 128, "math"),
     ],
 )
 def test_auto_takes_the_fastest_that_can(machine, capability, installed, dtype, head_dim, expected):
@@ -545,24 +545,24 @@ def test_auto_takes_the_fastest_that_can(machine, capability, installed, dtype, 
 
 def test_auto_is_flash_attention_for_cpus_there_and_the_equations_elsewhere(forget):
     assert chosen_backend("auto", torch.empty(1, 1, 60, dtype=torch.float64)) == "sdpa"
-    assert chosen_backend("auto", torch.empty(1, 1, 64, device="meta")) == "plain"
+    assert chosen_backend("auto", torch.empty(1, 1, 64, device="meta")) == "math"
 
 
 @pytest.mark.parametrize(
     ("backend", "given", "message"),
     [
-        ("flash", {}, "backend='flash' must be auto or one of flash3, flash2, varlen, sdpa, plain"),
+        ("flash", {}, "backend='flash' must be auto or one of flash3, flash2, varlen, sdpa, math"),
         ("varlen", {"device": "cpu"}, "no kernel for device cpu; use 'sdpa' or 'auto'"),
-        ("sdpa", {"device": "meta"}, "no kernel for device meta; use 'plain' or 'auto'"),
+        ("sdpa", {"device": "meta"}, "no kernel for device meta; use 'math' or 'auto'"),
         ("varlen", {"dtype": torch.float32}, "it takes bfloat16 and float16, not torch.float32; use 'sdpa'"),
-        ("sdpa", {"dtype": torch.float64}, "it takes no float64; use 'plain'"),
-        ("varlen", {"head_dim": 100}, "head dim 100 must be a multiple of 8; use 'plain'"),
+        ("sdpa", {"dtype": torch.float64}, "it takes no float64; use 'math'"),
+        ("varlen", {"head_dim": 100}, "head dim 100 must be a multiple of 8; use 'math'"),
         ("varlen", {"head_dim": 320}, "it takes head dims to 256, not 320; use 'sdpa'"),
         ("flash3", {"head_dim": 256}, "it takes head dims to 192, not 256; use 'varlen'"),
         ("flash3", {}, "flash_attn_interface cannot be imported .*; use 'varlen'"),
         ("flash2", {}, "flash_attn is 2.5.8, it needs 2.7 or newer; use 'varlen'"),
         ("flash3", {"capability": A100}, r"it needs compute capability 9, cuda:0 has 8.0; use 'varlen'"),
-        ("sdpa", {"capability": (7, 5)}, r"it needs compute capability 8.0, cuda:0 has 7.5; use 'plain'"),
+        ("sdpa", {"capability": (7, 5)}, r"it needs compute capability 8.0, cuda:0 has 7.5; use 'math'"),
     ],
 )
 def test_a_backend_that_cannot_compute_is_refused_with_the_reason_and_another(machine, backend, given, message):
@@ -684,7 +684,7 @@ def on_gpu(request):
 
 each_on_gpu = pytest.mark.parametrize(
     "on_gpu",
-    [(name, torch.bfloat16) for name in ("flash3", "flash2", "varlen", "sdpa", "plain")] + [("sdpa", torch.float32)],
+    [(name, torch.bfloat16) for name in ("flash3", "flash2", "varlen", "sdpa", "math")] + [("sdpa", torch.float32)],
     indirect=True,
     ids=lambda given: f"{given[0]} {given[1]}".replace("torch.", ""),
 )

@@ -27,7 +27,7 @@ SIZES = {  # L, N, K
     "no token": (0, 2, 16),
 }
 each_via = pytest.mark.parametrize("via", ["torch", "triton"])
-each_norm = pytest.mark.parametrize("norm", ["head", "width", "none"])
+each_norm = pytest.mark.parametrize("norm", ["per_head", "across_heads", "none"])
 
 
 def rope_of(num_tokens, head_dim, device="cpu"):
@@ -36,7 +36,7 @@ def rope_of(num_tokens, head_dim, device="cpu"):
 
 
 def weights_of(num_heads, head_dim, norm):
-    width = {"head": head_dim, "width": num_heads * head_dim}.get(norm)
+    width = {"per_head": head_dim, "across_heads": num_heads * head_dim}.get(norm)
     return [] if width is None else [normal(width, seed=1), normal(width, seed=2)]
 
 
@@ -199,7 +199,7 @@ def test_kernels_write_all_of_their_outputs_and_nothing_else(size, norm):
 
 
 @each_via
-@pytest.mark.parametrize("norm", ["head", "none"])
+@pytest.mark.parametrize("norm", ["per_head", "none"])
 def test_it_compiles_as_one_graph(norm, via):
     torch._dynamo.reset()
     rope, tensors = rope_of(9, 12, TRITON_DEVICE), on_device(inputs(9, 2, 12, norm))
@@ -245,7 +245,7 @@ def test_input_that_does_not_fit_is_refused():
     with pytest.raises(
         ValueError, match=r"q_weight \(12,\) must be \(24,\) for norm='width', as qkv is \(5, 3, 2, 12\)"
     ):
-        qk_norm_rope3d(qkv, weight, weight, rope, EPS, "width")
+        qk_norm_rope3d(qkv, weight, weight, rope, EPS, "across_heads")
     with pytest.raises(ValueError, match=r"k_weight None must be \(12,\) for norm='head'"):
         qk_norm_rope3d(qkv, weight, None, rope, EPS)
     with pytest.raises(ValueError, match=r"q_weight \(12,\) must be None for norm='none'"):

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from megasora.batch import owner_of_tokens
+from megasora.batch import segment_ids
 from megasora.config import ModelConfig, TextConfig
 from megasora.data.pack import Record, make_batch
-from megasora.diffusion.flow import rows_of
+from megasora.diffusion.flow import build_rows
 from megasora.model.dit import VideoDiT
 from megasora.text import build_text_encoder
 
@@ -47,7 +47,7 @@ def make_pack(clips=CLIPS, padding=0, hide=()):
         native = (8.0 * grid[1], 8.0 * grid[2], 4.0 * grid[0] - 3, 8.0 + number)
         records.append(Record(number, patches, grid, text, native, caption))
     batch = make_batch(records, sum(len(r.patches_LP) for r in records) + padding)
-    cu_rows, timesteps, owner = rows_of(
+    cu_rows, timesteps, owner = build_rows(
         batch, torch.tensor([t for *_, t in clips]), [clean for _, _, clean, _ in clips]
     )
     drop = batch.drop_text_G | torch.tensor([i in hide for i in range(len(clips))])
@@ -95,7 +95,7 @@ def test_the_first_step_reaches_the_output_layer_and_then_everything(modulation)
 
 
 @BOTH
-@pytest.mark.parametrize("qk_norm", ["head", "none"])
+@pytest.mark.parametrize("qk_norm", ["per_head", "none"])
 def test_a_clip_in_a_pack_is_the_clip_alone(modulation, qk_norm):
     model = make_model(modulation, qk_norm=qk_norm)
     together, alone = make_pack(padding=5), [make_pack([clip]) for clip in CLIPS]
@@ -172,12 +172,12 @@ def test_each_part_of_the_tokens_has_its_rows():
     """As tensor-parallel ranks cut them: the rows of the parts, one after the other, are those of the pack."""
     model, batch = make_model(), make_pack()
     length = len(batch.patches_LP)
-    whole, parts = model.rows_of(batch), []
+    whole, parts = model.local_rows(batch), []
     assert whole.num_real == batch.num_tokens
-    assert torch.equal(whole.row_L, owner_of_tokens(batch.cu_rows, length)[: batch.num_tokens].int())
+    assert torch.equal(whole.row_L, segment_ids(batch.cu_rows, length)[: batch.num_tokens].int())
     for part in torch.arange(length).tensor_split(3):
-        model.split_tokens = lambda x, part=part: x[part]
-        parts.append(model.rows_of(batch))
+        model.scatter_tokens = lambda x, part=part: x[part]
+        parts.append(model.local_rows(batch))
     assert torch.cat([rows.row_L for rows in parts]).tolist() == whole.row_L.tolist()
     assert {rows.num_rows for rows in parts} == {whole.num_rows} and sum(rows.num_tokens for rows in parts) == length
 
@@ -200,10 +200,10 @@ def test_the_timestep_of_a_row_reaches_the_rest_of_its_clip_by_attention_alone(m
 @pytest.mark.parametrize("column", range(4))
 def test_output_depends_on_native_size_frames_and_rate(column):
     model, batch = make_model(), make_pack()
-    native = batch.native_G4.clone()
+    native = batch.native_size_G4.clone()
     native[2, column] *= 2
     for i, (a, b) in enumerate(
-        zip(outputs(model, batch), outputs(model, dataclasses.replace(batch, native_G4=native)), strict=True)
+        zip(outputs(model, batch), outputs(model, dataclasses.replace(batch, native_size_G4=native)), strict=True)
     ):
         assert torch.allclose(a, b, **EXACT) is (i != 2)
 

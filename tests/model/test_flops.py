@@ -9,7 +9,7 @@ from megasora.data.pack import Record, make_batch
 from megasora.model.dit import VideoDiT
 from megasora.model.flops import num_parameters, pack_flops
 from megasora.text import build_text_encoder
-from megasora.text.pretrained import FeatureEmbedder
+from megasora.text.embedders import FeatureEmbedder
 
 PATCH_DIM = 12
 MODELS = {

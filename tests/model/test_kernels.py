@@ -12,9 +12,9 @@ from megasora.text import build_text_encoder
 PATCH_DIM, STEPS = 6, 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIALECTS = {
-    "DiT": {"modulation": "block", "qk_norm": "head"},
-    "Wan": {"modulation": "shared", "qk_norm": "width"},
-    "no norm, recompute": {"modulation": "block", "qk_norm": "none", "recompute": "attention"},
+    "DiT": {"modulation": "block", "qk_norm": "per_head"},
+    "Wan": {"modulation": "shared", "qk_norm": "across_heads"},
+    "no norm, recompute": {"modulation": "block", "qk_norm": "none", "recompute": "keep_attention"},
 }
 
 
@@ -30,7 +30,7 @@ def make_pack():
 
 
 def losses(kernels, dialect):
-    options = ModelConfig(width=24, depth=1, heads=2, kernels=kernels, **DIALECTS[dialect])
+    options = ModelConfig(width=24, depth=1, heads=2, kernel_backend=kernels, **DIALECTS[dialect])
     embedder = build_text_encoder(TextConfig()).build_embedder(24, options.text_depth, 2)
     model = VideoDiT(options, PATCH_DIM, embedder)
     model.initialise(0)
@@ -38,9 +38,9 @@ def losses(kernels, dialect):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
     objective, pack, found = FlowMatching(Config().objective, seed=0), make_pack().to(DEVICE), []
     for step in range(STEPS):
-        noised, target, weight = objective.corrupt(pack, step)
+        noised, target, weight = objective.add_noise(pack, step)
         error = velocity_error(model(noised), target, weight)
-        loss = error.error / error.tokens
+        loss = error.squared_error_sum / error.tokens
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

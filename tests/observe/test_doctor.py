@@ -1,4 +1,4 @@
-"""The doctor says what is there, finds what is wrong on machines made up here, and fails only on what is essential."""
+"""The doctor reports versions and devices, finds the faults of simulated machines, and fails only on essential ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def by_name(findings: list[doctor.Finding]) -> dict[str, doctor.Finding]:
 
 
 def fake_torch(cards: list[tuple[str, int, tuple[int, int]]], nccl: bool = True, gloo: bool = True) -> SimpleNamespace:
-    """A torch that sees the given (name, GiB, compute capability) cards."""
+    """A torch that sees these cards: (name, GiB, compute capability)."""
     properties = [SimpleNamespace(name=n, total_memory=g << 30, major=c[0], minor=c[1]) for n, g, c in cards]
     cuda = SimpleNamespace(
         is_available=lambda: bool(cards),
@@ -29,7 +29,9 @@ def fake_torch(cards: list[tuple[str, int, tuple[int, int]]], nccl: bool = True,
     distributed = SimpleNamespace(
         is_available=lambda: True, is_nccl_available=lambda: nccl, is_gloo_available=lambda: gloo
     )
-    return SimpleNamespace(__version__="2.13.0", cuda=cuda, distributed=distributed)
+    return SimpleNamespace(
+        __version__="2.13.0", cuda=cuda, distributed=distributed, device=str, bfloat16="bfloat16", float32="float32"
+    )
 
 
 H100 = ("NVIDIA H100", 79, (9, 0))
@@ -41,12 +43,12 @@ def test_this_machine_can_train_and_is_described():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [[cell.strip() for cell in line.split("│")] for line in result.stdout.splitlines() if "│" in line]
-    found = {row[2]: row[3] for row in rows}
+    values = {row[2]: row[3] for row in rows}
     for name in ("torch", "deepspeed", "webdataset", "omegaconf", "av", "transformers"):
-        assert found[name] == importlib.metadata.version(name)
-    assert found["CPU cores"] == str(len(os.sched_getaffinity(0)))
-    assert found["H.264 encoder"] == "libx264"
-    assert {"memory", "GPU", "flash-attn", "torch varlen", "torch SDPA", "Triton", "free disk here"} <= set(found)
+        assert values[name] == importlib.metadata.version(name)
+    assert values["CPU cores"] == str(len(os.sched_getaffinity(0)))
+    assert values["H.264 encoder"] == "libx264"
+    assert {"memory", "GPU", "flash2", "varlen", "sdpa", "Triton", "free disk here"} <= set(values)
 
 
 def test_missing_essential_package_is_named_with_its_remedy_and_fails(monkeypatch, capsys):
@@ -74,68 +76,99 @@ def test_torch_that_does_not_import_fails_with_its_error(monkeypatch, capsys):
     assert "libcudart.so.13: cannot open shared object file [Errno 2]" in capsys.readouterr().out
 
 
-def test_import_error_keeps_the_reason():
+def test_import_error_is_returned_with_its_message():
     assert doctor.import_or_error("json")[1] == ""
     module, reason = doctor.import_or_error("megasora_no_such_module")
     assert module is None and "megasora_no_such_module" in reason
 
 
-@pytest.mark.parametrize("extra, crowded", [(0, False), (1, True)])
-def test_more_threads_than_cores_are_remarked(monkeypatch, extra, crowded):
+@pytest.mark.parametrize("extra, remarked", [(0, False), (1, True)])
+def test_more_threads_than_cores_are_remarked(monkeypatch, extra, remarked):
     monkeypatch.setenv("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)) + extra))
-    assert bool(by_name(doctor.devices(fake_torch([])))["OMP_NUM_THREADS"].remedy) == crowded
+    assert bool(by_name(doctor.devices(fake_torch([])))["OMP_NUM_THREADS"].remedy) == remarked
 
 
-def test_equal_cards_are_counted_and_old_ones_are_sent_to_float32():
+def test_equal_cards_are_counted_and_old_ones_get_float32_as_remedy():
     cards = [finding for finding in doctor.devices(fake_torch([H100, H100, V100])) if finding.name == "GPU"]
-    assert [card.found for card in cards] == ["2 x NVIDIA H100, 79 GiB", "1 x Tesla V100, 32 GiB"]
+    assert [card.value for card in cards] == ["2 x NVIDIA H100, 79 GiB", "1 x Tesla V100, 32 GiB"]
     assert cards[0].remedy == "" and "run.dtype=float32" in cards[1].remedy
 
 
 @pytest.mark.parametrize("driver", ["/usr/bin/nvidia-smi", None])
-def test_driver_without_a_torch_for_it_is_told_from_no_gpu(monkeypatch, driver):
+def test_a_driver_without_a_matching_torch_differs_from_no_gpu(monkeypatch, driver):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
     monkeypatch.setattr(doctor.Path, "exists", lambda path: False)
     gpu = by_name(doctor.devices(fake_torch([])))["GPU"]
-    assert gpu.found == ("not usable" if driver else "none")
+    assert gpu.value == ("not usable" if driver else "none")
     assert ("install the torch build" in gpu.remedy) == bool(driver)
 
 
-@pytest.mark.parametrize("cards", [[], [H100]])
-def test_absent_flash_attention_is_told_and_is_no_defect(monkeypatch, cards):
+def fake_kernels(obstacles: dict[str, str]) -> SimpleNamespace:
+    """Attention kernels whose backends have these obstacles."""
+    return SimpleNamespace(
+        BACKENDS=("flash3", "flash2", "varlen", "sdpa", "math"), obstacle=lambda name, *_: obstacles.get(name)
+    )
+
+
+@pytest.mark.parametrize(
+    ("obstacles", "auto"),
+    [
+        ({}, "flash3"),
+        ({"flash3": "a", "flash2": "b"}, "varlen"),
+        ({"flash3": "a", "flash2": "b", "varlen": "c"}, "sdpa"),
+    ],
+)
+def test_the_first_usable_attention_backend_is_the_one_that_auto_takes(monkeypatch, obstacles, auto):
+    monkeypatch.setattr(doctor, "import_or_error", lambda name: (fake_kernels(obstacles), ""))
     monkeypatch.setattr(doctor, "version_of", lambda name: None)
-    finding = by_name(doctor.attention(fake_torch(cards)))["flash-attn"]
-    assert finding.found.startswith("not installed") and ("needs a GPU" in finding.found) == (not cards)
-    assert not finding.remedy and not finding.missing
+    findings = by_name(doctor.attention_backends(fake_torch([H100])))
+    for name in ("flash3", "flash2", "varlen", "sdpa", "math"):
+        usable = "usable, taken by auto" if name == auto else "usable"
+        assert findings[name].value == (f"not usable: {obstacles[name]}" if name in obstacles else usable)
+        assert not findings[name].remedy and not findings[name].missing
 
 
-def test_flash_attention_that_does_not_import_is_not_called_found(monkeypatch):
+def test_the_backend_named_is_the_one_that_auto_takes_on_this_machine():
+    torch = pytest.importorskip("torch")
+    from megasora.kernels import attention
+
+    gpu = torch.cuda.is_available()
+    q = torch.zeros(
+        1, 1, doctor.HEAD_DIM, dtype=torch.bfloat16 if gpu else torch.float32, device="cuda" if gpu else "cpu"
+    )
+    (auto,) = [f.name for f in doctor.attention_backends(torch) if f.value == "usable, taken by auto"]
+    assert auto == attention.chosen_backend("auto", q)
+
+
+def test_an_installed_flash_attention_that_does_not_import_gets_a_remedy(monkeypatch):
+    obstacles = {"flash3": "not installed", "flash2": "ImportError: undefined symbol: _ZN3c104"}
+    monkeypatch.setattr(doctor, "import_or_error", lambda name: (fake_kernels(obstacles), ""))
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.8.3")
-    monkeypatch.setattr(doctor, "import_or_error", lambda name: (None, "ImportError: undefined symbol: _ZN3c104"))
-    finding = by_name(doctor.attention(fake_torch([H100])))["flash-attn"]
-    assert finding.found == "2.8.3, does not import" and "undefined symbol" in finding.remedy
+    finding = by_name(doctor.attention_backends(fake_torch([H100])))["flash2"]
+    assert finding.value.startswith("not usable") and "undefined symbol" in finding.value
+    assert "pip install" in finding.remedy
 
 
 def test_triton_interprets_without_a_gpu_and_needs_a_compiler_with_one(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert "interpreter" in doctor.triton(fake_torch([]))[0].found
+    assert "interpreter" in doctor.triton(fake_torch([]))[0].value
     finding = doctor.triton(fake_torch([H100]))[0]
-    assert finding.found == "cannot compile" and "apt-get install gcc" in finding.remedy
+    assert finding.value == "cannot compile" and "apt-get install gcc" in finding.remedy
 
 
 def test_communication_is_nccl_on_gpus_and_gloo_without():
-    assert [(f.name, f.found) for f in doctor.communication(fake_torch([H100]))] == [("NCCL", "2.28.9")]
+    assert [(f.name, f.value) for f in doctor.communication(fake_torch([H100]))] == [("NCCL", "2.28.9")]
     assert [f.name for f in doctor.communication(fake_torch([]))] == ["gloo"]
     assert doctor.communication(fake_torch([H100], nccl=False))[0].missing
     assert doctor.communication(fake_torch([], gloo=False))[0].missing
 
 
 def test_missing_h264_encoder_is_essential(monkeypatch):
-    def refuse(name, mode):
+    def raise_unknown(name, mode):
         raise ValueError(f"no codec {name}")
 
-    codec = SimpleNamespace(codec=SimpleNamespace(Codec=refuse))
+    codec = SimpleNamespace(codec=SimpleNamespace(Codec=raise_unknown))
     monkeypatch.setattr(doctor, "import_or_error", lambda name: (codec, ""))
     (finding,) = doctor.video()
     assert finding.missing and "libx264" in finding.remedy
@@ -146,7 +179,7 @@ def test_little_disk_and_little_shared_memory_are_remarked(monkeypatch, tmp_path
     usage = SimpleNamespace(free=gib << 30, total=(gib << 30) // 2)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     findings = by_name(doctor.storage(tmp_path, tmp_path))
-    assert findings["free disk here"].found == f"{gib:.1f} GiB"
+    assert findings["free disk here"].value == f"{gib:.1f} GiB"
     assert bool(findings["free disk here"].remedy) == remarked
     assert bool(findings[str(tmp_path)].remedy) == remarked
 
@@ -154,7 +187,7 @@ def test_little_disk_and_little_shared_memory_are_remarked(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     "soft, hard, remedy", [(256, 1024, "ulimit -n 1024"), (1024, -1, "ulimit -n 65536"), (-1, -1, ""), (9999, 9999, "")]
 )
-def test_open_file_limit_is_remarked_with_what_can_be_had(monkeypatch, soft, hard, remedy):
+def test_a_low_open_file_limit_is_remarked_with_the_highest_allowed_one(monkeypatch, soft, hard, remedy):
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda kind: (soft, hard))
-    found = by_name(doctor.storage())["open files"].remedy
-    assert found.endswith(remedy) and bool(found) == bool(remedy)
+    reported = by_name(doctor.storage())["open files"].remedy
+    assert reported.endswith(remedy) and bool(reported) == bool(remedy)

@@ -1,4 +1,4 @@
-"""The report of a run: its figures are those of the logs, and its page stands alone and is safe to open."""
+"""The report of a run: its figures are those of the logs; its page has no external links and escapes all text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 
 from megasora import config
 from megasora.errors import MegaSoraError
-from megasora.observe import charts, report, run_folder
+from megasora.observe import report, report_samples, run_data
+from megasora.observe.curves import decimate, smooth
+from megasora.observe.formatting import NBSP
 from megasora.observe.report import write_report
 
 ATTACK = '<script>alert("red")</script> & a "circle"'
@@ -22,16 +24,16 @@ WORDS = {"color": "red", "direction": "left", "shape": "circle", "background": "
 TAKES_NO_END_TAG = {"meta", "img", "input", "br", "!doctype"}
 
 
-def write_lines(path: Path, records: list[dict], torn: str = "") -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records) + torn, encoding="utf-8")
+def write_lines(path: Path, records: list[dict], incomplete: str = "") -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + incomplete, encoding="utf-8")
 
 
 def metrics_line(step: int, **changes) -> dict:
-    """Step `step` of a made-up run: 100 * step tokens a second, 2 s a step."""
-    parts = {"time_data": 0.1, "time_forward": 0.6, "time_backward": 1.1, "time_optimizer": 0.15}
-    line = {"step": step, "loss": 2.0 / step, "grad_norm": 0.5, "rate": 1e-4, "padding": 0.0, "mfu": None}
-    line |= {"tokens_per_second": 100.0 * step, "time_step": 2.0, "memory_gib": step / 2}
-    return line | parts | changes
+    """Step `step` of a synthetic run: 100 * step tokens per second, 2 s per step."""
+    phases = {"time_data": 0.1, "time_forward": 0.6, "time_backward": 1.1, "time_optimizer": 0.15}
+    line = {"step": step, "loss": 2.0 / step, "grad_norm": 0.5, "lr": 1e-4, "padding_fraction": 0.0, "mfu": None}
+    line |= {"tokens_per_second": 100.0 * step, "time_step": 2.0, "peak_memory_gib": step / 2}
+    return line | phases | changes
 
 
 def validation_line(step: int, loss: float) -> dict:
@@ -52,36 +54,36 @@ def write_clip(path: Path, height: int = 32, width: int = 48) -> None:
 
 
 def make_run(folder: Path) -> Path:
-    """Four steps, one of them twice (a resume), a torn last line, two validations, four evaluated prompts."""
+    """Four steps, one repeated (a resume), an incomplete last line, two validations, four evaluated prompts."""
     samples = folder / "samples"
     samples.mkdir(parents=True)
-    settings = config.load(None, ["run.steps=4", "run.dir=runs/<b>bold</b>", "optim.rate=0.5"])
+    settings = config.load(None, ["run.steps=4", "run.dir=runs/<b>bold</b>", "optim.lr=0.5"])
     (folder / "config.yaml").write_text(config.to_yaml(settings), encoding="utf-8")
     lines = [metrics_line(1), metrics_line(2), metrics_line(3, loss=99.0, tokens_per_second=1e9)]
-    lines += [metrics_line(3, padding=0.25), metrics_line(4, padding=0.5)]
-    write_lines(folder / "metrics.jsonl", lines, torn='{"step": 5, "lo')
+    lines += [metrics_line(3, padding_fraction=0.25), metrics_line(4, padding_fraction=0.5)]
+    write_lines(folder / "metrics.jsonl", lines, incomplete='{"step": 5, "lo')
     write_lines(folder / "validation.jsonl", [validation_line(0, 1.75), validation_line(4, 0.5)])
-    run = {"created": "2026-01-02", "host": "here", "world_size": 2, "parameters": 1_234_567}
+    run = {"created": "2026-01-02", "machine": "here", "world_size": 2, "parameters": 1_234_567}
     run["layout"] = {"pipeline": 1, "data": 1, "context": 1, "tensor": 2}
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
 
-    reads = [{}, {"direction": "right"}, {"direction": None, "color": "blue"}, {"shape": "square"}]
+    detections = [{}, {"direction": "right"}, {"direction": None, "color": "blue"}, {"shape": "square"}]
     prompts = []
-    for place, wrong in enumerate(reads):
-        expected = WORDS if place < 3 else WORDS | {"color": "blue"}
-        prompt = ATTACK if place == 0 else f"prompt {place}"
-        entry = {"prompt": prompt, "expected": expected, "read": expected | wrong, "held_out": place > 1}
-        prompts.append(entry | {"file": f"{place:03d}.mp4"})
-        write_clip(samples / f"{place:03d}.mp4")
-    shares = {"color": 0.75, "direction": 0.5, "shape": 0.75, "background": 1.0}
+    for index, wrong in enumerate(detections):
+        expected = WORDS if index < 3 else WORDS | {"color": "blue"}
+        prompt = ATTACK if index == 0 else f"prompt {index}"
+        entry = {"prompt": prompt, "expected": expected, "detected": expected | wrong, "held_out": index > 1}
+        prompts.append(entry | {"file": f"{index:03d}.mp4"})
+        write_clip(samples / f"{index:03d}.mp4")
+    accuracies = {"color": 0.75, "direction": 0.5, "shape": 0.75, "background": 1.0}
     evaluation = {"step": 4, "seconds": 75.0, "size": "32x48", "frames": 3, "prompts": prompts}
-    evaluation |= {"guidance": 4.0, "solver": "heun", "steps": 30}
-    evaluation |= {f"{attribute}_accuracy": share for attribute, share in shares.items()}
+    evaluation |= {"guidance_scale": 4.0, "solver": "heun", "num_inference_steps": 30}
+    evaluation |= {f"{attribute}_accuracy": value for attribute, value in accuracies.items()}
     (samples / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
 
     write_clip(folder / "by_hand.mp4")
-    about = {"prompt": "a <i>green</i> square", "seed": 7, "size": "32x48", "frames": 3}
-    (folder / "by_hand.json").write_text(json.dumps(about), encoding="utf-8")
+    sidecar = {"prompt": "a <i>green</i> square", "seed": 7, "size": "32x48", "frames": 3}
+    (folder / "by_hand.json").write_text(json.dumps(sidecar), encoding="utf-8")
     return folder
 
 
@@ -105,7 +107,7 @@ def copy_run(run_dir: Path, folder: Path, *names: str) -> Path:
 
 
 class Elements(HTMLParser):
-    """Every element of a page with its attributes; refuses tags that do not close."""
+    """All elements of a page with their attributes; fails if a tag is not closed."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -128,7 +130,7 @@ class Elements(HTMLParser):
 
 def test_figures_equal_those_computed_by_hand(run_dir):
     figures = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
-    # tokens of the steps: 200, 400, 600, 800; with padding 0, 0, 1/4, 1/2 the slots: 200, 400, 800, 1600
+    # tokens of the steps: 200, 400, 600, 800; with padding 0, 0, 1/4, 1/2, of the packs: 200, 400, 800, 1600
     assert figures == pytest.approx(
         {
             "steps": 4,
@@ -177,17 +179,17 @@ def test_words_from_captions_and_settings_are_escaped(page):
     assert "runs/&lt;b&gt;bold&lt;/b&gt;" in page and "<b>bold" not in page
 
 
-def test_page_tells_right_from_wrong_and_held_out(page):
+def test_page_marks_hits_misses_and_held_out_prompts(page):
     assert page.count('<li class="right"') == 4 * 3 - 4
     assert page.count('<li class="wrong"') == 4
     assert page.count('class="held"') == 2
-    assert "direction: asked left, read nothing" in page
+    assert "direction: expected left, detected nothing" in page
     assert page.count('class="sample perfect"') == 2  # one prompt of four, and the sample made by hand
 
 
-def test_confusion_table_counts_what_was_read(run_dir):
-    samples = run_folder.read_run(run_dir).evaluated
-    table = report.confusion(samples, "color")
+def test_confusion_table_counts_detected_words(run_dir):
+    samples = run_data.read_run_data(run_dir).evaluated_samples
+    table = report_samples.confusion_table(samples, "color")
     assert re.findall(r'scope="col">(\w+)', table) == ["red", "blue"]
     assert re.findall(r'<td class="(\w+)"[^>]*>(.)', table) == [
         ("hit", "2"),
@@ -195,19 +197,19 @@ def test_confusion_table_counts_what_was_read(run_dir):
         ("miss", "·"),
         ("hit", "1"),
     ]
-    assert report.confusion(samples, "shape") == ""  # only one shape was asked for
+    assert report_samples.confusion_table(samples, "shape") == ""  # only one shape is expected
 
 
 def test_changed_settings_are_listed_with_their_defaults(page):
     changed = re.findall(r'<tr><th scope="row">([\w.]+)</th><td>([^<]*)</td><td>([^<]*)</td>', page)
-    assert ("optim.rate", "0.5", "0.0001") in changed
-    assert [key for key, *_ in changed] == ["run.dir", "run.steps", "optim.rate"]
+    assert ("optim.lr", "0.5", "0.0001") in changed
+    assert [key for key, *_ in changed] == ["run.dir", "run.steps", "optim.lr"]
 
 
-def test_head_names_where_the_run_was_made(page):
-    head = page[page.index("<header>") : page.index("</header>")].replace(run_folder.NBSP, " ")
-    facts = re.findall("<li>([^<]*)</li>", head)
-    assert facts[1:] == ["2026-01-02", "here", "2 processes", "tensor 2", "2.0 GiB at most in the first process"]
+def test_head_says_where_the_run_was_made(page):
+    head = page[page.index("<header>") : page.index("</header>")].replace(NBSP, " ")
+    items = re.findall("<li>([^<]*)</li>", head)
+    assert items[1:] == ["2026-01-02", "here", "2 processes", "tensor 2", "2.0 GiB at most in the first process"]
 
 
 def test_page_names_the_folders_of_a_mixture_with_their_weights(run_dir, tmp_path):
@@ -216,24 +218,24 @@ def test_page_names_the_folders_of_a_mixture_with_their_weights(run_dir, tmp_pat
     for settings, expected in (
         (["data.shards=a & b"], "the shards in <code>a &amp; b</code>, made"),
         (
-            ["data.mixture=[a,b/c]", "data.weights=[3,0.5]"],
+            ["data.mixture=[a,b/c]", "data.mixture_weights=[3,0.5]"],
             "<code>a</code> (weight 3), <code>b/c</code> (weight 0.5), m",
         ),
-        (["data.mixture=[a]", "data.weights=[3]"], "the shards in <code>a</code>, made"),
+        (["data.mixture=[a]", "data.mixture_weights=[3]"], "the shards in <code>a</code>, made"),
     ):
         saved.write_text(config.to_yaml(config.load(None, settings)), encoding="utf-8")
-        assert expected in report.show_reproduce(run_folder.read_run(tmp_path / "run"))
+        assert expected in report.reproduce_section(run_data.read_run_data(tmp_path / "run"))
 
 
-def test_page_says_what_was_left_out_or_repaired(page):
-    notes = page[page.index('id="notes"') :].replace(run_folder.NBSP, " ")
-    assert "metrics.jsonl: left out 1 line that cannot be read, first line 6" in notes
-    assert "metrics.jsonl: 1 line repeated by a resume" in notes
+def test_notes_say_what_was_skipped_or_repeated(page):
+    notes = page[page.index('id="notes"') :].replace(NBSP, " ")
+    assert "metrics.jsonl: skipped 1 line that cannot be read, the first is line 6" in notes
+    assert "metrics.jsonl: 1 line repeated after a resume" in notes
 
 
 def test_charts_take_their_colors_from_the_page_and_are_the_same_each_time(run_dir, page):
-    assert page.count("<svg ") == 7  # two losses, throughput, times, gradient norm, rate, padding
-    assert not re.search(r"#f[de][0-9a-f]{4}", page)  # no sentinel is left
+    assert page.count("<svg ") == 7  # two losses, throughput, times, gradient norm, lr, padding
+    assert not re.search(r"#f[de][0-9a-f]{4}", page)  # no placeholder is left
     used = set(re.findall(r"var\(--([a-z]+)\)", page)) - {"share", "of"}
     assert used <= set(re.findall(r"--([a-z]+):", page))
     again = write_report(run_dir).read_text(encoding="utf-8")
@@ -241,21 +243,21 @@ def test_charts_take_their_colors_from_the_page_and_are_the_same_each_time(run_d
     assert not list(run_dir.glob(".*.part"))
 
 
-def test_run_that_was_only_begun_has_a_page(run_dir, tmp_path):
+def test_run_of_one_step_has_a_page(run_dir, tmp_path):
     folder = copy_run(run_dir, tmp_path / "begun", "config.yaml")
     write_lines(folder / "metrics.jsonl", [metrics_line(1, loss=float("nan"), grad_norm=None)])
-    text = write_report(folder).read_text(encoding="utf-8").replace(run_folder.NBSP, " ")
+    text = write_report(folder).read_text(encoding="utf-8").replace(NBSP, " ")
     figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert figures["steps"] == 1 and figures["padding_fraction"] == 0.0
     assert figures["color_accuracy"] is None and figures["final_val_loss"] is None
     assert "<video" not in text
-    assert "The loss is no finite number at 1 step, first at 1." in text
+    assert "The loss is not finite at 1 step, first at 1." in text
 
 
-def test_sample_beyond_the_budget_is_left_out_and_named(run_dir, tmp_path, monkeypatch):
+def test_sample_beyond_the_size_limit_is_left_out_and_named(run_dir, tmp_path, monkeypatch):
     names = ("config.yaml", "metrics.jsonl", "by_hand.mp4", "by_hand.json")
     folder = copy_run(run_dir, tmp_path / "run", *names)
-    monkeypatch.setattr(report, "MAX_EMBEDDED", 100)
+    monkeypatch.setattr(report_samples, "MAX_EMBEDDED", 100)
     text = write_report(folder).read_text(encoding="utf-8")
     assert "<video" not in text
     assert "by_hand.mp4 is not on this page" in text and "by_hand.mp4 (0.0 MiB) was left out" in text
@@ -272,12 +274,12 @@ def test_sample_beyond_the_budget_is_left_out_and_named(run_dir, tmp_path, monke
         ("samples/evaluation.json", '{"prompts": [{"prompt": "a"}]}', r"prompts\[0\].*evaluate again"),
         (
             "samples/evaluation.json",
-            '{"prompts": [{"prompt": "a", "expected": {}, "read": {}, "file": "../../secret.mp4"}]}',
-            "secret.mp4 must name a .mp4 or .png beside it",
+            '{"prompts": [{"prompt": "a", "expected": {}, "detected": {}, "file": "../../secret.mp4"}]}',
+            "secret.mp4 must name a .mp4 or .png file in its folder",
         ),
     ],
 )
-def test_missing_and_broken_inputs_are_refused_by_name(run_dir, tmp_path, name, text, message):
+def test_missing_and_invalid_inputs_are_errors_that_name_the_file(run_dir, tmp_path, name, text, message):
     folder = copy_run(run_dir, tmp_path / "run", "config.yaml", "metrics.jsonl")
     (folder / "samples").mkdir()
     if text is None:
@@ -289,19 +291,19 @@ def test_missing_and_broken_inputs_are_refused_by_name(run_dir, tmp_path, name, 
     assert not list(folder.glob("*report*"))
 
 
-def test_missing_run_folder_is_refused(tmp_path):
+def test_missing_run_folder_is_an_error(tmp_path):
     with pytest.raises(MegaSoraError, match="no run folder .*nowhere"):
         write_report(tmp_path / "nowhere")
 
 
-def test_curves_are_thinned_without_losing_a_spike():
+def test_decimated_curves_keep_a_spike():
     steps, values = np.arange(100_000), np.zeros(100_000)
     values[54_321] = 9.0
-    x, y = charts.thin(steps, values)
+    x, y = decimate(steps, values)
     assert len(x) <= 1200 and np.all(np.diff(x) > 0)
     assert x[y.argmax()] == 54_321 and y.max() == 9.0
 
 
-def test_running_mean_skips_what_is_not_a_number():
+def test_running_mean_skips_nan():
     values = np.array([1.0, np.nan, 3.0, 5.0])
-    assert charts.smooth(values, 3) == pytest.approx([1.0, 2.0, 4.0, 4.0])
+    assert smooth(values, 3) == pytest.approx([1.0, 2.0, 4.0, 4.0])

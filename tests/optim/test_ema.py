@@ -26,7 +26,7 @@ def test_the_average_is_the_recurrence_with_a_decay_that_grows_to_its_limit(deca
         ema.update()
         d = min(decay, (1 + n) / (10 + n))
         expected = d * expected + (1 - d) * point.double()
-        torch.testing.assert_close(ema.averages[0].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ema.ema_weights[0].double(), expected, rtol=1e-5, atol=1e-5)
     assert ema.updates == 50
 
 
@@ -36,7 +36,7 @@ def test_the_weights_of_an_average_sum_to_one():
     ema = ShardedEMA([weights], 0.999)
     for _ in range(30):
         ema.update()
-    assert torch.equal(ema.averages[0], weights)
+    assert torch.equal(ema.ema_weights[0], weights)
 
 
 def test_the_start_fades_instead_of_holding_the_average_back():
@@ -46,17 +46,17 @@ def test_the_start_fades_instead_of_holding_the_average_back():
     weights.fill_(1.0)
     for _ in range(50):
         ema.update()
-    assert float(ema.averages[0]) > 0.99
+    assert float(ema.ema_weights[0]) > 0.99
 
 
 def test_averages_change_only_at_an_update_and_weights_never():
     weights = torch.ones(3)
     ema = ShardedEMA([weights], 0.9)
     weights.mul_(5.0)
-    assert torch.equal(ema.averages[0], torch.ones(3))
+    assert torch.equal(ema.ema_weights[0], torch.ones(3))
     ema.update()
     assert torch.equal(weights, torch.full((3,), 5.0))
-    torch.testing.assert_close(ema.averages[0], torch.full((3,), 0.1 * 1 + 0.9 * 5))
+    torch.testing.assert_close(ema.ema_weights[0], torch.full((3,), 0.1 * 1 + 0.9 * 5))
 
 
 def test_slices_average_to_the_slices_of_the_average():
@@ -68,7 +68,7 @@ def test_slices_average_to_the_slices_of_the_average():
             part.copy_(piece)
         one.update()
         many.update()
-    assert torch.equal(torch.cat(many.averages), one.averages[0])
+    assert torch.equal(torch.cat(many.ema_weights), one.ema_weights[0])
 
 
 def test_a_resume_from_averages_and_their_count_continues_bit_for_bit():
@@ -76,21 +76,21 @@ def test_a_resume_from_averages_and_their_count_continues_bit_for_bit():
     ema = ShardedEMA([weights], 0.95)
     for n, point in enumerate(points):
         if n == 8:
-            saved, updates = copy.deepcopy(ema.averages), ema.updates
+            saved, updates = copy.deepcopy(ema.ema_weights), ema.updates
         weights.copy_(point)
         ema.update()
     again = torch.zeros(12)
     resumed = ShardedEMA([again], 0.95)
-    resumed.averages[0].copy_(saved[0])
+    resumed.ema_weights[0].copy_(saved[0])
     resumed.updates = updates
     for point in points[8:]:
         again.copy_(point)
         resumed.update()
-    assert torch.equal(resumed.averages[0], ema.averages[0])
+    assert torch.equal(resumed.ema_weights[0], ema.ema_weights[0])
 
 
 def test_averaging_keeps_no_graph():
     weights = torch.ones(3, requires_grad=True)
     ema = ShardedEMA([weights], 0.9)
     ema.update()
-    assert not ema.averages[0].requires_grad
+    assert not ema.ema_weights[0].requires_grad

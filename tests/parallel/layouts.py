@@ -18,17 +18,17 @@ from megasora.batch import VideoBatch
 from megasora.config import Config, load
 from megasora.data.pack import Record, make_batch
 from megasora.diffusion.flow import FlowMatching, velocity_error
-from megasora.optim.schedule import rate_at
+from megasora.optim.schedule import lr_at
 
 PATCH_DIM = 6
 STEPS = 3
 DIALECTS = {
-    "block": ["model.modulation=block", "model.qk_norm=head"],
-    "shared": ["model.modulation=shared", "model.qk_norm=width"],
+    "block": ["model.modulation=block", "model.qk_norm=per_head"],
+    "shared": ["model.modulation=shared", "model.qk_norm=across_heads"],
 }
 BASE = [
     "model.width=32", "model.heads=4", "model.depth=4", "model.mlp_ratio=2.5", "codec.channels=6", "run.seed=5",
-    "data.tokens_per_pack=1066", "optim.rate=0.01", "optim.warmup=2", "optim.clip=0.1",
+    "data.tokens_per_pack=1066", "optim.lr=0.01", "optim.warmup_steps=2", "optim.max_grad_norm=0.1",
     "run.steps=100", "run.device=cpu", "run.dtype=float32", "optim.eps=1e-5", "optim.weight_decay=0.1",
 ]  # fmt: skip
 GRIDS = [  # of each pack: latent frames, rows, columns of tokens; some are part-full
@@ -83,11 +83,11 @@ LAYOUTS = [
     layout(8, tensor=2, context=2),
     layout(8, tensor=2, context=2, zero_stage=3),
     layout(8, tensor=2, context=2, pipeline=2),
-    layout(8, tensor=2, context=2, pipeline=2, schedule="zbv", recompute="attention"),
+    layout(8, tensor=2, context=2, pipeline=2, schedule="zbv", recompute="keep_attention"),
     layout(4, tensor=2, context=2, recompute="full"),
-    layout(4, tensor=2, context=2, recompute="attention"),
-    layout(4, context=4, ulysses=2, recompute="attention"),
-    layout(2, pipeline=2, schedule="interleaved", stages_per_rank=2, recompute="attention"),
+    layout(4, tensor=2, context=2, recompute="keep_attention"),
+    layout(4, context=4, ulysses=2, recompute="keep_attention"),
+    layout(2, pipeline=2, schedule="interleaved", stages_per_rank=2, recompute="keep_attention"),
     layout(8, tensor=2, pipeline=4),
 ]
 
@@ -145,19 +145,19 @@ def single_process(config: Config, dtype: torch.dtype, steps: int) -> dict:
     )  # fmt: skip
     losses, norms, first = [], [], {}
     for step in range(steps):
-        problems = [objective.corrupt(pack, step) for pack in global_batch(config)]
+        problems = [objective.add_noise(pack, step) for pack in global_batch(config)]
         tokens = sum(int(weight.sum()) for _, _, weight in problems)
         loss = torch.zeros((), dtype=torch.float64)
         for noised, target, weight in problems:
-            error = velocity_error(model(noised), target.to(dtype), weight).error / tokens
+            error = velocity_error(model(noised), target.to(dtype), weight).squared_error_sum / tokens
             error.backward()
             loss += error.detach()
         for name, parameter in model.named_parameters() if step == 0 else ():
             first[name] = parameter.grad.clone()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)))
         losses.append(float(loss))
         for group in adam.param_groups:
-            group["lr"] = rate_at(step, config.run.steps, o)
+            group["lr"] = lr_at(step, config.run.steps, o)
         adam.step()
         adam.zero_grad()
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -193,7 +193,7 @@ def module_errors(results: list[dict], exact: dict) -> dict[str, float]:
 
 def step_errors(found: dict, single: dict, config: Config) -> dict[str, float]:
     """The same of `train_steps`. Adam's mean after the first step is the clipped gradient, but for a factor."""
-    clip, beta = config.optim.clip / single["norms"][0], config.optim.betas[0]
+    clip, beta = config.optim.max_grad_norm / single["norms"][0], config.optim.betas[0]
     assert clip < 1, "clipping must be active"
     means = {name: (1 - beta) * clip * gradient for name, gradient in single["gradients"].items()}
     mean_error, mean_name = relative_error(found["means"], means)
@@ -224,20 +224,20 @@ def train_modules(config: Config) -> dict | None:
     for stage in local.stages.values():
         stage.double()
     packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
-    problems = [objective_of(config).corrupt(share_pack(p, config, mesh), 0) for p in packs]
+    problems = [objective_of(config).add_noise(share_pack(p, config, mesh), 0) for p in packs]
     noised, targets, weights = zip(*problems, strict=True)
     tokens = torch.tensor(sum(float(w.sum()) for w in weights), dtype=torch.float64)
-    dist.all_reduce(tokens, group=mesh.zero.group)
+    dist.all_reduce(tokens, group=mesh.data_context.group)
     loss_sum = torch.zeros((), dtype=torch.float64)
 
     def loss(prediction: Tensor, number: int) -> Tensor:
-        error = velocity_error(prediction, targets[number].double(), weights[number]).error / tokens
+        error = velocity_error(prediction, targets[number].double(), weights[number]).squared_error_sum / tokens
         loss_sum.add_(error.detach())
         return error
 
     if mesh.pipeline.is_split:
         pipeline = build_pipeline(local.stages, config, mesh, torch.device("cpu"), torch.float64, lambda stage: None)
-        pipeline.train(list(noised), loss)
+        pipeline.forward_backward(list(noised), loss)
     else:
         for number, pack in enumerate(noised):
             loss(local.stages[0](pack), number).backward()
@@ -245,52 +245,54 @@ def train_modules(config: Config) -> dict | None:
     gradients = {}
     for name, parameter in parameters.items():
         gradients[name] = parameter.grad.clone()
-        for axis in ("zero", *local.placements[name].summed):
+        for axis in ("data_context", *local.placements[name].partial_axes):
             dist.all_reduce(gradients[name], group=getattr(mesh, axis).group)
-    squares = [g.square().sum() for n, g in gradients.items() if mesh.counts_here(local.placements[n])]
+    ranks = mesh.pipeline.rank, mesh.tensor.rank
+    primary = [name for name in gradients if local.placements[name].is_primary_replica(*ranks)]
+    squares = [gradients[name].square().sum() for name in primary]
     square = sum(squares, torch.zeros((), dtype=torch.float64))
     dist.all_reduce(square, group=mesh.model.group)
     dist.all_reduce(loss_sum)
-    sent = local.attention.take_bytes_sent() if local.attention is not None else 0
-    here = [(n, local.placements[n], gradients[n]) for n in gradients if mesh.counts_here(local.placements[n])]
+    sent = local.attention.pop_bytes_sent() if local.attention is not None else 0
+    here = [(name, local.placements[name], gradients[name]) for name in primary]
     return {
         "loss": float(loss_sum) / mesh.tensor.size, "norm": float(square.sqrt()), "sent": sent,
-        "parts": here if mesh.zero.rank == 0 else [],
+        "parts": here if mesh.data_context.rank == 0 else [],
     }  # fmt: skip
 
 
 def train_steps(config: Config, steps: int = STEPS) -> dict | None:
     """Whole steps through DeepSpeed: losses, norms, Adam's means after the first, weights after the last."""
     from megasora import parallelize as seam
-    from megasora.parallel.collectives import total
-    from megasora.parallel.guard import check_replicas
+    from megasora.parallel.collectives import all_reduce_sum
+    from megasora.parallel.replica_check import check_replicas
     from megasora.parallel.mesh import build_mesh
     from megasora.parallel.share import share_pack
     from megasora.parallel.world import World
 
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     mesh = build_mesh(config.parallel, "cpu")
-    seam.first_values = lambda config: random_weight
+    seam.initial_weights = lambda config: random_weight
     engine, objective = seam.parallelize(config, world, mesh), objective_of(config)
     losses, norms, means = [], [], None
     for step in range(steps):
         packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
-        problems = [objective.corrupt(share_pack(p, config, mesh), step) for p in packs]
+        problems = [objective.add_noise(share_pack(p, config, mesh), step) for p in packs]
         noised, targets, weights = zip(*problems, strict=True)
-        tokens = float(total(torch.tensor(sum(float(w.sum()) for w in weights)), mesh.zero))
+        tokens = float(all_reduce_sum(torch.tensor(sum(float(w.sum()) for w in weights)), mesh.data_context))
         loss_sum = torch.zeros((), dtype=torch.float64)
 
         def loss(prediction, number, targets=targets, weights=weights, tokens=tokens, loss_sum=loss_sum):
-            error = velocity_error(prediction, targets[number], weights[number]).error / tokens
+            error = velocity_error(prediction, targets[number], weights[number]).squared_error_sum / tokens
             loss_sum.add_(error.detach())
             return error
 
-        norms.append(engine.train_step(list(noised), loss, rate_at(step, config.run.steps, config.optim)))
-        losses.append(float(world.sum(loss_sum)) / mesh.tensor.size)
+        norms.append(engine.train_step(list(noised), loss, lr_at(step, config.run.steps, config.optim)))
+        losses.append(float(world.all_reduce_sum(loss_sum)) / mesh.tensor.size)
         if step == 0:
             means = put_together(engine, world, "exp_avg")
         sliced = config.parallel.zero_stage == 3
-        check_replicas(engine.copies(), engine.placements, mesh, world, step, sliced)
+        check_replicas(engine.compute_weights(), engine.placements, mesh, world, step, sliced)
     weights = put_together(engine, world, "weights")
     return {"losses": losses, "norms": norms, "means": means, "weights": weights} if world.is_main else None
 
@@ -298,7 +300,7 @@ def train_steps(config: Config, steps: int = STEPS) -> dict | None:
 def random_local_model(config: Config, mesh):
     from megasora import parallelize as seam
 
-    seam.first_values = lambda config: random_weight
+    seam.initial_weights = lambda config: random_weight
     return seam.build_local_model(config, torch.device("cpu"), mesh)
 
 
@@ -307,9 +309,9 @@ def put_together(engine, world, kind: str) -> dict[str, Tensor] | None:
     here = [
         dataclasses.replace(f, values={kind: f.values[kind].clone()})
         for f in engine.fragments()
-        if engine.mesh.counts_here(f.placement)
+        if f.placement.is_primary_replica(engine.mesh.pipeline.rank, engine.mesh.tensor.rank)
     ]
-    everyone = world.gather(here)
+    everyone = world.gather_objects(here)
     if everyone is None:
         return None
     parts, placements = {}, {}  # name: tensor rank: its part

@@ -1,4 +1,4 @@
-"""Which layouts are refused, in words that a user can act on, and that all the others are not."""
+"""Invalid layouts raise an error that a user can act on; all others are accepted."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from layouts import LAYOUTS, configure
 
 from megasora.config import Config, load
 from megasora.errors import MegaSoraError
-from megasora.parallel.layout import check_layout, choices, multiples
+from megasora.parallel.layout import check_layout, nearest_divisors, nearest_multiples
 from megasora.parallel.pipeline import num_stages
 from megasora.parallel.world import World
 from megasora.testing.spawn import run_ranks
@@ -21,7 +21,7 @@ from megasora.train import check_same_configuration, main
 
 PLAIN = ["model.width=256", "model.heads=16", "model.depth=12", "data.packs_per_step=8", "data.tokens_per_pack=4096"]
 
-REFUSALS = {  # (processes, overrides): what the message says
+INVALID = {  # (processes, overrides, part of the message)
     "the processes are no multiple": (
         6, "parallel.tensor=2 parallel.context=2",
         "parallel.pipeline=1 x parallel.context=2 x parallel.tensor=2 = 4 must divide the 6 processes; "
@@ -29,9 +29,9 @@ REFUSALS = {  # (processes, overrides): what the message says
     ),
     "too few processes": (1, "parallel.pipeline=3", "= 3 must divide the 1 processes; start 3 processes"),
     "heads over tensor": (3, "parallel.tensor=3", "parallel.tensor=3 must divide model.heads=16; use 1, 2, 4 or 8"),
-    "hidden numbers over tensor": (
+    "hidden features over tensor": (
         4, "parallel.tensor=4 model.mlp_ratio=2.71",
-        "parallel.tensor=4 must divide the 693 hidden numbers of an MLP (model.width=256 x model.mlp_ratio=2.71); "
+        "parallel.tensor=4 must divide the 693 hidden features of an MLP (model.width=256 x model.mlp_ratio=2.71); "
         "use 1, or another ratio",
     ),
     "a remedy for heads that the MLP bears too": (
@@ -56,22 +56,22 @@ REFUSALS = {  # (processes, overrides): what the message says
     ),
     "blocks over stages": (
         8, "parallel.pipeline=8",
-        "model.depth=12 blocks cannot be dealt evenly to 8 stages, 1 on each rank of parallel.pipeline=8 "
+        "model.depth=12 blocks cannot be divided evenly into 8 stages, 1 on each rank of parallel.pipeline=8 "
         "(parallel.schedule=1f1b); use model.depth=8 or 16, or parallel.pipeline=3, 4, 6 or 12",
     ),
     "blocks over the stages of a V": (
         4, "parallel.pipeline=4 parallel.schedule=zbv",
-        "model.depth=12 blocks cannot be dealt evenly to 8 stages, 2 on each rank of parallel.pipeline=4 "
+        "model.depth=12 blocks cannot be divided evenly into 8 stages, 2 on each rank of parallel.pipeline=4 "
         "(parallel.schedule=zbv); use model.depth=8 or 16, or parallel.pipeline=1, 2, 3 or 6",
     ),
     "fewer blocks than stages on a rank": (
         2, "parallel.pipeline=2 parallel.schedule=interleaved parallel.stages_per_rank=5 model.depth=4",
-        "model.depth=4 blocks cannot be dealt evenly to 10 stages, 5 on each rank of parallel.pipeline=2 "
+        "model.depth=4 blocks cannot be divided evenly into 10 stages, 5 on each rank of parallel.pipeline=2 "
         "(parallel.schedule=interleaved); use model.depth=10",
     ),
     "interleaved with one stage a rank": (
         2, "parallel.pipeline=2 parallel.schedule=interleaved",
-        "parallel.stages_per_rank=1: interleaving needs 2 or more stages a rank; use 2, or parallel.schedule=1f1b",
+        "parallel.stages_per_rank=1: interleaving needs 2 or more stages per rank; use 2, or parallel.schedule=1f1b",
     ),
     "stages a rank without interleaving": (
         2, "parallel.pipeline=2 parallel.stages_per_rank=2",
@@ -124,26 +124,26 @@ LEGAL = [  # processes, overrides
 ]
 
 
-def refusal(processes, overrides):
+def error_message(processes, overrides):
     with pytest.raises(MegaSoraError) as caught:
         check_layout(load(None, [*PLAIN, *overrides]), processes)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_an_impossible_layout_is_refused_with_its_numbers_and_a_remedy(case):
-    processes, overrides, words = REFUSALS[case]
-    message = refusal(processes, overrides.split())
-    assert words in message and "\n" not in message
+@pytest.mark.parametrize("case", INVALID)
+def test_an_invalid_layout_raises_an_error_with_the_numbers_and_a_remedy(case):
+    processes, overrides, expected = INVALID[case]
+    message = error_message(processes, overrides.split())
+    assert expected in message and "\n" not in message
 
 
 @pytest.mark.parametrize("processes, overrides", LEGAL)
-def test_a_possible_layout_is_accepted(processes, overrides):
+def test_a_valid_layout_is_accepted(processes, overrides):
     check_layout(load(None, [*PLAIN, *overrides.split()]), processes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_layout_of_the_proof_is_accepted(layout):
+def test_every_layout_of_the_table_is_accepted(layout):
     check_layout(configure(layout, "block"), layout.processes)
 
 
@@ -157,7 +157,7 @@ SIZE = st.sampled_from([1, 1, 1, 2, 2, 3, 4])
     heads=st.sampled_from([1, 4, 6, 12]), depth=st.sampled_from([4, 12, 18]), packs=st.sampled_from([2, 12, 15, 24]),
     tokens=st.sampled_from([7, 16]),
 )  # fmt: skip
-def test_what_is_accepted_can_be_dealt_evenly_and_what_is_refused_cannot(
+def test_a_layout_is_accepted_exactly_if_everything_can_be_divided_evenly(
     data, extra, tensor, context, ulysses, pipeline, stages, schedule, zero, heads, depth, packs, tokens
 ):
     product, piped = tensor * context * pipeline, pipeline > 1
@@ -170,7 +170,7 @@ def test_what_is_accepted_can_be_dealt_evenly_and_what_is_refused_cannot(
     config.model = dataclasses.replace(config.model, heads=heads, width=heads * 12, depth=depth)
     config.data = dataclasses.replace(config.data, packs_per_step=packs, tokens_per_pack=tokens)
     data = processes // product
-    possible = (
+    valid = (
         processes % product == 0
         and packs % data == 0
         and context % ulysses == 0
@@ -183,11 +183,11 @@ def test_what_is_accepted_can_be_dealt_evenly_and_what_is_refused_cannot(
         and not (piped and schedule == "interleaved" and (packs // data) % max(1, packs // data // pipeline))
         and not (piped and zero > 1)
     )
-    with nullcontext() if possible else pytest.raises(MegaSoraError):
+    with nullcontext() if valid else pytest.raises(MegaSoraError):
         check_layout(config, processes)
 
 
-ONE_WRONG = {  # (processes, overrides) where one key is wrong, and another value of it is all that is needed
+ONE_WRONG = {  # (processes, overrides) where one key is wrong and another value of it suffices
     "parallel.tensor": (48, "parallel.tensor=3 data.packs_per_step=48"),
     "parallel.ulysses": (12, "parallel.context=12 parallel.ulysses=3"),
     "data.packs_per_step": (3, ""),
@@ -198,27 +198,27 @@ ONE_WRONG = {  # (processes, overrides) where one key is wrong, and another valu
 
 
 @pytest.mark.parametrize("key", ONE_WRONG)
-def test_every_number_that_a_message_proposes_is_accepted(key):
+def test_every_value_that_a_message_proposes_is_accepted(key):
     processes, overrides = ONE_WRONG[key]
-    remedy = refusal(processes, overrides.split()).partition("; use ")[2]
-    numbers = re.findall(r"\d+", remedy.partition("; ")[0].partition(", or ")[0])
-    assert numbers, remedy
-    for number in numbers:
-        check_layout(load(None, [*PLAIN, *overrides.split(), f"{key}={number}"]), processes)
+    remedy = error_message(processes, overrides.split()).partition("; use ")[2]
+    values = re.findall(r"\d+", remedy.partition("; ")[0].partition(", or ")[0])
+    assert values, remedy
+    for value in values:
+        check_layout(load(None, [*PLAIN, *overrides.split(), f"{key}={value}"]), processes)
 
 
-def test_choices_are_the_nearest_divisors_and_multiples_the_nearest_above_zero():
-    assert choices(16, 3) == "1, 2, 4 or 8"
-    assert choices(12, 5) == "2, 3, 4 or 6"
-    assert choices(1, 7) == "1"
-    assert multiples(4, 6) == "4 or 8"
-    assert multiples(4, 3) == "4"
+def test_nearest_divisors_and_nearest_multiples():
+    assert nearest_divisors(16, 3) == "1, 2, 4 or 8"
+    assert nearest_divisors(12, 5) == "2, 3, 4 or 6"
+    assert nearest_divisors(1, 7) == "1"
+    assert nearest_multiples(4, 6) == "4 or 8"
+    assert nearest_multiples(4, 3) == "4"
 
 
-# ---------------------------------------------------------------------- the launch
+# ---------------------------------------------------------------------- at launch
 
 
-def test_an_impossible_layout_ends_a_launch_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_an_invalid_layout_ends_a_launch_with_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     path = tmp_path / "run.yaml"
     path.write_text("model: {width: 60, heads: 6}\nparallel: {tensor: 4}\n")
@@ -228,36 +228,36 @@ def test_an_impossible_layout_ends_a_launch_with_one_line_and_exit_code_2(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_under_a_launcher_a_model_too_large_for_any_machine_is_refused_before_it_is_made(tmp_path, launch):
+def test_under_torchrun_an_invalid_layout_raises_before_the_model_is_built(tmp_path, launch):
     path = tmp_path / "run.yaml"
     path.write_text("model: {width: 98304, depth: 999, heads: 1024}\nparallel: {pipeline: 2}\n")
     code, output = launch("megasora.train", path, f"run.dir={tmp_path / 'run'}", processes=2, timeout=60)
     assert code != 0
-    assert output.count("megasora: error: model.depth=999 blocks cannot be dealt evenly to 2 stages") == 1
+    assert output.count("megasora: error: model.depth=999 blocks cannot be divided evenly into 2 stages") == 1
     assert not (tmp_path / "run").exists()
 
 
 def start_with_different_settings(cases):
-    """On two ranks: what the check says where the second was started with other overrides."""
+    """On two ranks: the error messages when the second was started with other overrides; None if there is no error."""
     world = World(dist.get_rank(), 2, dist.get_rank(), 2, torch.device("cpu"))
-    said = []
+    messages = []
     for overrides in cases:
         try:
             check_same_configuration(load(None, overrides if world.rank else []), world)
-            said.append(None)
+            messages.append(None)
         except MegaSoraError as error:
-            said.append(str(error))
-    return said
+            messages.append(str(error))
+    return messages
 
 
-def test_ranks_started_with_different_settings_are_told_so_on_every_rank():
-    cases = [[], ["optim.rate=1"], ["parallel.tensor=2", "data.patch=[1,2,2]"]]
+def test_ranks_started_with_different_settings_raise_on_every_rank():
+    cases = [[], ["optim.lr=1"], ["parallel.tensor=2", "data.patch=[1,2,2]"]]
     first, second = run_ranks(start_with_different_settings, 2, cases)
     assert first == second
     same, one, two = first
     assert same is None
     assert one == (
-        "process 1 was started with another configuration than process 0 (optim.rate: 0.0001 -> 1.0); "
+        "process 1 was started with another configuration than process 0 (optim.lr: 0.0001 -> 1.0); "
         "give all processes the same file and the same settings"
     )
     assert "parallel.tensor: 1 -> 2" in two and "data.patch: [1, 1, 1] -> [1, 2, 2]" in two

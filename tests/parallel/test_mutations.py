@@ -16,14 +16,14 @@ import torch
 from layouts import configure, layout, module_errors, single_process, step_errors, train_modules, train_steps
 
 from megasora import parallelize
-from megasora.batch import owner_of_tokens
+from megasora.batch import segment_ids
 from megasora.errors import MegaSoraError
 from megasora.kernels.rms_norm import RMSNorm
 from megasora.parallel import collectives, context, share, tensor
-from megasora.parallel.collectives import Join, Spread
-from megasora.parallel.context import ContextAttention, Transfer
-from megasora.parallel.mesh import Mesh
+from megasora.parallel.collectives import CopyToTensorParallel, GatherTokens
+from megasora.parallel.context_attention import ContextAttention, Transfer
 from megasora.parallel.zero import ZeroEngine
+from megasora.placement import Placement
 from megasora.testing.spawn import run_ranks
 
 GREEN = {"modules": 1e-10, "steps": 2e-5}  # as in test_layouts
@@ -41,7 +41,7 @@ def passed_on(ctx, grad):
 
 
 def part_of_sum(ctx, grad):
-    return collectives.my_part(grad, ctx.axis) * ctx.axis.size, None
+    return collectives.local_chunk(grad, ctx.axis) * ctx.axis.size, None
 
 
 def norm_of_own_squares(ctx, x, weight, eps, size, total, via, original=RMSNorm.forward):
@@ -56,11 +56,11 @@ def gradient_of_own_numbers(ctx, grad, original=RMSNorm.backward):
 
 
 def my_part_alone(x, axis):
-    return collectives.my_part(x, axis), None
+    return collectives.local_chunk(x, axis), None
 
 
 def unsummed_placement(*given, original=parallelize.placement_of):
-    return dataclasses.replace(original(*given), summed=())
+    return dataclasses.replace(original(*given), partial_axes=())
 
 
 def without_hops(*given, original=context.build_segments):
@@ -77,28 +77,28 @@ def mean_of_parts(out_a, lse_a, out_b, lse_b):
 
 def share_from_the_start(*given, original=share.share_pack):
     found = original(*given)
-    segment_L = owner_of_tokens(found.cu_segments, len(found.places_L))
-    return dataclasses.replace(found, places_L=torch.arange(len(segment_L)) - found.cu_segments[segment_L])
+    segment_L = segment_ids(found.cu_segments, len(found.positions_L))
+    return dataclasses.replace(found, positions_L=torch.arange(len(segment_L)) - found.cu_segments[segment_L])
 
 
 def unscaled_step(self, *given, original=ZeroEngine.train_step):
     mesh = self.mesh
-    self.mesh = dataclasses.replace(mesh, zero=dataclasses.replace(mesh.zero, size=1))
+    self.mesh = dataclasses.replace(mesh, data_context=dataclasses.replace(mesh.data_context, size=1))
     try:
         return original(self, *given)
     finally:
         self.mesh = mesh
 
 
-def counts_of_first_rank(mesh, placement):
-    return mesh.tensor.rank == 0
+def counts_of_first_rank(placement, pipeline_rank, tensor_rank):
+    return tensor_rank == 0
 
 
-NO_COUNT = patch.object(Mesh, "counts_here", lambda mesh, placement: True)
+NO_COUNT = patch.object(Placement, "is_primary_replica", lambda *_: True)
 NO_SUMS_TOLD = patch.object(parallelize, "placement_of", unsummed_placement)
 MISTAKES = {  # (layout, what is compared, mistake): (how it is made, where it is seen)
     ("tensor", "modules", "gradients of what all ranks have are not summed"): (
-        patch.object(Spread, "backward", staticmethod(passed_on)), "gradient of",
+        patch.object(CopyToTensorParallel, "backward", staticmethod(passed_on)), "gradient of",
     ),
     ("tensor", "modules", "a norm is of a rank's own squares"): (
         patch.object(RMSNorm, "forward", staticmethod(norm_of_own_squares)), "loss",
@@ -107,15 +107,15 @@ MISTAKES = {  # (layout, what is compared, mistake): (how it is made, where it i
         patch.object(RMSNorm, "backward", staticmethod(gradient_of_own_numbers)), "gradient of",
     ),
     ("tensor", "modules", "what every rank does alike is summed"): (
-        patch.object(Join, "backward", staticmethod(part_of_sum)), "gradient of",
+        patch.object(GatherTokens, "backward", staticmethod(part_of_sum)), "gradient of",
     ),
     ("tensor", "modules", "products of matrix parts are not summed"): (
-        patch.object(tensor, "start_scatter_sum", my_part_alone), "loss",
+        patch.object(tensor, "reduce_scatter_async", my_part_alone), "loss",
     ),
     ("tensor", "modules", "placements tell of no sums"): (NO_SUMS_TOLD, "gradient of"),
     ("tensor", "modules", "copies count in the norm too"): (NO_COUNT, "norm of"),
     ("tensor", "modules", "parts do not count in the norm"): (
-        patch.object(Mesh, "counts_here", counts_of_first_rank), "refused",
+        patch.object(Placement, "is_primary_replica", counts_of_first_rank), "refused",
     ),
     ("tensor", "steps", "partial gradients are not summed"): (
         patch.object(ZeroEngine, "sum_partial_gradients", lambda self: None), "refused: step 0: parameter",
@@ -137,7 +137,7 @@ MISTAKES = {  # (layout, what is compared, mistake): (how it is made, where it i
         patch.object(ZeroEngine, "sum_partial_gradients", lambda self: None), "refused: step 0: parameter",
     ),
     ("data", "steps", "a rank divides by its own tokens"): (
-        patch.object(collectives, "total", lambda values, axis: values), "loss of step 0",
+        patch.object(collectives, "all_reduce_sum", lambda values, axis: values), "loss of step 0",
     ),
     ("data", "steps", "the average over ranks is not made up for"): (
         patch.object(ZeroEngine, "train_step", unscaled_step), "norm of step 0",

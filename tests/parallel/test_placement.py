@@ -26,7 +26,7 @@ def test_the_parts_of_all_tensor_ranks_are_the_tensor_and_have_the_shape_that_is
     cut = cut % len(shape)
     shape[cut] *= runs * size
     full = torch.arange(torch.Size(shape).numel()).view(shape)
-    placement = Placement(cut=cut, runs=runs)
+    placement = Placement(shard_dim=cut, num_chunks=runs)
     parts = [placement.local(full, rank, size) for rank in range(size)]
     assert torch.equal(placement.full(parts), full)
     assert all(placement.full_shape(part.shape, size) == full.shape for part in parts)
@@ -36,15 +36,15 @@ def test_the_parts_of_all_tensor_ranks_are_the_tensor_and_have_the_shape_that_is
 
 def test_each_run_is_cut_by_itself():
     queries_keys_values = torch.tensor([0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23])
-    placement = Placement(cut=0, runs=3)
+    placement = Placement(shard_dim=0, num_chunks=3)
     assert placement.local(queries_keys_values, 0, 2).tolist() == [0, 1, 10, 11, 20, 21]
     assert placement.local(queries_keys_values, 1, 2).tolist() == [2, 3, 12, 13, 22, 23]
-    assert Placement(cut=0).local(queries_keys_values, 1, 2).tolist() == [12, 13, 20, 21, 22, 23]
+    assert Placement(shard_dim=0).local(queries_keys_values, 1, 2).tolist() == [12, 13, 20, 21, 22, 23]
 
 
 def test_what_is_not_cut_is_whole_on_every_rank():
     full = torch.randn(3, 5)
-    for placement in (Placement(), Placement(summed=("tensor", "pipeline"))):
+    for placement in (Placement(), Placement(partial_axes=("tensor", "pipeline"))):
         assert all(torch.equal(placement.local(full, rank, 4), full) for rank in range(4))
         assert torch.equal(placement.full([full, full + 1, full + 2]), full)
         assert placement.full_shape(full.shape, 4) == placement.local_shape(full.shape, 4) == full.shape
@@ -59,7 +59,7 @@ def emulated(config, processes, pipeline=0, tensor=0, context=0):
         "pipeline": (p.pipeline, pipeline), "data": (data, 0), "tensor": (p.tensor, tensor),
         "context": (p.context, context), "ring": (ring, context // p.ulysses),
         "ulysses": (p.ulysses, context % p.ulysses),
-        "zero": (data * p.context, context), "model": (p.pipeline * p.tensor, pipeline * p.tensor + tensor),
+        "data_context": (data * p.context, context), "model": (p.pipeline * p.tensor, pipeline * p.tensor + tensor),
     }  # fmt: skip
     return Mesh(**{name: Axis(name, *size_rank, group=None) for name, size_rank in ranks.items()})
 
@@ -67,7 +67,7 @@ def emulated(config, processes, pipeline=0, tensor=0, context=0):
 @pytest.fixture
 def alone(monkeypatch):
     """The ranks of a ring wait for each other where attention is made."""
-    monkeypatch.setattr("megasora.parallel.context.dist.barrier", lambda group: None)
+    monkeypatch.setattr("megasora.parallel.context_attention.dist.barrier", lambda group: None)
 
 
 def local_models(layout, dialect):
@@ -101,7 +101,7 @@ def test_at_step_0_every_layout_has_the_weights_of_the_single_process_bit_for_bi
             placement = local.placements[name]
             part = placement.local(expected[name], mesh.tensor.rank, mesh.tensor.size)
             assert torch.equal(weight, part), (name, mesh.pipeline.rank, mesh.tensor.rank)
-            if mesh.counts_here(placement):
+            if placement.is_primary_replica(mesh.pipeline.rank, mesh.tensor.rank):
                 found.setdefault(name, []).append(weight)
                 counted += weight.numel()
     assert found.keys() == expected.keys()

@@ -7,23 +7,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megasora.model.attention import WidthNorm
+from megasora.model.attention import AcrossHeadsNorm
 from megasora.parallel import tensor
-from megasora.parallel.collectives import total
+from megasora.parallel.collectives import all_reduce_sum
 from megasora.parallel.mesh import Axis
-from megasora.parallel.tensor import ColumnLinear, JoinRuns, RowLinear
+from megasora.parallel.tensor import ColumnParallelLinear, GatherChunkedOutput, RowParallelLinear
 from megasora.placement import Placement
 from megasora.testing.spawn import run_ranks
 
 RANKS, TOKENS, INPUTS, OUTPUTS = 2, 6, 5, 12  # no two alike
 HEADS, HEAD_DIM = 4, 3
 BOUND = 1e-13
-COLUMN = {  # options of ColumnLinear: what x is on a rank, and what y
-    "column": dict(tokens=True),
-    "column of three runs": dict(tokens=True, runs=3),
-    "column of what all ranks have": dict(tokens=False, runs=2),
-    "column that is gathered": dict(tokens=False, whole=True),
-    "column of six runs that are gathered": dict(tokens=False, whole=True, runs=6),
+COLUMN = {  # options of ColumnParallelLinear: what x is on a rank, and what y
+    "column": dict(sequence_parallel=True),
+    "column of three runs": dict(sequence_parallel=True, num_chunks=3),
+    "column of what all ranks have": dict(sequence_parallel=False, num_chunks=2),
+    "column that is gathered": dict(sequence_parallel=False, gather_output=True),
+    "column of six runs that are gathered": dict(sequence_parallel=False, gather_output=True, num_chunks=6),
 }
 
 
@@ -54,21 +54,21 @@ def results_of(y, x, module, **extra):
 
 def column_case(options, axis):
     """x, y and their gradients are cut by tokens (first dim) or by outputs (last dim), or every rank has them whole."""
-    runs, tokens, whole = options.get("runs", 1), options["tokens"], options.get("whole", False)
+    runs, tokens, whole = options.get("num_chunks", 1), options["sequence_parallel"], options.get("gather_output", False)
     linear, x, grad_y = linear_of(INPUTS, OUTPUTS), drawn(TOKENS, INPUTS, seed=3), drawn(TOKENS, OUTPUTS, seed=4)
-    by_output = Placement(cut=1, runs=runs)
-    by_row = Placement(cut=0, runs=runs)
+    by_output = Placement(shard_dim=1, num_chunks=runs)
+    by_row = Placement(shard_dim=0, num_chunks=runs)
     if axis is None:
         x.requires_grad_()
         y = linear(x)
         y.backward(grad_y)
         return results_of(y, x, linear), {
-            "y": Placement() if whole else by_output, "x": Placement(cut=0) if tokens else Placement(),
+            "y": Placement() if whole else by_output, "x": Placement(shard_dim=0) if tokens else Placement(),
             "weight": by_row, "bias": by_row,
         }  # fmt: skip
-    module = ColumnLinear(linear, axis, **options)
+    module = ColumnParallelLinear(linear, axis, **options)
     fill(module, linear, {"weight": by_row, "bias": by_row}, axis.rank)
-    x = Placement(cut=0).local(x, axis.rank, RANKS).clone() if tokens else x
+    x = Placement(shard_dim=0).local(x, axis.rank, RANKS).clone() if tokens else x
     x.requires_grad_()
     y = module(x)
     # what every rank has whole is used by every rank for its own tokens: its gradient is a part of the sum
@@ -83,20 +83,20 @@ def row_case(axis):
         x.requires_grad_()
         y = linear(x)
         y.backward(grad_y)
-        places = {"y": Placement(cut=0), "x": Placement(cut=1), "weight": Placement(cut=1), "bias": "sum"}
+        places = {"y": Placement(shard_dim=0), "x": Placement(shard_dim=1), "weight": Placement(shard_dim=1), "bias": "sum"}
         return results_of(y, x, linear), places
-    module = RowLinear(linear, axis)
-    fill(module, linear, {"weight": Placement(cut=1), "bias": Placement()}, axis.rank)
-    x = Placement(cut=1).local(x, axis.rank, RANKS).clone().requires_grad_()
+    module = RowParallelLinear(linear, axis)
+    fill(module, linear, {"weight": Placement(shard_dim=1), "bias": Placement()}, axis.rank)
+    x = Placement(shard_dim=1).local(x, axis.rank, RANKS).clone().requires_grad_()
     y = module(x)
-    y.backward(Placement(cut=0).local(grad_y, axis.rank, RANKS))
+    y.backward(Placement(shard_dim=0).local(grad_y, axis.rank, RANKS))
     return results_of(y, x, module)
 
 
 def width_norm_case(axis):
     """A rank has some of the heads of every token."""
     x, grad_y = drawn(TOKENS, HEADS, HEAD_DIM, seed=3), drawn(TOKENS, HEADS, HEAD_DIM, seed=4)
-    full, by_head, of_weight = WidthNorm(HEADS * HEAD_DIM, "auto").double(), Placement(cut=1), Placement(cut=0)
+    full, by_head, of_weight = AcrossHeadsNorm(HEADS * HEAD_DIM, "auto").double(), Placement(shard_dim=1), Placement(shard_dim=0)
     with torch.no_grad():
         full.weight.copy_(drawn(HEADS * HEAD_DIM, seed=1))
     if axis is None:
@@ -104,9 +104,9 @@ def width_norm_case(axis):
         y = full(x)
         y.backward(grad_y)
         return results_of(y, x, full), {"y": by_head, "x": by_head, "weight": of_weight}
-    module = WidthNorm(HEADS * HEAD_DIM, "auto")
+    module = AcrossHeadsNorm(HEADS * HEAD_DIM, "auto")
     module.weight = nn.Parameter(of_weight.local(full.weight.detach(), axis.rank, RANKS).clone())
-    module.sum_over_heads = lambda part: total(part, axis)
+    module.sum_over_heads = lambda part: all_reduce_sum(part, axis)
     x = by_head.local(x, axis.rank, RANKS).clone().requires_grad_()
     y = module(x)
     y.backward(by_head.local(grad_y, axis.rank, RANKS))
@@ -114,11 +114,11 @@ def width_norm_case(axis):
 
 
 def join_runs_case(axis):
-    x, grad_y, places = drawn(TOKENS, OUTPUTS, seed=3), drawn(TOKENS, OUTPUTS, seed=4), Placement(cut=1, runs=3)
+    x, grad_y, places = drawn(TOKENS, OUTPUTS, seed=3), drawn(TOKENS, OUTPUTS, seed=4), Placement(shard_dim=1, num_chunks=3)
     if axis is None:
         return {"y": x, "x": grad_y}, {"y": Placement(), "x": places}
     part = places.local(x, axis.rank, RANKS).clone().requires_grad_()
-    y = JoinRuns.apply(part, axis, 3)
+    y = GatherChunkedOutput.apply(part, axis, 3)
     y.backward(grad_y * (0.25 + 0.5 * axis.rank))
     return {"y": y.detach(), "x": part.grad}
 
@@ -126,11 +126,11 @@ def join_runs_case(axis):
 def mlp_case(axis):
     """Column, activation, row: the tokens of a rank in, and out again."""
     up, down = linear_of(INPUTS, OUTPUTS), linear_of(OUTPUTS, INPUTS)
-    x, grad_y, by_token = drawn(TOKENS, INPUTS, seed=3), drawn(TOKENS, INPUTS, seed=4), Placement(cut=0)
+    x, grad_y, by_token = drawn(TOKENS, INPUTS, seed=3), drawn(TOKENS, INPUTS, seed=4), Placement(shard_dim=0)
     if axis is not None:
-        column, row = ColumnLinear(up, axis), RowLinear(down, axis)
-        fill(column, up, {"weight": Placement(cut=0), "bias": Placement(cut=0)}, axis.rank)
-        fill(row, down, {"weight": Placement(cut=1), "bias": Placement()}, axis.rank)
+        column, row = ColumnParallelLinear(up, axis), RowParallelLinear(down, axis)
+        fill(column, up, {"weight": Placement(shard_dim=0), "bias": Placement(shard_dim=0)}, axis.rank)
+        fill(row, down, {"weight": Placement(shard_dim=1), "bias": Placement()}, axis.rank)
         up, down = column, row
         x, grad_y = (by_token.local(t, axis.rank, RANKS).clone() for t in (x, grad_y))
     x.requires_grad_()
@@ -138,8 +138,8 @@ def mlp_case(axis):
     y.backward(grad_y)
     found = {"y": y.detach(), "x": x.grad, "up": up.weight.grad, "up.bias": up.bias.grad, "down": down.weight.grad}
     found["down.bias"] = down.bias.grad
-    places = {"y": by_token, "x": by_token, "up": Placement(cut=0), "up.bias": Placement(cut=0)}
-    return found if axis is not None else (found, {**places, "down": Placement(cut=1), "down.bias": "sum"})
+    places = {"y": by_token, "x": by_token, "up": Placement(shard_dim=0), "up.bias": Placement(shard_dim=0)}
+    return found if axis is not None else (found, {**places, "down": Placement(shard_dim=1), "down.bias": "sum"})
 
 
 CASES = {name: partial(column_case, options) for name, options in COLUMN.items()}
@@ -156,7 +156,7 @@ def frozen(module, x, grad_y, wanted):
         parameter.grad = None
     x = x.clone().requires_grad_("x" in wanted)
     y = module(x)
-    made, originals = [], {name: getattr(tensor, name) for name in ("start_gather", "start_scatter_sum")}
+    made, originals = [], {name: getattr(tensor, name) for name in ("all_gather_async", "reduce_scatter_async")}
     for name, original in originals.items():
         setattr(tensor, name, lambda *given, name=name, original=original: (made.append(name), original(*given))[1])
     try:
@@ -169,7 +169,7 @@ def frozen(module, x, grad_y, wanted):
 
 
 def needed_gradients(axis):
-    column, row = ColumnLinear(linear_of(INPUTS, OUTPUTS), axis), RowLinear(linear_of(OUTPUTS, INPUTS), axis)
+    column, row = ColumnParallelLinear(linear_of(INPUTS, OUTPUTS), axis), RowParallelLinear(linear_of(OUTPUTS, INPUTS), axis)
     mine, part = TOKENS // RANKS, OUTPUTS // RANKS
     for module in (column, row):
         for parameter in module.parameters():
@@ -187,7 +187,7 @@ def needed_gradients(axis):
 def put_off(axis):
     """The gradients of weights where `later` takes them: None at first, then as without it."""
     results = {}
-    for name, case_of in (("column", ColumnLinear), ("row", RowLinear)):
+    for name, case_of in (("column", ColumnParallelLinear), ("row", RowParallelLinear)):
         inputs, outputs = (INPUTS, OUTPUTS) if name == "column" else (OUTPUTS, INPUTS)
         gradients = []
         for later in (False, True):
@@ -231,21 +231,21 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(name, on_ranks):
             put_together = sum(parts)
         else:
             put_together = place.full(parts)
-            assert place.cut is not None or all(torch.equal(part, parts[0]) for part in parts), what
+            assert place.shard_dim is not None or all(torch.equal(part, parts[0]) for part in parts), what
         assert put_together.shape == expected[what].shape
         error = (put_together - expected[what]).abs().max() / expected[what].abs().max()
         assert float(error) <= BOUND, (what, float(error))
 
 
 NEEDED = {  # collectives of the backward pass
-    ("column", ("x",)): ["start_scatter_sum"],
-    ("column", ("weight",)): ["start_gather"],
+    ("column", ("x",)): ["reduce_scatter_async"],
+    ("column", ("weight",)): ["all_gather_async"],
     ("column", ("bias",)): [],
-    ("column", ("x", "weight", "bias")): ["start_gather", "start_scatter_sum"],
-    ("row", ("x",)): ["start_gather"],
-    ("row", ("weight",)): ["start_gather"],
+    ("column", ("x", "weight", "bias")): ["all_gather_async", "reduce_scatter_async"],
+    ("row", ("x",)): ["all_gather_async"],
+    ("row", ("weight",)): ["all_gather_async"],
     ("row", ("bias",)): [],
-    ("row", ("x", "weight", "bias")): ["start_gather"],
+    ("row", ("x", "weight", "bias")): ["all_gather_async"],
 }
 
 

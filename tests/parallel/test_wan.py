@@ -12,8 +12,8 @@ from megasora.testing.wan import CLIPS, make_pack, make_tiny_wan, run_theirs, wr
 
 def predict_share(settings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """On each rank: (slots' sample ids [L], places in their clips [L], predictions [L, P]) of its share."""
-    from megasora.batch import owner_of_tokens
-    from megasora.diffusion.flow import rows_of
+    from megasora.batch import segment_ids
+    from megasora.diffusion.flow import build_rows
     from megasora.parallel.mesh import build_mesh
     from megasora.parallel.share import share_pack
     from megasora.parallelize import build_local_model
@@ -25,12 +25,12 @@ def predict_share(settings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torc
     clean = dataclasses.replace(pack, cu_rows=pack.cu_segments, timesteps_R=torch.zeros(len(CLIPS)))
     share = share_pack(clean, config, mesh)
     clips = [CLIPS[i] for i in share.sample_ids_G]
-    cu_rows, timesteps_R, owner = rows_of(share, torch.tensor([c[3] for c in clips]), [c[2] for c in clips])
+    cu_rows, timesteps_R, owner = build_rows(share, torch.tensor([c[3] for c in clips]), [c[2] for c in clips])
     share = dataclasses.replace(share, cu_rows=cu_rows, timesteps_R=timesteps_R.float(), row_segment_R=owner)
     with torch.no_grad():
         out_LP = model(share)
-    segment_L = owner_of_tokens(share.cu_segments, share.num_tokens)
-    return share.sample_ids_G[segment_L], share.places_L[: share.num_tokens], out_LP[: share.num_tokens]
+    segment_L = segment_ids(share.cu_segments, share.num_tokens)
+    return share.sample_ids_G[segment_L], share.positions_L[: share.num_tokens], out_LP[: share.num_tokens]
 
 
 @pytest.mark.parametrize("axes", [("tensor=2", "context=2"), ("tensor=2", "context=2", "ulysses=2")], ids=",".join)
@@ -40,7 +40,7 @@ def test_imported_weights_under_tensor_2_context_2_give_what_diffusers_gives(axe
     pack = make_pack()
     with torch.no_grad():
         theirs = run_theirs(tiny.theirs, pack)
-    settings = [*tiny.settings, f"model.weights={weights}", f"data.tokens_per_pack={len(pack.patches_LP)}"]
+    settings = [*tiny.settings, f"model.init_from={weights}", f"data.tokens_per_pack={len(pack.patches_LP)}"]
     ranks = run_ranks(predict_share, 4, [*settings, *(f"parallel.{axis}" for axis in axes)])
     for one, peer in (ranks[:2], ranks[2:]):
         assert all(torch.equal(a, b) for a, b in zip(one, peer, strict=True)), "tensor peers see the same"

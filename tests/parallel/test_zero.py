@@ -8,7 +8,7 @@ import torch.distributed as dist
 from layouts import configure, global_batch, layout, objective_of, random_weight
 
 from megasora.diffusion.flow import velocity_error
-from megasora.optim.schedule import rate_at
+from megasora.optim.schedule import lr_at
 from megasora.testing.spawn import run_ranks
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -19,14 +19,14 @@ def train_step(engine, config, step):
     """The norm of the gradient and the loss, as they are."""
     mesh, objective, losses = engine.mesh, objective_of(config), []
     packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
-    noised, targets, weights = zip(*(objective.corrupt(pack, step) for pack in packs), strict=True)
+    noised, targets, weights = zip(*(objective.add_noise(pack, step) for pack in packs), strict=True)
 
     def loss(prediction, number):
-        found = velocity_error(prediction, targets[number], weights[number]).error / 1000
+        found = velocity_error(prediction, targets[number], weights[number]).squared_error_sum / 1000
         losses.append(float(found.detach()))
         return found
 
-    return engine.train_step(list(noised), loss, rate_at(step, config.run.steps, config.optim)), losses
+    return engine.train_step(list(noised), loss, lr_at(step, config.run.steps, config.optim)), losses
 
 
 def copy_of(fragments):
@@ -41,7 +41,7 @@ def go_on_in_another_engine(ways):
 
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size, torch.device("cpu"))
-    seam.first_values = lambda config: random_weight
+    seam.initial_weights = lambda config: random_weight
     results = []
     for stage, dtype in ways:
         config = configure(layout(size, zero_stage=stage, depth=1, packs=2), "block")
@@ -54,11 +54,11 @@ def go_on_in_another_engine(ways):
         for fragment, values in zip(second.fragments(), saved, strict=True):
             for kind in KINDS:
                 fragment.values[kind].copy_(values[kind])
-        second.go_on(1)
+        second.sync_after_load(1)
         ends = []
         for engine in (first, second):
             told = train_step(engine, config, 1)
-            copies = {name: copy.clone() for name, copy in engine.copies().items()}
+            copies = {name: copy.clone() for name, copy in engine.compute_weights().items()}
             ends.append((told, copy_of(engine.fragments()), copies))
         counts = [(f.name, f.shape.numel(), f.start, f.count) for f in first.fragments()]
         results.append((counts, saved, ends))

@@ -8,18 +8,18 @@ import pytest
 import torch
 from conftest import lines, saved, train, train_arguments
 
-from megasora.observe.ledger import read_ledger
+from megasora.run_log.ledger import read_ledger
 from megasora.testing.spawn import run_ranks
 
 SETTINGS = [  # packs that 4, 3 and 2 data ranks can share
     "data.packs_per_step=12", "run.steps=10", "checkpoint.every=100", "validation.every=100", "run.ledger=true",
 ]  # fmt: skip
 LAUNCHES = [  # (last step, processes, settings)
-    (2, 4, ["data.threads=1"]),
-    (4, 2, ["parallel.zero_stage=3", "data.threads=4"]),
-    (6, 3, ["parallel.zero_stage=1", "data.threads=0"]),
-    (8, 2, ["parallel.tensor=2", "data.threads=1"]),
-    (10, 2, ["parallel.pipeline=2", "model.recompute=full", "data.threads=4"]),
+    (2, 4, ["data.reader_threads=1"]),
+    (4, 2, ["parallel.zero_stage=3", "data.reader_threads=4"]),
+    (6, 3, ["parallel.zero_stage=1", "data.reader_threads=0"]),
+    (8, 2, ["parallel.tensor=2", "data.reader_threads=1"]),
+    (10, 2, ["parallel.pipeline=2", "model.recompute=full", "data.reader_threads=4"]),
 ]
 
 

@@ -18,7 +18,7 @@ def test_two_processes_train_what_one_trains(zero_stage, trained, shards, launch
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-5), a["step"]
-        assert b["rate"] == a["rate"] and b["padding"] == a["padding"]
+        assert b["lr"] == a["lr"] and b["padding_fraction"] == a["padding_fraction"]
     for a, b in zip(lines(trained, "validation.jsonl"), lines(tmp_path / "two", "validation.jsonl"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
@@ -41,9 +41,9 @@ def test_the_loss_falls_and_a_line_has_every_figure(trained):
     assert sum(m["loss"] for m in metrics[-5:]) < 0.97 * sum(m["loss"] for m in metrics[:5])
     times = ("time_data", "time_forward", "time_backward", "time_optimizer")
     for line in metrics:
-        assert {"step", "loss", "grad_norm", "rate", "tokens_per_second", "padding", "mfu", *times} <= set(line)
+        assert {"step", "loss", "grad_norm", "lr", "tokens_per_second", "padding_fraction", "mfu", *times} <= set(line)
         assert sum(line[name] for name in times) == pytest.approx(line["time_step"], rel=1e-3)
-        assert 0 <= line["padding"] < 1  # the last pack of so small an epoch is half empty
+        assert 0 <= line["padding_fraction"] < 1  # the last pack of so small an epoch is half empty
     assert [v["step"] for v in lines(trained, "validation.jsonl")] == [0, 10, 20]
 
 
@@ -51,7 +51,7 @@ REFUSALS = {  # overrides -> words that the one line must have
     "model.hedas=3": ["model.hedas", "model.heads"],
     "model.heads=3": ["model.heads=3", "model.width=32", "2, 4"],
     "codec.channels=48": ["codec", "dct-4x8x8-24", "dct-4x8x8-48", "ingest again"],
-    "optim.rate=5e-3": ["run.dir", "optim.rate: 0.001 -> 0.005", "choose another run.dir"],
+    "optim.lr=5e-3": ["run.dir", "optim.lr: 0.001 -> 0.005", "choose another run.dir"],
     "data.tokens_per_pack=16": ["data.tokens_per_pack=16", "tokens of sample"],
     "data.shards=nowhere": ["nowhere", "megasora ingest"],
 }
@@ -89,7 +89,7 @@ def test_packs_that_do_not_divide_over_the_processes_are_refused(shards, tiny, c
 def test_a_damaged_checkpoint_is_not_resumed(trained, shards, launch, tiny, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(trained, damaged)
-    file = damaged / "checkpoints" / "step-00000020" / "slices" / "rank-00000.safetensors"
+    file = damaged / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
     file.write_bytes(data)
@@ -101,7 +101,7 @@ def test_a_run_goes_on_in_another_layout_and_says_so(trained, shards, launch, ti
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "checkpoints" / "latest").write_text("step-00000010\n")
-    arguments = [*train_arguments(run, shards, tiny), "parallel.tensor=2", "model.recompute=attention"]
+    arguments = [*train_arguments(run, shards, tiny), "parallel.tensor=2", "model.recompute=keep_attention"]
     code, output = launch("megasora.train", *arguments, processes=2)
     assert code == 0, output
     assert "step 10 was saved by processes=1" in output and "this launch has processes=2" in output

@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from megasora.checkpoint.slices import Slices
+from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.store import CheckpointStore
 from megasora.codec import build_codec
 from megasora.data.patches import frames_to_float, frames_to_uint8
 from megasora.errors import MegaSoraError
-from megasora.sampling.pipeline import Pipeline, Request, sample_settings
+from megasora.sampling.pipeline import SamplingPipeline, Request, override_sample_config
 
 PROMPT = "a red circle moves right"
 
 
 @pytest.fixture(scope="module")
-def pipeline(trained) -> Pipeline:
-    return Pipeline.from_run(trained)
+def pipeline(trained) -> SamplingPipeline:
+    return SamplingPipeline.from_run(trained)
 
 
-def make(pipeline: Pipeline, *requests: Request, seed: int = 0, **settings) -> list[np.ndarray]:
-    return pipeline(list(requests), sample_settings(pipeline.config, **settings), seed)
+def make(pipeline: SamplingPipeline, *requests: Request, seed: int = 0, **settings) -> list[np.ndarray]:
+    return pipeline(list(requests), override_sample_config(pipeline.config, **settings), seed)
 
 
 def ask(height: int = 16, width: int = 24, frames: int = 5, **changes) -> Request:
@@ -50,10 +50,10 @@ def test_any_size_and_length_comes_out_as_asked(frames, height, width, pipeline)
 @pytest.mark.parametrize("frames", [1, 2, 5, 6, 10])
 def test_a_prompt_is_shaped_like_the_clips_of_training(frames, pipeline):
     """The grid that the codec makes of such a clip, and its native size, length and rate; images have no rate."""
-    record = pipeline.prompt(ask(16, 24, frames)).record
+    record = pipeline.build_prompt(ask(16, 24, frames)).record
     latents = pipeline.codec.encode(torch.zeros(frames, 3, 16, 24))
     assert record.grid == tuple(latents.shape[1:]) and record.patches_LP.shape == (latents[0].numel(), len(latents))
-    assert record.native == (16, 24, frames, 12.0 if frames > 1 else 0.0)
+    assert record.native_size == (16, 24, frames, 12.0 if frames > 1 else 0.0)
 
 
 def test_a_sample_is_a_function_of_its_seed(pipeline):
@@ -65,30 +65,30 @@ def test_a_sample_is_a_function_of_its_seed(pipeline):
 def test_prompt_guidance_and_steps_change_a_sample(pipeline):
     usual = make(pipeline, ask())[0]
     assert not np.array_equal(usual, make(pipeline, ask(prompt="a blue square moves up"))[0])
-    assert not np.array_equal(usual, make(pipeline, ask(), guidance=1.0)[0])
-    assert not np.array_equal(usual, make(pipeline, ask(), steps=3)[0])
+    assert not np.array_equal(usual, make(pipeline, ask(), guidance_scale=1.0)[0])
+    assert not np.array_equal(usual, make(pipeline, ask(), num_inference_steps=3)[0])
     assert not np.array_equal(usual, make(pipeline, ask(), solver="euler")[0])
-    assert not np.array_equal(usual, make(pipeline, ask(number=1))[0])
+    assert not np.array_equal(usual, make(pipeline, ask(sample_id=1))[0])
     assert not np.array_equal(usual, make(pipeline, ask(fps=24.0))[0])
 
 
 def test_the_averaged_weights_are_used_unless_the_last_ones_are_asked_for(trained, pipeline):
-    raw = Pipeline.from_run(trained, weights="raw")
+    raw = SamplingPipeline.from_run(trained, weights="raw")
     checkpoint = CheckpointStore(trained / "checkpoints").newest()
-    slices = Slices(checkpoint)
+    saved = ShardedCheckpoint(checkpoint)
     for which, kind in ((pipeline, "ema"), (raw, "weights")):
         used = which.model.state_dict()
-        assert slices.shapes.keys() == used.keys()
-        assert all(torch.equal(slices.whole(kind, name), used[name]) for name in used)
+        assert saved.shapes.keys() == used.keys()
+        assert all(torch.equal(saved.full_tensor(kind, name), used[name]) for name in used)
     assert not np.array_equal(make(pipeline, ask())[0], make(raw, ask())[0])
 
 
 def test_a_sample_does_not_depend_on_its_company(pipeline):
     """Alone, and packed with others before and behind: the same but for the order of sums in the matrix products."""
-    mine = ask(number=7)
+    mine = ask(sample_id=7)
     others = [
-        ask(8, 48, 2, prompt="a green square", number=1),
-        ask(24, 8, 9, prompt="a blue circle moves up", number=2),
+        ask(8, 48, 2, prompt="a green square", sample_id=1),
+        ask(24, 8, 9, prompt="a blue circle moves up", sample_id=2),
     ]
     alone = make(pipeline, mine)[0]
     for company in ([mine, *others], [others[0], mine, others[1]], [*others, mine]):
@@ -112,25 +112,25 @@ def test_an_image_prompt_is_the_first_frame_as_the_codec_keeps_it(pipeline):
 
 def test_images_and_texts_are_answered_side_by_side(pipeline):
     image = picture(16, 24)
-    with_image, without = ask(image=image, number=1), ask(number=2)
+    with_image, without = ask(image=image, sample_id=1), ask(sample_id=2)
     together = make(pipeline, with_image, without)
     for video, request in zip(together, (with_image, without), strict=True):
         assert np.abs(video.astype(int) - make(pipeline, request)[0]).max() <= 1
 
 
 def test_progress_is_told_at_every_call_of_the_model(pipeline):
-    from megasora.sampling.generate import calls_of
+    from megasora.sampling.generate import num_model_calls
 
     for solver in ("euler", "heun"):
-        sample, calls = sample_settings(pipeline.config, steps=3, solver=solver), []
-        pipeline([ask(), ask(number=1)], sample, 0, lambda calls=calls: calls.append(1))
-        assert len(calls) == calls_of(sample) == {"euler": 3, "heun": 5}[solver]
+        sample, calls = override_sample_config(pipeline.config, num_inference_steps=3, solver=solver), []
+        pipeline([ask(), ask(sample_id=1)], sample, 0, lambda calls=calls: calls.append(1))
+        assert len(calls) == num_model_calls(sample) == {"euler": 3, "heun": 5}[solver]
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(pipeline):
-    assert sample_settings(pipeline.config, steps=None, guidance=None) == pipeline.config.sample
-    changed = sample_settings(pipeline.config, steps=7, guidance=0.0)
-    assert (changed.steps, changed.guidance, changed.size) == (7, 0.0, pipeline.config.sample.size)
+    assert override_sample_config(pipeline.config, num_inference_steps=None, guidance_scale=None) == pipeline.config.sample
+    changed = override_sample_config(pipeline.config, num_inference_steps=7, guidance_scale=0.0)
+    assert (changed.num_inference_steps, changed.guidance_scale, changed.size) == (7, 0.0, pipeline.config.sample.size)
 
 
 def test_a_file_says_that_it_is_generated_and_by_which_run(trained, pipeline, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_file_says_that_it_is_generated_and_by_which_run(trained, pipeline, mo
         "ai_generated": True, "by": "MegaSora", "run": "single", "step": 20, "prompt": 'a "red" circle', "seed": 3
     }  # fmt: skip
     monkeypatch.chdir(trained)
-    assert Pipeline.from_run(Path(".")).run == "single"
+    assert SamplingPipeline.from_run(Path(".")).run == "single"
 
 
 # ---------------------------------------------------------------- refusals
@@ -173,21 +173,21 @@ def test_the_longest_prompt_that_is_allowed_is_answered(pipeline):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(MegaSoraError, match=f"{folder} is not a run folder: it has no config.yaml"):
-            Pipeline.from_run(folder)
+            SamplingPipeline.from_run(folder)
 
 
 def test_a_run_without_a_checkpoint_says_when_there_will_be_one(trained, tmp_path):
     shutil.copy(trained / "config.yaml", tmp_path)
     with pytest.raises(MegaSoraError, match="holds no checkpoint to sample from; train until .*checkpoint.every=10"):
-        Pipeline.from_run(tmp_path)
+        SamplingPipeline.from_run(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    file = CheckpointStore(run / "checkpoints").newest() / "slices" / "rank-00000.safetensors"
+    file = CheckpointStore(run / "checkpoints").newest() / "fragments" / "rank-00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 4
     file.write_bytes(data)
     with pytest.raises(MegaSoraError, match=f"{file.name} is damaged"):
-        Pipeline.from_run(run)
+        SamplingPipeline.from_run(run)

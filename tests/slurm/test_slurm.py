@@ -309,7 +309,7 @@ def test_the_preflight_names_a_node_with_a_wrong_clock_a_missing_package_and_a_f
     try:
         assert cluster.run("bash", "-ec", "\n".join(faults), node="node2").returncode == 0
         start = time.monotonic()
-        refused = preflight(cluster, "runs/preflight", "--need", "2")
+        refused = preflight(cluster, "runs/preflight", "--required", "2")
         assert time.monotonic() - start < 20
         assert refused.returncode == CRASH and refused.stdout == ""
         verdict = next(line for line in refused.stderr.splitlines() if line.startswith("megasora: preflight:"))
@@ -317,7 +317,7 @@ def test_the_preflight_names_a_node_with_a_wrong_clock_a_missing_package_and_a_f
         assert "webdataset is missing" in verdict
         assert re.search(r"its clock is 3[56]\d\d\.\d s ahead of the others", verdict)
         assert f"{cluster.local} has" in verdict and "MiB free, 1024 are needed" in verdict
-        without = preflight(cluster, "runs/preflight", "--need", "1", "--exclude-bad")
+        without = preflight(cluster, "runs/preflight", "--required", "1", "--exclude-unfit")
         assert (without.returncode, without.stdout) == (0, "node1\n"), without.stderr
     finally:
         assert cluster.run("bash", "-ec", "\n".join(remedies), node="node2").returncode == 0
@@ -325,6 +325,6 @@ def test_the_preflight_names_a_node_with_a_wrong_clock_a_missing_package_and_a_f
 
 
 def test_a_run_folder_on_a_nodes_own_disk_is_refused(cluster):
-    refused = preflight(cluster, cluster.local / "run", "--need", "2")
+    refused = preflight(cluster, cluster.local / "run", "--required", "2")
     assert refused.returncode == CONFIGURATION and refused.stdout == ""
     assert re.search(r"node2: run\.dir=\S+/local/run is not shared: what node1 writes is not seen here", refused.stderr)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megasora.errors import MegaSoraError
-from megasora.testing import clips, detector
+from megasora.testing import clip_files, clips, detector
 
 EVERYTHING = {
     "colors": tuple(clips.COLORS),
@@ -78,7 +78,7 @@ def test_detector_reads_every_word_of_rendered_clips():
 
 def test_detector_reads_every_word_through_h264(tmp_path):
     def written(spec, index):
-        return decode(clips.write_clip(spec, "a clip", tmp_path / f"clip-{index}"))
+        return decode(clip_files.write_clip(spec, "a clip", tmp_path / f"clip-{index}"))
 
     accuracy, worst = grade(100, 6, "val", written)
     assert min(accuracy.values()) >= 0.99, accuracy
@@ -299,7 +299,7 @@ def test_written_clip_is_h264_of_exact_rate_size_and_length(tmp_path):
 
     for fps in clips.FRAME_RATES:
         spec = replace(SPEC, fps=fps, frames=17)
-        path = clips.write_clip(spec, "a red circle moves right", tmp_path / f"clip-{fps}")
+        path = clip_files.write_clip(spec, "a red circle moves right", tmp_path / f"clip-{fps}")
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
@@ -316,11 +316,11 @@ def test_written_clip_is_h264_of_exact_rate_size_and_length(tmp_path):
 def test_quality_of_written_clips(tmp_path):
     spec = replace(SPEC, background="striped")
     luma = np.array([0.299, 0.587, 0.114])  # yuv420p halves the chroma, so quality is judged on luma
-    lossy = decode(clips.write_clip(spec, "x", tmp_path / "lossy")) @ luma - clips.render(spec) @ luma
+    lossy = decode(clip_files.write_clip(spec, "x", tmp_path / "lossy")) @ luma - clips.render(spec) @ luma
     assert 10 * np.log10(255**2 / (lossy**2).mean()) > 36  # dB
-    exact = decode(clips.write_clip(spec, "x", tmp_path / "exact", lossless=True))
+    exact = decode(clip_files.write_clip(spec, "x", tmp_path / "exact", lossless=True))
     np.testing.assert_array_equal(exact, clips.render(spec))
-    image = clips.write_clip(replace(spec, frames=1), "x", tmp_path / "image")
+    image = clip_files.write_clip(replace(spec, frames=1), "x", tmp_path / "image")
     assert image.suffix == ".png"
     np.testing.assert_array_equal(decode(image), clips.render(replace(spec, frames=1)))
 
@@ -328,7 +328,7 @@ def test_quality_of_written_clips(tmp_path):
 def test_data_set_does_not_depend_on_the_number_of_processes(tmp_path):
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        train, val = clips.write_dataset(out, 60, 6, 3, processes=processes, show_progress=False)
+        train, val = clip_files.write_dataset(out, 60, 6, 3, processes=processes, show_progress=False)
         assert (train.split, train.clips, val.split, val.clips) == ("train", 60, "val", 6)
     one, two = ({p.relative_to(out): p.read_bytes() for p in out.rglob("*.*")} for out in tmp_path.iterdir())
     assert len(one) == 2 * 66 and one.keys() == two.keys()
@@ -337,9 +337,9 @@ def test_data_set_does_not_depend_on_the_number_of_processes(tmp_path):
 
 def test_data_set_refuses_choices_it_does_not_know(tmp_path):
     with pytest.raises(MegaSoraError, match="colors: pink is unknown"):
-        clips.write_dataset(tmp_path / "out", 4, 4, colors=("red", "pink"), show_progress=False)
+        clip_files.write_dataset(tmp_path / "out", 4, 4, colors=("red", "pink"), show_progress=False)
     with pytest.raises(MegaSoraError, match="bounce_fraction=2"):
-        clips.write_dataset(tmp_path / "out", 4, 4, bounce_fraction=2, show_progress=False)
+        clip_files.write_dataset(tmp_path / "out", 4, 4, bounce_fraction=2, show_progress=False)
     assert not (tmp_path / "out").exists()
 
 

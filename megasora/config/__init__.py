@@ -1,0 +1,51 @@
+"""Every setting of a run, as one tree of dataclasses.
+
+schema.py: the dataclasses, with all defaults. load.py: `load` and `to_yaml`. validate.py: checks of values that need
+neither data nor a process group. renamed.py: old keys. Nothing is read from the environment.
+"""
+
+from megasora.config.load import load, read_yaml, to_yaml
+from megasora.config.schema import (
+    CodecConfig,
+    Config,
+    DataConfig,
+    FrameConditioningConfig,
+    IngestConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SampleConfig,
+    TextConfig,
+    TokenDropConfig,
+    WandbConfig,
+    differences,
+    every_key,
+    token_pixels,
+)
+from megasora.config.validate import parse_size
+
+__all__ = [
+    "CodecConfig",
+    "Config",
+    "DataConfig",
+    "FrameConditioningConfig",
+    "IngestConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SampleConfig",
+    "TextConfig",
+    "TokenDropConfig",
+    "WandbConfig",
+    "differences",
+    "every_key",
+    "load",
+    "parse_size",
+    "read_yaml",
+    "to_yaml",
+    "token_pixels",
+]

@@ -1,0 +1,171 @@
+"""Runs an ingest, or one part of it.
+
+    listing --jobs--> WorkerPool --results in order--> BlockWriter, one block at a time; then the manifest
+
+Workers decode and encode ahead across block boundaries while this process writes. A complete block is never written
+again; a block that was incomplete when a process died is written from its start. `dataset.json` appears when all blocks
+are complete, written by the process that completes the last one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megasora.codec import build_codec
+from megasora.config import Config
+from megasora.data.pack import Record
+from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, BlockWriter, PatchFile, read_block, write_manifest
+from megasora.data.shard_format import Manifest
+from megasora.errors import MegaSoraError
+from megasora.files import locked
+from megasora.ingest.caption_encoding import PreparedClip, check_captions, prepare_block
+from megasora.ingest.output_folder import (
+    SPOOL,
+    claim_output,
+    discard_output,
+    ingest_spec,
+    remove_empty_folders,
+    spool_folder,
+)
+from megasora.ingest.parts import Part
+from megasora.ingest.pool import WorkerPool
+from megasora.ingest.sources import ClipSource, find_clips
+from megasora.ingest.summary import Rejections, print_summary
+from megasora.ingest.worker import encode_job, worker_settings
+from megasora.text import build_text_encoder
+
+if TYPE_CHECKING:
+    from megasora.ingest.caption_encoding import TextEncoder
+
+
+def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None) -> Manifest | None:
+    """See `megasora.ingest.ingest`."""
+    part = part or Part()
+    clips = find_clips(source)
+    check_captions(clips, config)
+    codec, encoder = build_codec(config.codec), build_text_encoder(config.text)
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+    num_blocks = -(-len(clips) // config.ingest.clips_per_block)
+    is_new = False
+    try:
+        is_new = claim_output(out, ingest_spec(clips, config, codec.fingerprint, encoder.fingerprint))
+        ingest_part(clips, num_blocks, out, config, encoder, part)
+    except BaseException:
+        if is_new and part.count == 1 and not any((out / BLOCK_DIR).glob("*.json")):  # no other part, no complete block
+            discard_output(out)
+        remove_empty_folders(new_folders)
+        raise
+    blocks = [read_block(out, block) for block in range(num_blocks)]
+    if missing := sum(block is None for block in blocks):
+        print(f"part {part} is complete; {missing} of {num_blocks} blocks are missing, of other parts")
+        return None
+    if all(block.first_sample_id < 0 for block in blocks):
+        discard_output(out)
+        remove_empty_folders(new_folders)
+        first = blocks[0].details["first_rejection"]
+        raise MegaSoraError(f"none of the {len(clips)} clips in {source} could be used; the first: {first}")
+    shutil.rmtree(out / SPOOL, ignore_errors=True)
+    manifest = write_manifest(
+        out, codec.fingerprint, encoder.fingerprint, list(config.data.patch), num_blocks, asdict(config.codec)
+    )
+    print_summary(manifest, len(clips), [block.details for block in blocks])
+    return manifest
+
+
+def ingest_part(
+    clips: list[ClipSource], num_blocks: int, out: Path, config: Config, encoder: TextEncoder, part: Part
+) -> None:
+    """Writes every block of this part that is not complete yet."""
+    name = f"part-{part.index + 1}-of-{part.count}"
+    with locked(out / LOCK_DIR / name, f"part {part} of {out}"), spool_folder(out / SPOOL / name) as spool:
+        incomplete = [block for block in part.blocks(num_blocks) if read_block(out, block) is None]
+        if incomplete:
+            ingest_blocks(clips, incomplete, out, spool, config, encoder, part)
+
+
+def ingest_blocks(
+    clips: list[ClipSource],
+    blocks: list[int],
+    out: Path,
+    spool: Path,
+    config: Config,
+    encoder: TextEncoder,
+    part: Part,
+) -> None:
+    size = config.ingest.clips_per_block
+    sample_ids = {block: range(block * size, min((block + 1) * size, len(clips))) for block in blocks}
+    in_flight: deque[PreparedClip] = deque()  # given to the pool and not written yet, in order
+
+    def jobs() -> Iterator[dict[str, Any] | None]:
+        for ids in sample_ids.values():
+            for clip in prepare_block(ids, clips, spool, config, encoder):
+                in_flight.append(clip)
+                yield None if clip.rejection else encode_job(clip.source.media, clip.spool)
+
+    encoder.encode([""])  # an encoder that cannot be loaded is an error here, and not the fault of a caption
+    settings = worker_settings(config.codec, config.ingest, config.data.patch)
+    with (
+        WorkerPool(settings, config.ingest.workers or num_cores()) as pool,
+        progress_bar(sum(map(len, sample_ids.values())), part) as advance,
+    ):
+        results = pool.run(jobs())
+        for block in blocks:
+            with BlockWriter(out, block, config.ingest.shard_mib << 20) as writer:
+                rejections = Rejections()
+                for _ in sample_ids[block]:
+                    result = next(results)
+                    clip = in_flight.popleft()
+                    result = clip.rejection or result
+                    if "reason" in result:
+                        rejections.add(result)
+                    else:
+                        write_record(writer, clip, result, encoder.precomputed)
+                    clip.spool.unlink(missing_ok=True)
+                    advance()
+                writer.commit(rejections.reasons, rejections.details())
+
+
+def write_record(writer: BlockWriter, clip: PreparedClip, facts: dict[str, Any], precomputed: bool) -> None:
+    """Writes one clip into its block. `facts`: the result of its job; `precomputed`: store the text features."""
+    t, h, w = facts["grid"]
+    record = Record(
+        clip.sample_id,
+        PatchFile(clip.spool, (t * h * w, facts["patch_dim"])),
+        (t, h, w),
+        clip.text,
+        (float(facts["height"]), float(facts["width"]), float(facts["frames"]), facts["fps"]),
+        clip.source.caption or "",
+    )
+    media = clip.source.media
+    meta: dict[str, Any] = {"source": clip.source.name, "sha256": facts["sha256"]}
+    if media.excerpt:
+        meta |= {"start": media.start, "end": media.end}
+    if facts["quality"]:
+        meta["quality"] = facts["quality"]
+    writer.add(clip.source.split, record, meta, clip.text if precomputed else None)
+
+
+def num_cores() -> int:
+    """Cores that this process may use, shared with the other processes of a torchrun on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def progress_bar(total: int, part: Part) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's standard error; yields a function that advances it by one clip."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    name = "ingest" if part.count == 1 else f"ingest {part}"
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,100 @@
+"""The output folder of an ingest: who may write into it, and what is removed from it.
+
+`ingest.json` records the source and the settings of the ingest that the folder belongs to. Every process that takes
+part, or resumes, must have the same ones; the first writes the file, the others compare.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megasora.config import Config
+from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, STAGING_DIR
+from megasora.errors import MegaSoraError
+from megasora.files import locked, write_whole
+from megasora.ingest.sources import ClipSource, listing_hash
+
+SPEC_FILE = "ingest.json"
+SPOOL = ".spool"
+# keys of [ingest] that change the speed of an ingest and not its shards
+SPEED_ONLY_KEYS = ("workers", "worker_memory_mib", "decode_timeout_seconds")
+
+
+def ingest_spec(clips: list[ClipSource], config: Config, codec: str, text: str) -> dict[str, Any]:
+    """The contents of `ingest.json`: everything that determines the shards. `codec`, `text`: fingerprints."""
+    settings = {key: value for key, value in asdict(config.ingest).items() if key not in SPEED_ONLY_KEYS}
+    return {
+        "num_clips": len(clips), "listing_sha256": listing_hash(clips), "codec": codec, "text": text,
+        "text.max_tokens": config.text.max_tokens, "data.patch": list(config.data.patch),
+        **{f"ingest.{key}": value for key, value in settings.items()},
+    }  # fmt: skip
+
+
+def claim_output(out: Path, spec: dict[str, Any]) -> bool:
+    """Creates `out` for the ingest `spec`, or checks that it belongs to it. Returns True if it was created now.
+
+    Raises MegaSoraError where `out` holds other files, or another ingest, with every key that differs.
+    """
+    path = out / SPEC_FILE
+    if out.exists() and not out.is_dir():
+        raise MegaSoraError(f"{out} exists and is not empty; remove it or give another --out")
+    if not path.exists() and out.is_dir() and any(p.name not in (LOCK_DIR, f".{SPEC_FILE}.part") for p in out.iterdir()):
+        raise MegaSoraError(f"{out} exists and is not empty; remove it or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / LOCK_DIR / "ingest", f"{path}", wait=True):
+        if not path.exists():
+            write_whole(path, json.dumps(spec, indent=2) + "\n")
+            return True
+        differences = differing_keys(path, spec)
+    if differences:
+        raise MegaSoraError(
+            f"{out} holds another ingest: {'; '.join(differences)}. Resume it with its own source and settings, or "
+            "give another --out"
+        )
+    return False
+
+
+def differing_keys(path: Path, spec: dict[str, Any]) -> list[str]:
+    """`KEY: SAVED -> NEW` for each key of `spec` whose value in the file `path` is another."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            f"{key}: {saved.get(key, 'none')} -> {spec.get(key, 'none')}"
+            for key in {**saved, **spec}
+            if saved.get(key) != spec.get(key)
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MegaSoraError(f"{path} is damaged: {error}; remove {path.parent} or give another --out") from None
+
+
+def discard_output(out: Path) -> None:
+    """Deletes the files of an ingest that has no complete clip. Only for a folder that `claim_output` accepted."""
+    for name in (BLOCK_DIR, STAGING_DIR, SPOOL, LOCK_DIR):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / SPEC_FILE).unlink(missing_ok=True)
+
+
+def remove_empty_folders(folders: list[Path]) -> None:
+    """Removes those of `folders`, innermost first, that are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def spool_folder(folder: Path) -> Iterator[Path]:
+    """A folder for the patches of clips that are not in a shard yet: empty on entry, removed on exit."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()

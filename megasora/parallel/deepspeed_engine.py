@@ -1,0 +1,110 @@
+"""DeepSpeed's engine for a model: its configuration, its process groups, and its import. The only file that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megasora.config import Config
+from megasora.parallel.mesh import Mesh
+
+MAX_BUCKET_ELEMENTS = 500_000_000  # gradients that stages 2 and 3 reduce in one message
+
+
+def build_deepspeed_engine(
+    module: nn.Module, adam: torch.optim.AdamW, config: Config, mesh: Mesh, dtype: torch.dtype
+) -> Any:
+    """A DeepSpeedEngine that trains `module`, on its device, with `adam`; both are changed. All ranks must call it."""
+    deepspeed = import_deepspeed()
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use for each group
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=adam,
+            config=deepspeed_config(module, config, mesh, dtype),
+            dist_init_required=False,
+            mpu=DeepSpeedMPU(mesh) if mesh.model.is_split else None,
+        )
+    return engine
+
+
+def deepspeed_config(module: nn.Module, config: Config, mesh: Mesh, dtype: torch.dtype) -> dict[str, Any]:
+    """Gradients are accumulated over packs and summed over data x context in fp32, whatever the dtype of the model.
+
+    With a pipeline DeepSpeed sees one microbatch per step, and its hooks must not act in the pipeline's backward passes.
+    """
+    has_pipeline, num_elements = mesh.pipeline.is_split, sum(p.numel() for p in module.parameters())
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1 if has_pipeline else config.data.packs_per_step // mesh.data.size,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "reduce_bucket_size": min(MAX_BUCKET_ELEMENTS, num_elements),
+            "overlap_comm": next(module.parameters()).is_cuda and not has_pipeline,
+            "contiguous_gradients": not has_pipeline,
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": not has_pipeline},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # otherwise bf16, which loses up to a third of a sum over 1,024 ranks
+        "steps_per_print": 1 << 60,
+    }
+
+
+class DeepSpeedMPU:
+    """The `mpu` argument of DeepSpeed: process groups of the model (pipeline x tensor) and of data (data x context)."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.model.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.model.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.mesh.data_context.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.data_context.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.data_context.size
+
+
+def import_deepspeed() -> Any:
+    """Imports DeepSpeed without its log output and, on a CPU, without the C++ op that it would compile at first use.
+
+    Its communication backend asks the accelerator for a shared-memory op, which takes a compiler 40 s and which only
+    inference uses. An accelerator that answers None is one without the op.
+    """
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: record.levelno >= logging.WARNING and "accelerator to CPU" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*")
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class AcceleratorWithoutOps(CPU_Accelerator):
+        def create_op_builder(self, op_name):
+            return None
+
+    on_cpu = get_accelerator().device_name() == "cpu"
+    if on_cpu:
+        set_accelerator(AcceleratorWithoutOps())
+    backend = "gloo" if on_cpu else get_accelerator().communication_backend_name()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, even without a launcher
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed

@@ -1,0 +1,162 @@
+"""Adapters to the private state of DeepSpeed's ZeRO optimizers, one for each optimizer class that DeepSpeed may choose.
+
+    Bf16Stage1    BF16_Optimizer                  stage 1 in bf16: full fp32 gradients, one flat tensor per group
+    Stage1And2    DeepSpeedZeroOptimizer          stage 1 in fp32, stage 2: this rank's partition of the gradients
+    Stage3        DeepSpeedZeroOptimizer_Stage3   stage 3: parameters are partitioned too
+
+DeepSpeed has no public interface to the fp32 master weights, to the reduced gradients before the optimizer step, or to
+the position of a parameter in them. Every private name of DeepSpeed (0.19) that is used stands in this file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OwnedRange:
+    """The elements of a parameter whose master weights this rank owns."""
+
+    start: int  # in the flattened local tensor
+    count: int
+    partition: int  # index in `master_partitions`
+    offset: int  # of the first element in that partition
+
+
+class ZeroOptimizer(ABC):
+    """What `ZeroEngine` uses of DeepSpeed's optimizer. The methods with a body are those of stages 1 and 2, where every
+    rank of data x context has the full parameters."""
+
+    def __init__(self, engine: Any):  # a DeepSpeedEngine
+        self.engine, self.optimizer = engine, engine.optimizer
+
+    @property
+    @abstractmethod
+    def master_partitions(self) -> list[Tensor]:
+        """This rank's fp32 master weights, flat: one tensor per parameter group, in stage 3 per sub-group."""
+
+    @abstractmethod
+    def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
+        """(parameters, fp32 gradients) of each parameter group, as they are summed over data x context before the step:
+        flat, this rank's partition, or all of them with `Bf16Stage1`. Writing to them changes the step."""
+
+    def accumulate_grads(self, stage: nn.Module) -> None:
+        """Adds the `.grad` of one microbatch of a pipeline to the sums over microbatches."""
+        raise NotImplementedError("parallel.pipeline > 1 needs parallel.zero_stage=1")
+
+    def reduce_grads(self) -> None:
+        """Sums the gradients over data x context, after all microbatches of a pipeline."""
+        raise NotImplementedError("parallel.pipeline > 1 needs parallel.zero_stage=1")
+
+    def owned_range(self, parameter: nn.Parameter) -> OwnedRange | None:
+        """None where this rank owns no element of the parameter."""
+        mapping = parameter._hp_mapping
+        if mapping is None or mapping.lp_fragment_address.numel == 0:
+            return None
+        local, master = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return OwnedRange(local.start, local.numel, mapping.param_group_index, master.start)
+
+    def copy_masters_to_weights(self) -> None:
+        """Sets the weights that the model computes with from the master weights; all ranks must call it."""
+        self.optimizer.update_lp_params()
+
+    def compute_weight(self, parameter: nn.Parameter) -> Tensor:
+        """The weight that the model computes with; in stage 3 this rank's flat partition of it."""
+        return parameter
+
+    def local_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of the parameter on this tensor rank; in stage 3 the parameter itself is empty between uses."""
+        return parameter.shape
+
+
+class Bf16Stage1(ZeroOptimizer):
+    @property
+    def master_partitions(self) -> list[Tensor]:
+        return self.optimizer.fp32_groups_flat_partition
+
+    def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
+        grads = [[flat] for flat in self.optimizer.fp32_groups_gradients_flat]
+        return list(zip(self.optimizer.bf16_groups, grads, strict=True))
+
+    def accumulate_grads(self, stage: nn.Module) -> None:
+        self.optimizer.update_hp_grads()
+        for parameter in stage.parameters():
+            parameter.grad = None
+
+    def reduce_grads(self) -> None:
+        self.engine.buffered_allreduce_fallback()
+
+
+class Stage1And2(ZeroOptimizer):
+    @property
+    def master_partitions(self) -> list[Tensor]:
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
+        groups = self.optimizer.bit16_groups
+        return [(group, list(self.optimizer.averaged_gradients[i])) for i, group in enumerate(groups)]
+
+    def accumulate_grads(self, stage: nn.Module) -> None:
+        """Nothing: a pipeline uses this class in fp32 only, where `.grad` itself is the sum."""
+
+    def reduce_grads(self) -> None:
+        self.optimizer.set_gradient_accumulation_boundary(True)
+        self.optimizer.reduce_gradients(pipeline_parallel=True)
+
+
+class Stage3(ZeroOptimizer):
+    def __init__(self, engine: Any, rank: int):
+        super().__init__(engine)
+        self.rank = rank  # on data x context
+
+    @property
+    def master_partitions(self) -> list[Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
+        groups = self.optimizer.fp16_groups
+        return [(group, list(self.optimizer.averaged_gradients[i])) for i, group in enumerate(groups)]
+
+    def owned_range(self, parameter: nn.Parameter) -> OwnedRange | None:
+        partition, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        start, count = self.partition_range(parameter)
+        return OwnedRange(start, count, partition, offset) if count else None
+
+    def copy_masters_to_weights(self) -> None:
+        self.optimizer.checkpoint_event_prologue()  # partitions parameters that are gathered
+        for partition in range(len(self.master_partitions)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(partition)
+        self.optimizer.checkpoint_event_epilogue()  # gathers the small ones again
+
+    def compute_weight(self, parameter: nn.Parameter) -> Tensor:
+        _, count = self.partition_range(parameter)
+        return parameter.ds_tensor.narrow(0, 0, count)
+
+    def local_shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape
+
+    def partition_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(start, count) of this rank's partition of the flattened parameter, without padding."""
+        size = parameter.ds_tensor.ds_numel
+        start = min(size * self.rank, parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start)
+
+
+def build_zero_optimizer(engine: Any, stage: int, dtype: torch.dtype, rank: int) -> ZeroOptimizer:
+    """The adapter to the optimizer that DeepSpeed chooses for a ZeRO stage and dtype; `rank`: on data x context."""
+    if stage == 3:
+        return Stage3(engine, rank)
+    return Bf16Stage1(engine) if stage == 1 and dtype == torch.bfloat16 else Stage1And2(engine)
+
+
+def set_counted_in_norm(parameter: nn.Parameter, is_counted: bool) -> None:
+    """Whether DeepSpeed counts this rank's copy of the parameter in the gradient norm. Before the engine is built.
+
+    Rank 0 of pipeline x tensor counts all its parameters, the other ranks those with this attribute.
+    """
+    parameter.model_parallel = is_counted

@@ -1,0 +1,92 @@
+"""Deferred weight gradients: the part of a backward pass that the zero-bubble schedule `zbv` computes later.
+
+The backward pass of a linear layer computes the gradient of its input, for which the previous stage waits, and that of
+its weight, which is needed at the optimizer step only. A weight gradient from start to end:
+
+    1. `apply_deferred_weight_grads(stage, store)`, once: every nn.Linear of the stage becomes a
+       `DeferredWeightGradLinear`, and every module with an attribute `wgrad_store` (tensor.py) is given the store.
+    2. Backward pass of a microbatch: the layer returns the gradient of its input and None for its weight, and calls
+       `store.put(weight, compute)`. `compute` references the activations that it needs.
+    3. Directly after it, `PipelineStage` calls its `dw_builder`, here `store.pop`. That returns a function for all
+       gradients that were put since the last call: those of this microbatch in this stage.
+    4. Where the schedule has a gap, it calls `backward_weight_one_chunk`, and that the function from `pop`: every
+       gradient is computed and added to the weight's `.grad`, and its activations are freed.
+    5. `Pipeline` calls `accumulate_grads` after 3 and after 4, which may move every `.grad` to a sum of its own.
+
+torch's own way to split a backward pass goes through the graph twice. It fails where modulation makes a weight act on
+several points of the residual stream, and it recomputes a checkpointed block once for every group of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class WeightGradStore:
+    """Weight gradients that are not computed yet."""
+
+    def __init__(self):
+        self.deferred: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
+
+    def put(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
+        """Defers one gradient. `compute` returns it in the parameter's shape, and is called under torch.no_grad."""
+        self.deferred.append((parameter, compute))
+
+    def pop(self) -> Callable[[], None]:
+        """Empties the store; returns a function that computes its gradients and adds them to the `.grad` fields."""
+        deferred, self.deferred = self.deferred, []
+
+        @torch.no_grad()
+        def accumulate() -> None:
+            while deferred:  # each releases its activations
+                parameter, compute = deferred.pop(0)
+                parameter.grad = compute() if parameter.grad is None else parameter.grad.add_(compute())
+
+        return accumulate
+
+
+def apply_deferred_weight_grads(stage: nn.Module, store: WeightGradStore) -> None:
+    """Makes every nn.Linear of a stage defer the gradients of its weight and bias to `store`.
+
+    Modules with an attribute `wgrad_store` are given the store; their backward pass must call its `put` unless the
+    attribute is None. All other gradients are computed at once.
+    """
+    for module in stage.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(deferred_weight_grad_linear, module, store)
+        elif hasattr(module, "wgrad_store"):
+            module.wgrad_store = store
+
+
+def deferred_weight_grad_linear(linear: nn.Linear, store: WeightGradStore, x: Tensor) -> Tensor:
+    return DeferredWeightGradLinear.apply(x, linear.weight, linear.bias, linear, store)
+
+
+class DeferredWeightGradLinear(Function):
+    """x W^T + b, whose backward pass returns the gradient of x and puts those of W and b into the store."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, linear: nn.Linear, store: WeightGradStore
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.linear, ctx.store = linear, store  # the parameters themselves, whose `.grad` is to be set
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_2d, x_2d = grad.reshape(-1, grad.shape[-1]), x.detach().reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[1]:
+            ctx.store.put(ctx.linear.weight, lambda: grad_2d.t() @ x_2d)
+        if ctx.needs_input_grad[2]:
+            ctx.store.put(ctx.linear.bias, lambda: grad_2d.sum(0))
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None

@@ -1,0 +1,104 @@
+"""Everything a run logs while it trains.
+
+    main process   metrics.jsonl (one line per step), validation.jsonl, wandb, the progress line, run.json
+    other ranks    only the ledger, if they record the clips of their batches
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megasora
+from megasora.config import Config, to_yaml
+from megasora.files import JsonlWriter, write_whole
+from megasora.run_log.ledger import Ledger, truncate_ledger
+from megasora.run_log.progress import ProgressLine
+from megasora.run_log.wandb_log import WandbLog
+
+
+def prepare_run_folder(config: Config, step: int) -> None:
+    """Writes config.yaml and removes ledger lines after `step`; on the main process, before any rank logs."""
+    run_dir = Path(config.run.dir)
+    truncate_ledger(run_dir, step)
+    write_whole(run_dir / "config.yaml", to_yaml(config))
+
+
+class RunLog:
+    """The open logs of a run, on every rank. A context manager: closes all files, and after success also wandb."""
+
+    def __init__(self, config: Config, rank: int, first_step: int):
+        self.config, self.rank, self.run_dir = config, rank, Path(config.run.dir)
+        self.is_main = rank == 0
+        self.ledger: Ledger | None = None
+        if self.is_main:
+            self.metrics = JsonlWriter(self.run_dir / "metrics.jsonl")
+            self.validation = JsonlWriter(self.run_dir / "validation.jsonl")
+            self.wandb = WandbLog(config.wandb, self.run_dir, dataclasses.asdict(config))
+            self.progress = ProgressLine(config.run.steps, first_step)
+            self.printed_warning: str | None = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+        if not self.is_main:
+            return
+        self.progress.close()
+        if kind is None:
+            self.wandb.close()
+            self.print_wandb_warning()
+        self.metrics.close()
+        self.validation.close()
+
+    def write_run_info(self, info: dict[str, Any], device: torch.device, processes: int) -> None:
+        """Writes run.json and prints the size of the run; `info`: see Task.run_info, with `parameters`."""
+        if not self.is_main:
+            return
+        machine = {
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": processes, "device": str(device),
+            "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+            "megasora": megasora.__version__,
+        }  # fmt: skip
+        write_whole(self.run_dir / "run.json", json.dumps({**machine, **info}, indent=1) + "\n")
+        axes = " x ".join(f"{name} {size}" for name, size in info["layout"].items() if size > 1)
+        self.print(
+            f"{info['parameters'] / 1e6:.2f}M parameters, {info['clips']:,} clips, "
+            f"{processes} processes{f' ({axes})' if axes else ''} on {device}, {info['tokens_per_step']:,} tokens per step"
+        )
+
+    def log_step(self, step: int, metrics: dict[str, Any], sample_ids: list[int] | None) -> None:
+        """Call on every rank after step `step` (from 1). `sample_ids`: None if another rank records them."""
+        if sample_ids is not None and self.config.run.ledger:
+            self.ledger = self.ledger or Ledger(self.run_dir, self.rank)
+            self.ledger.write(step, sample_ids)
+        if self.is_main:
+            self.metrics.write(metrics)
+            self.wandb.write(step, metrics)
+            self.progress.update(step, f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s")
+            self.print_wandb_warning()
+
+    def log_validation(self, step: int, result: dict[str, Any] | None) -> None:
+        """`result`: what Task.validate returned."""
+        if self.is_main and result is not None:
+            self.validation.write({"step": step, **result})
+            self.wandb.write(step, {"validation_loss": result["loss"]})
+            self.print(f"step {step}: validation loss {result['loss']:.4f}")
+
+    def print(self, text: str) -> None:
+        if self.is_main:
+            self.progress.print(text)
+
+    def print_wandb_warning(self) -> None:
+        """Prints what went wrong with wandb, once."""
+        if self.wandb.warning and self.wandb.warning != self.printed_warning:
+            self.printed_warning = self.wandb.warning
+            self.progress.print(self.printed_warning)

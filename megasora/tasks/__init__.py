@@ -1,0 +1,1 @@
+"""Tasks: what a training step computes, one file per kind of model that `megasora.trainer` trains."""

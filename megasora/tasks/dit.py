@@ -1,0 +1,192 @@
+"""Pretraining of a VideoDiT: flow matching on packs of clips.
+
+    StepBatch  --add_noise-->  noised shares, target velocities, weights  --engine.train_step-->  AdamW step, losses
+
+All that is drawn is keyed by (seed, step, sample id), and the loss is one sum over the tokens of all ranks divided once
+by their number, so neither the layout of the ranks nor a resume changes a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasora.batch import VideoBatch
+from megasora.config import Config
+from megasora.data.loader import PLACEHOLDER_ID, PackLoader, StepBatch
+from megasora.data.mixture import open_mixture
+from megasora.data.packing_plan import Cursor
+from megasora.diffusion.flow import FlowMatching, velocity_error
+from megasora.fragment import Fragment
+from megasora.model.flops import attention_break_even_tokens, pack_flops
+from megasora.parallel.collectives import all_reduce_sum
+from megasora.parallel.mesh import Mesh
+from megasora.parallel.replica_check import check_packs, check_replicas
+from megasora.parallel.share import share_pack
+from megasora.parallel.world import World
+from megasora.parallelize import parallelize
+from megasora.run_log.damage import DamagedClips
+from megasora.tasks.dit_validation import validation_loss
+from megasora.tasks.task import StepMetrics, StepOutput
+from megasora.text import build_text_encoder
+
+LAYOUT_AXES = ("pipeline", "data", "context", "tensor")
+
+
+class PackLosses:
+    """The loss function of a step: called with the prediction of each pack, it sums the squared errors."""
+
+    def __init__(self, targets: list[Tensor], weights: list[Tensor], num_tokens: int):
+        self.targets, self.weights, self.num_tokens = targets, weights, num_tokens
+        self.error_sum = torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, prediction: Tensor, index: int) -> Tensor:
+        """This rank's part of the global mean, scalar with gradient. `index`: of the pack in the step."""
+        error = velocity_error(prediction, self.targets[index], self.weights[index]).squared_error_sum
+        self.error_sum += error.detach().double().cpu()
+        return error / self.num_tokens
+
+
+class DiTTask:
+    """Implements `megasora.tasks.task.Task` for text-conditioned VideoDiTs."""
+
+    def __init__(self, config: Config, world: World, mesh: Mesh):
+        self.config, self.world, self.mesh = config, world, mesh
+        encoder = build_text_encoder(config.text)
+        self.encode_caption = None if encoder.precomputed else (lambda caption: encoder.encode([caption])[0])
+        self.train_clips, self.val_clips = (open_mixture(config.data, split) for split in ("train", "val"))
+        self.objective = FlowMatching(config.objective, config.run.seed)
+        self.engine = parallelize(config, world, mesh)
+        self.num_parameters = self.engine.num_parameters
+        self.damage = DamagedClips(Path(config.run.dir), config.data.max_damaged_fraction, len(self.train_clips))
+        self.reports_packs = mesh.model.rank == 0 and mesh.context.rank == 0  # one of the ranks that share its packs
+        self.cursor = Cursor()
+
+    def run_info(self) -> dict[str, Any]:
+        return {
+            "layout": {name: getattr(self.mesh, name).size for name in LAYOUT_AXES},
+            "clips": len(self.train_clips),
+            "validation_clips": len(self.val_clips),
+            "tokens_per_step": self.config.data.tokens_per_pack * self.config.data.packs_per_step,
+        }
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def fragments(self) -> list[Fragment]:
+        return self.engine.fragments()
+
+    def is_primary(self, fragment: Fragment) -> bool:
+        return fragment.placement.is_primary_replica(self.mesh.pipeline.rank, self.mesh.tensor.rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "cursor": dataclasses.asdict(self.cursor),
+            "data": self.train_clips.identity(),
+            "damaged": sorted(self.damage.sample_ids),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        self.engine.sync_after_load(step)
+        self.cursor = Cursor(**state["cursor"])
+        self.damage.sample_ids |= set(state["damaged"])
+
+    # ------------------------------------------------------------------ data
+
+    def batches(self) -> Iterator[StepBatch]:
+        return iter(
+            PackLoader(
+                self.train_clips,
+                self.config.data,
+                self.config.run.seed,
+                self.encode_caption,
+                attention_break_even_tokens(self.config.model, self.train_clips.manifest.patch_dim),
+                self.mesh.data.rank,
+                self.mesh.data.size,
+                self.cursor,
+                self.share,
+            )
+        )
+
+    def share(self, pack: VideoBatch) -> VideoBatch:
+        return share_pack(pack, self.config, self.mesh)
+
+    def sample_ids(self, batch: StepBatch) -> list[int] | None:
+        if not self.reports_packs:
+            return None
+        return [i for pack in batch.packs for i in pack.sample_ids_G.tolist() if i != PLACEHOLDER_ID]
+
+    def flops(self, batch: StepBatch) -> float:
+        if not self.reports_packs:
+            return 0.0
+        text_dim = self.train_clips.manifest.text_dim or None
+        return sum(
+            pack_flops(self.config.model, p.patches_LP.shape[1], p.cu_segments, p.cu_text, text_dim=text_dim)
+            for p in batch.packs
+        )
+
+    # ------------------------------------------------------------------ a step
+
+    def train_step(self, batch: StepBatch, step: int, lr: float, lap: Callable[[str], None]) -> StepOutput:
+        shares = [share.to(self.world.device) for share in batch.shares]
+        noised, targets, weights = map(list, zip(*(self.objective.add_noise(s, step) for s in shares), strict=True))
+        if self.config.run.debug_parallel and step % self.config.run.debug_every == 0:
+            self.check_replicas(batch.packs, noised, step)
+        local_tokens = torch.tensor(sum(int(weight.sum()) for weight in weights), device=self.world.device)
+        num_tokens = int(all_reduce_sum(local_tokens, self.mesh.data_context))
+        lap("data")
+        losses = PackLosses(targets, weights, num_tokens)
+        grad_norm = self.engine.train_step(noised, losses, lr, lap)
+        sums = {
+            "squared_error": losses.error_sum,
+            "context_bytes_sent": self.engine.attention.pop_bytes_sent() if self.engine.attention is not None else 0,
+            "damaged_clips": len(batch.damaged) if self.reports_packs else 0,
+        }
+        return StepOutput(grad_norm, num_tokens, sums)
+
+    def finish_step(self, batch: StepBatch, output: StepOutput, totals: dict[str, float], step: int) -> StepMetrics:
+        # every tensor rank has computed the error of all tokens of its packs
+        loss = totals["squared_error"] / self.mesh.tensor.size / output.num_targets
+        if totals["damaged_clips"] > 0:
+            self.record_damaged_clips(batch, step)
+        self.cursor = batch.next_cursor
+        slots = self.config.data.tokens_per_pack * self.config.data.packs_per_step
+        columns: dict[str, Any] = {"padding_fraction": 1 - batch.real_tokens / slots}
+        if batch.dropped_fraction:
+            columns["dropped_fraction"] = batch.dropped_fraction
+        if self.config.data.max_damaged_fraction > 0:
+            columns["damaged_clips"] = int(totals["damaged_clips"])
+        if self.mesh.context.is_split:  # mean over ranks, forward and backward
+            columns["context_mib_sent"] = round(totals["context_bytes_sent"] / self.world.size / 2**20, 4)
+        return StepMetrics(loss, batch.real_tokens, columns)
+
+    def record_damaged_clips(self, batch: StepBatch, step: int) -> None:
+        """Call on all ranks if any rank skipped clips in the step. Raises DataError on all ranks if they are too many."""
+        damaged = batch.damaged if self.reports_packs else []
+        self.damage.log(step + 1, damaged)
+        by_rank = self.world.gather_objects([(error.sample_id, str(error)) for error in damaged])
+        by_rank = self.world.broadcast_object(by_rank)
+        self.damage.register([clip for rank in by_rank for clip in rank])
+
+    def check_replicas(self, packs: list[VideoBatch], noised: list[VideoBatch], step: int) -> None:
+        """`run.debug_parallel`: raises on all ranks if packs or parameters that must be equal on several ranks differ."""
+        mesh, engine = self.mesh, self.engine
+        check_packs(packs, (mesh.tensor, mesh.context, mesh.pipeline), self.world, step)
+        check_packs(noised, (mesh.tensor, mesh.pipeline), self.world, step)
+        is_partitioned = self.config.parallel.zero_stage == 3
+        check_replicas(engine.compute_weights(), engine.placements, mesh, self.world, step, is_partitioned)
+
+    # ------------------------------------------------------------------ validation
+
+    def validate(self) -> dict[str, Any] | None:
+        count = min(len(self.val_clips), self.config.validation.clips or len(self.val_clips))
+        if count == 0:
+            return None
+        return validation_loss(
+            self.val_clips, count, self.config, self.objective, self.engine, self.encode_caption, self.share,
+            self.mesh.data, self.world,
+        )  # fmt: skip

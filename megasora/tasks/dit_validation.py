@@ -1,0 +1,63 @@
+"""Validation of a VideoDiT: the flow-matching loss by timestep on held-out clips.
+
+Each clip gets the same noise at every validation, so only the weights change the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasora.batch import VideoBatch
+from megasora.config import Config
+from megasora.data.mixture import Mixture
+from megasora.data.pack import make_batch
+from megasora.data.packing import pack_clips
+from megasora.diffusion.flow import FlowMatching, velocity_error
+from megasora.parallel.mesh import Axis
+from megasora.parallel.world import World
+from megasora.parallel.zero import ZeroEngine
+
+
+def validation_loss(
+    clips: Mixture,
+    count: int,
+    config: Config,
+    objective: FlowMatching,
+    engine: ZeroEngine,
+    encode_caption: Callable[[str], Tensor] | None,
+    share: Callable[[VideoBatch], VideoBatch],
+    data_axis: Axis,
+    world: World,
+) -> dict[str, Any] | None:
+    """Mean squared velocity error of the first `count` clips, in `validation.bins` bins of the timestep in [0, 1].
+
+    Call on all ranks; packs are distributed over the data axis. Returns {"loss": mean of the bins, "bins": [{"low",
+    "high", "loss"}]} on the main process, None on the others.
+    """
+    bins, tokens_per_pack = config.validation.bins, config.data.tokens_per_pack
+    packs = pack_clips(clips.tokens_I[:count], tokens_per_pack)
+    sums = torch.zeros(bins, 2, dtype=torch.float64)
+    # Every rank runs the model equally often, since it may hold only a part of it: the last packs are then repeated.
+    for first in range(0, len(packs), data_axis.size):
+        index = first + data_axis.rank
+        records = [clips.read(int(i), encode_caption) for i in packs[min(index, len(packs) - 1)]]
+        batch = share(make_batch(records, tokens_per_pack)).to(world.device)
+        inputs = [objective.noise_to(batch, (i + 0.5) / bins, stream=i) for i in range(bins)]
+        predictions = engine.predict([noised for noised, _, _ in inputs])
+        if predictions is None or index >= len(packs):
+            continue
+        for i, prediction in enumerate(predictions):
+            loss = velocity_error(prediction, *inputs[i][1:])
+            sums[i] += torch.tensor([float(loss.squared_error_sum), loss.tokens], dtype=torch.float64)
+    sums = world.all_reduce_sum(sums).cpu()
+    if not world.is_main:
+        return None
+    losses = (sums[:, 0] / sums[:, 1]).tolist()
+    return {
+        "loss": sum(losses) / bins,
+        "bins": [{"low": i / bins, "high": (i + 1) / bins, "loss": loss} for i, loss in enumerate(losses)],
+    }

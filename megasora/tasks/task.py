@@ -1,0 +1,77 @@
+"""The interface between the training loop and what it trains.
+
+    loop:  for batch in task.batches():
+               output = task.train_step(batch, step, lr, lap)       forward, backward, one optimizer step
+               totals = all-reduce of output.sums                   one all-reduce per step, of all ranks
+               metrics = task.finish_step(batch, output, totals, step)
+
+A task owns the model, its optimizer, the objective and the data. The loop owns steps, learning rate, EMA weights,
+checkpoints, validation times, stops and logs; it knows neither a model nor a mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from megasora.fragment import Fragment
+
+
+class StepOutput(NamedTuple):
+    """What `Task.train_step` returns on one rank."""
+
+    grad_norm: float  # global norm before clipping, equal on all ranks
+    num_targets: int  # elements that the loss is a mean of, over all ranks
+    sums: dict[str, Tensor | float]  # this rank's summands, with the same keys on all ranks; the loop adds them up
+
+
+class StepMetrics(NamedTuple):
+    """What `Task.finish_step` returns: figures of the step over all ranks."""
+
+    loss: float
+    num_tokens: int  # tokens trained on, for tokens_per_second
+    columns: dict[str, Any]  # further columns of metrics.jsonl
+
+
+class Task(Protocol):
+    """A model under training with its data. The loop calls each method on all ranks, in the same order."""
+
+    num_parameters: int  # of the full model
+
+    def run_info(self) -> dict[str, Any]:
+        """What run.json says of the model and the data; `tokens_per_step`, `clips` and `layout` are also printed."""
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's live fp32 weights and moments: what a checkpoint saves and loads, and the EMA follows."""
+
+    def is_primary(self, fragment: Fragment) -> bool:
+        """Whether this rank saves the fragment; of replicas on several ranks, exactly one is primary."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What else a checkpoint saves, as JSON, equal on all ranks: the position in the data."""
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Resumes from `state` of a checkpoint of step `step`, after its fragments were loaded."""
+
+    def batches(self) -> Iterator[Any]:
+        """This rank's batches, endless, from the current position in the data."""
+
+    def sample_ids(self, batch: Any) -> list[int] | None:
+        """The clips of a batch, for the ledger; None if another rank, which shares the batch, records them."""
+
+    def flops(self, batch: Any) -> float:
+        """FLOPs of a training step on the batch, for MFU; 0 if another rank, which shares the batch, counts them."""
+
+    def train_step(self, batch: Any, step: int, lr: float, lap: Callable[[str], None]) -> StepOutput:
+        """One optimizer step. `step` counts from 0; `lap(name)` ends a timed phase."""
+
+    def finish_step(self, batch: Any, output: StepOutput, totals: dict[str, float], step: int) -> StepMetrics:
+        """Metrics of the step from the sums over all ranks; advances the position in the data.
+
+        May raise MegaSoraError, then on all ranks.
+        """
+
+    def validate(self) -> dict[str, Any] | None:
+        """Validation figures, with `loss`, on the main process; None on others, and if no data is held out."""
