@@ -17,8 +17,9 @@ help:
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
 	@echo "make test        the test suite, in a process a core, 4 at most; GPU tests skip where there is no GPU"
 	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data -> benchmarks/results/, 12 minutes"
-	@echo "make gpu         on a machine with a GPU: tests of kernels, then their speed -> benchmarks/results/, 10 minutes;"
-	@echo "                 PYTHON=python3 takes a python that has PyTorch for CUDA, and installs nothing"
+	@echo "make gpu         on a machine with a GPU: kernel tests, attention, benchmarks, training, profile, resume, in 9 minutes"
+	@echo "                 -> benchmarks/results/gpu/; PYTHON=python3 takes a python that has PyTorch for CUDA, and installs"
+	@echo "                 nothing; REHEARSE=1 runs it tiny on a CPU"
 	@echo "make checks      ruff: lint and format, nothing is changed"
 	@echo "make format      ruff: fix what can be fixed, and format"
 	@echo "make clean       remove builds and caches; .venv, data/ and runs/ stay"
@@ -71,18 +72,17 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.balance --out benchmarks/results/balance.json
+	$(BIN)/python -m benchmarks.context_balance --out benchmarks/results/context_balance.json
 	$(BIN)/python -m benchmarks.memory --out benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.json
 	$(BIN)/python -m benchmarks.data --out benchmarks/results/data.json
 
 gpu: $(if $(filter $(BIN)/python,$(PYTHON)),$(INSTALLED))
 	@found=$$($(PYTHON) -c "import torch; print(torch.cuda.is_available())") || exit 1; \
-	if [ "$$found" = True ]; then \
-	  $(PYTHON) -m pytest tests/kernels tests/runs/test_gpu.py && \
-	  $(PYTHON) -m benchmarks.kernels --out benchmarks/results; \
+	if [ "$$found" = True ] || [ -n "$(REHEARSE)" ]; then \
+	  PYTHON="$(PYTHON)" REHEARSE="$(REHEARSE)" tools/gpu/run.sh; \
 	else \
-	  echo "gpu: no GPU here, nothing is run and nothing written"; \
+	  echo "gpu: no GPU here, nothing is run and nothing written; make gpu REHEARSE=1 rehearses it on a CPU"; \
 	fi
 
 checks: $(INSTALLED)

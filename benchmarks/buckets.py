@@ -1,19 +1,20 @@
-"""The same clips in packs and in buckets: useful tokens for the arithmetic, and for the seconds, of training.
+"""The same clips in packs and in buckets: useful tokens per FLOP, and per second, of training.
 
-Bucketing puts clips of about one size and length into one batch, so that a batch is a rectangle:
+Bucketing puts clips of similar size and length into one batch, so that a batch is a rectangle:
 
-    pad     a clip goes up to the next bucket: nothing is lost, what is filled up is computed for nothing
-    crop    a clip goes down to the bucket below: nothing is filled up, what is cut off is never seen
+    pad     a clip is padded to the next larger bucket: nothing is lost, padding is computed in vain
+    crop    a clip is cropped to the next smaller bucket: nothing is padded, what is cropped is never seen
 
-Buckets here are kind: finer than is usual (sides of every 8 tokens, latent frames of every power of two), a clip whose
-bucket is more than a pack is a bucket of its own size, and batches that do not get full are left out. A batch has as
-many clips of a bucket as the token budget of a pack holds. Useful are tokens of clips: with `pad` all of them, with
-`crop` those that are kept.
+The comparison favours buckets: they are finer than usual (sides of every 8 tokens, latent frames of every power of
+two), a clip whose bucket is larger than a pack has a bucket of its own size, and batches that do not fill are left out.
+A batch has as many clips of a bucket as fit into the tokens of a pack. Useful tokens are those of clips: with `pad`
+all, with `crop` the remaining ones.
 
-A step takes a batch or a pack a rank and lasts as long as the dearest: useful / (ranks * dearest), summed over steps.
-One rank is also what buckets come to on many, where all of them take the same bucket in a step. Arithmetic is counted
-by `model/flops.py`; of a pack, padding is counted as if it were more of the same clips. Seconds are CPU time of forward
-and backward of a small model, on one thread; the ways take turns, with batches from the cheapest to the dearest.
+Each rank takes a batch or a pack per step, and a step lasts as long as its most expensive one: useful tokens / (ranks *
+max), summed over steps. One rank is also the result for buckets on many ranks if all of them use the same bucket in a
+step. FLOPs are counted by `model/flops.py`; padding of a pack is counted as if it were more of the same clips. Seconds
+are CPU time of forward and backward of a small model, on one thread; the variants are measured alternately, with
+batches from the cheapest to the most expensive.
 """
 
 from __future__ import annotations
@@ -33,150 +34,165 @@ from megasora.diffusion.flow import FlowMatching, velocity_error
 from megasora.model.flops import pack_flops
 from megasora.testing.mixes import heavy_grids
 
-SIDE = 8  # tokens between two buckets
-WORDS = 8  # of a caption
+SIDE = 8  # tokens: the sides of buckets are multiples
+CAPTION_TOKENS = 8
 PACKS, PAD, CROP = "packs", "pad", "crop"
 
 
 @dataclass(frozen=True)
 class Batch:
-    grids_G3: np.ndarray  # of its segments as they are computed: (t, h, w) in tokens
-    useful: int  # tokens of clips in it
-    slots: int  # tokens that are computed, padding of a pack included
+    """A batch of a bucket, or a pack."""
+
+    grids_G3: np.ndarray  # (t, h, w) in tokens of each segment, as computed
+    useful: int  # tokens of clips
+    computed: int  # tokens, with the padding of a pack
 
 
-def bucket_of(grids_N3: np.ndarray, budget: int, up: bool) -> np.ndarray:
-    """int64 [N, 3]: each clip's bucket, of at most `budget` tokens. A side of less than SIDE tokens goes up."""
-    power = np.log2(grids_N3[:, :1])
+def bucket_of(grids_I3: np.ndarray, tokens_per_pack: int, up: bool) -> np.ndarray:
+    """int64 [I, 3]: the bucket of each clip, at most `tokens_per_pack` tokens. Sides below SIDE are rounded up."""
+    power = np.log2(grids_I3[:, :1])
     frames = 2 ** (np.ceil(power) if up else np.floor(power)).astype(np.int64)
-    sides = -(-grids_N3[:, 1:] // SIDE) if up else np.maximum(grids_N3[:, 1:] // SIDE, 1)
-    bucket_N3 = np.concatenate([frames, sides * SIDE], axis=1)
-    return np.where(bucket_N3.prod(1, keepdims=True) <= budget, bucket_N3, grids_N3)
+    sides = -(-grids_I3[:, 1:] // SIDE) if up else np.maximum(grids_I3[:, 1:] // SIDE, 1)
+    bucket_I3 = np.concatenate([frames, sides * SIDE], axis=1)
+    return np.where(bucket_I3.prod(1, keepdims=True) <= tokens_per_pack, bucket_I3, grids_I3)
 
 
-def bucket_batches(grids_N3: np.ndarray, budget: int, up: bool, seed: int) -> list[Batch]:
-    """Every full batch of clips, in the order in which they are trained on: drawn."""
+def bucket_batches(grids_I3: np.ndarray, tokens_per_pack: int, up: bool, seed: int) -> list[Batch]:
+    """All full batches, in random order."""
     rng = np.random.default_rng(seed)
-    bucket_N3 = bucket_of(grids_N3, budget, up)
-    kept_N = np.minimum(grids_N3, bucket_N3).prod(1)
-    buckets_B3, bucket_of_N = np.unique(bucket_N3, axis=0, return_inverse=True)
+    bucket_I3 = bucket_of(grids_I3, tokens_per_pack, up)
+    useful_I = np.minimum(grids_I3, bucket_I3).prod(1)
+    buckets_K3, bucket_I = np.unique(bucket_I3, axis=0, return_inverse=True)
     batches = []
-    for b, bucket in enumerate(buckets_B3):
-        clips = rng.permutation(np.flatnonzero(bucket_of_N.ravel() == b))
-        size = budget // int(bucket.prod())
+    for b, bucket in enumerate(buckets_K3):
+        clips = rng.permutation(np.flatnonzero(bucket_I.ravel() == b))
+        size = tokens_per_pack // int(bucket.prod())
         grids = np.broadcast_to(bucket, (size, 3))
         for first in range(0, len(clips) - size + 1, size):
             chosen = clips[first : first + size]
-            batches.append(Batch(grids, int(kept_N[chosen].sum()), int(grids.prod(1).sum())))
+            batches.append(Batch(grids, int(useful_I[chosen].sum()), int(grids.prod(1).sum())))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def packed(grids_N3: np.ndarray, config: Config, attention_break_even_tokens: int, ranks: int) -> list[list[Batch]]:
-    """Steps of an epoch, a pack a rank."""
-    tokens, budget = grids_N3.prod(1), config.data.tokens_per_pack
-    plan = PackingPlan([tokens], [1.0], budget, ranks, config.data.packing_window, attention_break_even_tokens, config.run.seed)
+def packed_steps(grids_I3: np.ndarray, config: Config, break_even: int, ranks: int) -> list[list[Batch]]:
+    """The steps of an epoch, with one pack per rank."""
+    tokens, tokens_per_pack = grids_I3.prod(1), config.data.tokens_per_pack
+    plan = PackingPlan([tokens], [1.0], tokens_per_pack, ranks, config.data.packing_window, break_even, config.run.seed)
     steps = []
     for step in plan.steps(Cursor()):
         if step.next_cursor.epoch:
             return steps
-        steps.append([Batch(grids_N3[p.clips], int(p.tokens.sum()), budget) for p in step.packs])
-    raise AssertionError("a plan is endless")
+        steps.append([Batch(grids_I3[p.clips], int(p.tokens.sum()), tokens_per_pack) for p in step.packs])
+    raise AssertionError("a plan has no end")
 
 
-def steps_of(way: str, grids_N3: np.ndarray, config: Config, attention_break_even_tokens: int, ranks: int) -> list[list[Batch]]:
-    """Whole steps of an epoch in one of the ways."""
-    if way == PACKS:
-        return packed(grids_N3, config, attention_break_even_tokens, ranks)
-    batches = bucket_batches(grids_N3, config.data.tokens_per_pack, way == PAD, config.run.seed)
+def steps_of(variant: str, grids_I3: np.ndarray, config: Config, break_even: int, ranks: int) -> list[list[Batch]]:
+    """The whole steps of an epoch of one variant, with one batch per rank."""
+    if variant == PACKS:
+        return packed_steps(grids_I3, config, break_even, ranks)
+    batches = bucket_batches(grids_I3, config.data.tokens_per_pack, variant == PAD, config.run.seed)
     return [batches[i : i + ranks] for i in range(0, len(batches) - ranks + 1, ranks)]
 
 
-# ---- by arithmetic
+# ---- per FLOP
 
 
 def flops_of(batch: Batch, config: Config) -> float:
-    """Forward and backward."""
+    """FLOPs of forward and backward."""
     lengths = batch.grids_G3.prod(1)
     cu = torch.from_numpy(np.append(0, np.cumsum(lengths)))
-    text = WORDS * torch.arange(len(lengths) + 1)
-    return pack_flops(config.model, patch_dim(config), cu, text) * batch.slots / int(lengths.sum())
+    text = CAPTION_TOKENS * torch.arange(len(lengths) + 1)
+    return pack_flops(config.model, patch_dim(config), cu, text) * batch.computed / int(lengths.sum())
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    way: str
+    """Useful tokens per FLOP of one variant."""
+
+    variant: str
     ranks: int
     steps: int
-    tokens_per_gflop: float  # useful, with the waiting of ranks for the dearest
+    tokens_per_gflop: float  # useful, including the time that ranks wait for the most expensive one
     packs_over_this: float
-    useful_of_computed: float  # tokens
-    kept_of_clips: float  # tokens of clips that are trained on, of those that are there
-    dearest_over_mean: float  # FLOPs of a step's ranks, mean over steps
+    useful_fraction: float  # of the computed tokens
+    seen_fraction: float  # of the tokens of all clips, those that are trained on
+    max_over_mean: float  # FLOPs of the ranks of a step, mean over steps
 
 
-def count_arithmetic(config: Config, attention_break_even_tokens: int, clips: int, ranks: int) -> list[Arithmetic]:
-    budget = config.data.tokens_per_pack
-    grids = heavy_grids(budget, clips, config.run.seed)
-    down = bucket_of(grids, budget, up=False)
-    kept = {PACKS: 1.0, PAD: 1.0, CROP: float(np.minimum(grids, down).prod(1).sum() / grids.prod(1).sum())}
-    found = {}
-    for way in (PACKS, PAD, CROP):
-        steps = steps_of(way, grids, config, attention_break_even_tokens, ranks)
+def count_arithmetic(config: Config, break_even: int, clips: int, ranks: int) -> list[Arithmetic]:
+    tokens_per_pack = config.data.tokens_per_pack
+    grids = heavy_grids(tokens_per_pack, clips, config.run.seed)
+    down = bucket_of(grids, tokens_per_pack, up=False)
+    seen = {PACKS: 1.0, PAD: 1.0, CROP: float(np.minimum(grids, down).prod(1).sum() / grids.prod(1).sum())}
+    measured = {}
+    for variant in (PACKS, PAD, CROP):
+        steps = steps_of(variant, grids, config, break_even, ranks)
         costs_SR = np.array([[flops_of(batch, config) for batch in step] for step in steps])
         useful = sum(batch.useful for step in steps for batch in step)
-        slots = sum(batch.slots for step in steps for batch in step)
+        computed = sum(batch.computed for step in steps for batch in step)
         speed = useful / (ranks * costs_SR.max(1).sum() / 1e9)
-        found[way] = float(speed), len(steps), useful / slots, float((costs_SR.max(1) / costs_SR.mean(1)).mean())
+        measured[variant] = (
+            float(speed),
+            len(steps),
+            useful / computed,
+            float((costs_SR.max(1) / costs_SR.mean(1)).mean()),
+        )
     return [
-        Arithmetic(way, ranks, count, speed, found[PACKS][0] / speed, density, kept[way], dearest)
-        for way, (speed, count, density, dearest) in found.items()
+        Arithmetic(variant, ranks, count, speed, measured[PACKS][0] / speed, density, seen[variant], ratio)
+        for variant, (speed, count, density, ratio) in measured.items()
     ]
 
 
-# ---- by seconds
+# ---- per second
 
 
-def make_clips(batch: Batch, config: Config, draw: torch.Generator) -> VideoBatch:
+def build_pack(batch: Batch, config: Config, generator: torch.Generator) -> VideoBatch:
+    """A pack of random clips with the sizes of `batch`."""
     records = []
-    for number, (t, h, w) in enumerate(batch.grids_G3.tolist()):
-        patches_LP = torch.randn(t * h * w, patch_dim(config), generator=draw)
-        words = torch.randint(0, 257, (WORDS, 16), generator=draw)
-        records.append(Record(number, patches_LP, (t, h, w), words, (16.0 * h, 16.0 * w, 4.0 * t, 8.0), "a caption"))
-    return make_batch(records, batch.slots)
+    for i, (t, h, w) in enumerate(batch.grids_G3.tolist()):
+        patches_LP = torch.randn(t * h * w, patch_dim(config), generator=generator)
+        words = torch.randint(0, 257, (CAPTION_TOKENS, 16), generator=generator)
+        records.append(Record(i, patches_LP, (t, h, w), words, (16.0 * h, 16.0 * w, 4.0 * t, 8.0), "a caption"))
+    return make_batch(records, batch.computed)
 
 
 @dataclass(frozen=True)
 class Seconds:
-    way: str
-    tokens_per_second: list[float]  # useful, of CPU time, of each turn
+    """Useful tokens per second of one variant; lists have one number per trial."""
+
+    variant: str
+    tokens_per_second: list[float]  # useful, per CPU second
     packs_over_this: list[float]
 
 
-def measure_seconds(config: Config, attention_break_even_tokens: int, clips: int, steps: int, turns: int) -> list[Seconds]:
-    """One process, a pack or batch a step; the first step of each way is not counted."""
+def measure_seconds(config: Config, break_even: int, clips: int, steps: int, trials: int) -> list[Seconds]:
+    """One process, one pack or batch per step; the first step of each variant is not counted."""
     grids = heavy_grids(config.data.tokens_per_pack, clips, config.run.seed)
     model = build_model(config, patch_dim(config))
     model.initialise(0)
-    objective, draw = FlowMatching(config.objective, config.run.seed), torch.Generator().manual_seed(0)
-    batches = {way: [s[0] for s in steps_of(way, grids, config, attention_break_even_tokens, 1)] for way in (PACKS, PAD, CROP)}
-    for all_of in batches.values():
-        all_of.sort(key=lambda batch: flops_of(batch, config))
-    speeds: dict[str, list[float]] = {way: [] for way in batches}
-    for turn in range(turns):
+    objective, generator = FlowMatching(config.objective, config.run.seed), torch.Generator().manual_seed(0)
+    batches = {
+        variant: [s[0] for s in steps_of(variant, grids, config, break_even, 1)] for variant in (PACKS, PAD, CROP)
+    }
+    for of_variant in batches.values():
+        of_variant.sort(key=lambda batch: flops_of(batch, config))
+    speeds: dict[str, list[float]] = {variant: [] for variant in batches}
+    for trial in range(trials):
         spent, useful = dict.fromkeys(batches, 0.0), dict.fromkeys(batches, 0)
-        for step in range(-(turn == 0), steps):
-            for way, all_of in batches.items():
-                batch = all_of[int((max(step, 0) + (turn + 0.5) / turns) / steps * len(all_of))]
-                noised, target, weight = objective.add_noise(make_clips(batch, config, draw), max(step, 0))
+        for step in range(-(trial == 0), steps):
+            for variant, of_variant in batches.items():
+                batch = of_variant[int((max(step, 0) + (trial + 0.5) / trials) / steps * len(of_variant))]
+                noised, target, weight = objective.add_noise(build_pack(batch, config, generator), max(step, 0))
                 model.zero_grad()
                 start = time.process_time()
                 error = velocity_error(model(noised), target, weight)
                 (error.squared_error_sum / max(1, error.tokens)).backward()
                 if step >= 0:
-                    spent[way] += time.process_time() - start
-                    useful[way] += batch.useful
-        for way in batches:
-            speeds[way].append(useful[way] / spent[way])
+                    spent[variant] += time.process_time() - start
+                    useful[variant] += batch.useful
+        for variant in batches:
+            speeds[variant].append(useful[variant] / spent[variant])
     return [
-        Seconds(way, speed, [a / b for a, b in zip(speeds[PACKS], speed, strict=True)]) for way, speed in speeds.items()
+        Seconds(variant, speed, [a / b for a, b in zip(speeds[PACKS], speed, strict=True)])
+        for variant, speed in speeds.items()
     ]

@@ -91,7 +91,8 @@ def draw_blocks(axes: Axes, record: Mapping, shape: str) -> None:
     here = [b for b in record["blocks"] if b["shape"] == shape]
     groups = sorted({(b["tokens"], b["recompute"]) for b in here}, key=lambda g: (g[0], RECOMPUTE.index(g[1])))
     for place, way in enumerate(("ours", "compile", "eager")):
-        bars = [(groups.index((b["tokens"], b["recompute"])), b["mfu"]) for b in here if b["way"] == way and b["mfu"]]
+        measured = [b for b in here if b["variant"] == way and b["mfu"]]
+        bars = [(groups.index((b["tokens"], b["recompute"])), b["mfu"]) for b in measured]
         if bars:
             x, mfu = zip(*bars, strict=True)
             at = [group + (place - 1) * BAR for group in x]

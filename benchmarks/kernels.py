@@ -10,7 +10,8 @@ speed, and divided by the speed of a plain copy the fraction of the GPU's memory
     liger, quack    the closest kernel of these libraries, where they are installed: norms without rows
 
 Attention: a pack of clips in one call against one clip over the whole call that is as much arithmetic, by TFLOP/s.
-Blocks: one transformer block, by the fraction of the matrix product's FLOP/s that it has the use of; see blocks.py.
+Blocks: one transformer block, by the fraction of the matrix product's FLOP/s that it has the use of; see
+transformer_block.py.
 
 Both limits are measured at the start of the run and once more at its end (see gpu.py). A result is written as it comes;
 what the minutes do not suffice for is listed. --tune tries other cuts of our kernels instead, see tune.py.
@@ -30,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.balance import heavy_tailed
-from benchmarks.blocks import block_cases, block_table, measure_block
+from benchmarks.context_balance import heavy_tailed
 from benchmarks.figure import draw
 from benchmarks.gpu import Clock, Deadline, gpu_surroundings, measure_limits, take_turns
 from benchmarks.record import surroundings, write_record
+from benchmarks.transformer_block import block_cases, block_table, measure_block
 from benchmarks.tune import tune
 from megasora.kernels.attention import Segments, attention
 from megasora.testing.operations import EPS, OPERATIONS, Problem, Size, backward, forward

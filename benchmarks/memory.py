@@ -1,19 +1,19 @@
-"""Memory that a block holds for its backward pass: python -m benchmarks.memory [--out benchmarks/results/memory.json]
+"""Memory that a block retains for its backward pass: python -m benchmarks.memory [--out benchmarks/results/memory.json]
 
-A block of width d and MLP width ff in bf16, 2 bytes a number, by model.recompute. For each token, what is held is
+A block of width d and MLP width ff in bf16, 2 bytes per element, by model.recompute. For each token it retains
 
-    none        17 vectors of d: the block's input; normed and modulated; q, k, v; q and k normed and turned;
-                attention's output; what the first gate opens for; the sum; normed; q of the cross-attention; normed;
-                its output; the sum; normed and modulated; what the last gate opens for
-                2 vectors of ff: before the GELU and behind it                  bytes: (34 + 4 ff / d) d
-    full        the block's input                                               2 d
-    attention   the block's input and self-attention's output                   4 d
+    none            17 vectors of d: the block's input; normed and modulated; q, k, v; q and k normed and rotated;
+                    attention's output; the input of the first gate; the sum; normed; q of the cross-attention; normed;
+                    its output; the sum; normed and modulated; the input of the last gate
+                    2 vectors of ff: before and after the GELU                      bytes: (34 + 4 ff / d) d
+    full            the block's input                                               2 d
+    keep_attention  the block's input and self-attention's output                   4 d
 
-and, not in the formula, a few numbers for each norm and softmax: about 1 % with heads of 64. Captions and rows, which
-have no share in the tokens, are short here. What all blocks use (coords, conditioning) is held once.
+and, not in the formula, a few elements for each norm and softmax: about 1 % with heads of 64. Captions and rows, which
+do not grow with the tokens, are short here. What all blocks use (coords, conditioning) is retained once.
 
-Counted are the bytes of every storage that is made in a forward pass and still alive after it, whoever holds it, in a
-model of one block and of two; the difference is a block's. One segment, training mode, CPU. Counts repeat exactly.
+Counted are the bytes of every storage that is allocated in a forward pass and still alive after it, in a model of one
+block and of two; the difference is one block's. One segment, training mode, CPU. Counts repeat exactly.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HEAD_DIM, WORDS = 64, 8
 
 
 class LiveStorages(TorchDispatchMode):
-    """Notes the storages of all that is computed under it, but for those of `known` tensors and views of them."""
+    """Records the storages of all tensors computed while it is entered, except those of `known` tensors."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
@@ -62,7 +62,7 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def alive(self) -> int:
-        """Bytes of the storages that something still refers to."""
+        """Bytes of the recorded storages that are still referenced."""
         gc.collect()
         return sum(nbytes for ref, nbytes in self.bytes_of.items() if not ref.expired())
 
@@ -76,8 +76,8 @@ def one_segment(config: Config) -> VideoBatch:
     return make_batch([Record(0, patches_LP, (tokens, 1, 1), words, (64.0, 64.0, 9.0, 8.0), "a caption")], tokens)
 
 
-def held_bytes(config: Config) -> int:
-    """After a forward pass of the whole bf16 model, while its output is alive; without weights and pack."""
+def retained_bytes(config: Config) -> int:
+    """Bytes alive after a forward pass of the whole bf16 model, with its output, without weights and pack."""
     model = build_model(config, patch_dim(config))
     model.initialise(0)
     model.bfloat16().train()
@@ -85,13 +85,13 @@ def held_bytes(config: Config) -> int:
     known = [*model.parameters(), *(x for x in vars(batch).values() if isinstance(x, Tensor))]
     with LiveStorages(known) as storages:
         prediction_LP = model(batch)
-        held = storages.alive()
+        retained = storages.alive()
     assert prediction_LP.requires_grad
-    return held
+    return retained
 
 
 def formula(mode: str, width: int, hidden: int) -> float:
-    """Bytes a token and block."""
+    """Bytes per token and block."""
     return {"none": 34 * width + 4 * hidden, "full": 2 * width, "keep_attention": 4 * width}[mode]
 
 
@@ -102,33 +102,47 @@ class Result:
     mlp_hidden: int
     recompute: str
     tokens: int
-    held: int  # bytes of one block
-    held_a_token: float
-    formula_a_token: float
+    retained_bytes: int  # of one block
+    retained_bytes_per_token: float
+    formula_bytes_per_token: float
     ratio: float
 
 
 def measure(dialect: str, width: int, mode: str, tokens: int) -> Result:
-    """One block: what a model of two holds beyond a model of one."""
+    """One block: the difference between a model of two blocks and a model of one."""
     settings = [
         *DIALECTS[dialect], f"model.width={width}", f"model.heads={width // HEAD_DIM}", f"model.recompute={mode}",
         f"data.tokens_per_pack={tokens}", "model.text_depth=0", "codec.channels=16",
     ]  # fmt: skip
     shallow, deep = (load(None, [*settings, f"model.depth={depth}"]) for depth in (1, 2))
-    held = held_bytes(deep) - held_bytes(shallow)
+    retained = retained_bytes(deep) - retained_bytes(shallow)
     expected = formula(mode, width, deep.model.mlp_hidden)
     return Result(
-        dialect, width, deep.model.mlp_hidden, mode, tokens, held, held / tokens, expected, held / tokens / expected
+        dialect,
+        width,
+        deep.model.mlp_hidden,
+        mode,
+        tokens,
+        retained,
+        retained / tokens,
+        expected,
+        retained / tokens / expected,
     )
 
 
 def table_of(results: list[Result]) -> Table:
-    table = Table(title=f"bytes that a block holds for its backward pass, for each of {results[0].tokens} tokens")
+    table = Table(title=f"bytes that a block retains for its backward pass, for each of {results[0].tokens} tokens")
     for name in ("dialect", "d", "ff", "model.recompute", "formula", "measured", "ratio"):
         table.add_column(name, justify="left" if name in ("dialect", "model.recompute") else "right")
     for r in results:
         sizes = f"{r.width:,}", f"{r.mlp_hidden:,}", r.recompute
-        table.add_row(r.dialect, *sizes, f"{r.formula_a_token:,.0f}", f"{r.held_a_token:,.1f}", f"{r.ratio:.4f}")
+        table.add_row(
+            r.dialect,
+            *sizes,
+            f"{r.formula_bytes_per_token:,.0f}",
+            f"{r.retained_bytes_per_token:,.1f}",
+            f"{r.ratio:.4f}",
+        )
     return table
 
 

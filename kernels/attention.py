@@ -155,21 +155,21 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         raise ValueError(f"k has {len(k)} tokens, its segments end at {segments.num_keys}")
 
 
-def reuse_or_compute(kept: list | None, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(out, lse) from `kept` where a run before this one left them, otherwise computed and left there."""
-    if kept:
-        out, lse = kept
+def reuse_or_compute(saved_output: list | None, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(out, lse) from `saved_output` where a run before this one left them, otherwise computed and left there."""
+    if saved_output:
+        out, lse = saved_output
         return out, lse
     result = compute()
-    if kept is not None:
-        kept.extend(result)
+    if saved_output is not None:
+        saved_output.extend(result)
     return result
 
 
 class SegmentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, segments: Segments, kept: list | None, backend: str, deterministic: bool) -> Tensor:
-        out, lse = reuse_or_compute(kept, lambda: attention_forward(q, k, v, segments, backend))
+    def forward(ctx, q, k, v, segments: Segments, saved_output: list | None, backend: str, deterministic: bool) -> Tensor:
+        out, lse = reuse_or_compute(saved_output, lambda: attention_forward(q, k, v, segments, backend))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.segments, ctx.backend, ctx.deterministic = segments, backend, deterministic
         return out.detach()  # what is returned gets a history, what is kept must not
@@ -186,14 +186,14 @@ def attention(
     k: Tensor,
     v: Tensor,
     segments: Segments,
-    kept: list | None = None,
+    saved_output: list | None = None,
     backend: str = "auto",
     deterministic: bool = True,
 ) -> Tensor:
     """`q` [Lq, N, K], `k`, `v` [Lk, N, K] -> [Lq, N, K]; zeros where a query has no key. `deterministic`: the same bits
     of gradients at every run. ValueError on other shapes, or a backend that cannot compute with these.
 
-    `kept` is for a forward that is run again in the backward pass (activation recompute): the first run puts its result
+    `saved_output` is for a forward that is run again in the backward pass (activation recompute): the first run puts its result
     into the empty list, later runs with the same list take it from there and compute nothing.
 
     torch.compile leaves it as it is: of code traced with a pack's segments it would make one version a pack.
@@ -201,4 +201,4 @@ def attention(
     apply = SegmentAttention.apply
     if torch.compiler.is_compiling():
         apply = torch.compiler.disable(apply)
-    return apply(q, k, v, segments, kept, backend, deterministic)
+    return apply(q, k, v, segments, saved_output, backend, deterministic)

@@ -14,6 +14,6 @@ def build_model(config: Config, patch_dim: int) -> VideoDiT:
 
 
 def patch_dim(config: Config) -> int:
-    """P, elements of a patch: latent channels times the latents in a patch."""
+    """P, features of a patch: latent channels times the latents in a patch."""
     t, h, w = config.data.patch
     return config.codec.channels * t * h * w

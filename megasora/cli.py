@@ -107,7 +107,9 @@ def add_sample(commands) -> None:
     p.add_argument("--fps", type=float, help="frames per second; default sample.fps")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
-        "--guidance-scale", type=float, help="1: none; higher follows the prompt more closely; default sample.guidance_scale"
+        "--guidance-scale",
+        type=float,
+        help="1: none; higher follows the prompt more closely; default sample.guidance_scale",
     )
     p.add_argument("--num-inference-steps", type=int, help="solver steps; default sample.num_inference_steps")
     p.add_argument("--solver", choices=("euler", "heun"))
@@ -311,14 +313,14 @@ def export(options: argparse.Namespace) -> int:
     from megasora.checkpoint.safetensors_file import check_new_file
     from megasora.checkpoint.sharded import ShardedCheckpoint, export
     from megasora.checkpoint.store import find_checkpoint, verify_checksums
-    from megasora.sampling.pipeline import WEIGHTS
+    from megasora.sampling.pipeline import CHECKPOINT_KINDS
 
     check_new_file(options.out)
     folder = find_checkpoint(options.checkpoint)
     verify_checksums(folder)
     checkpoint = ShardedCheckpoint(folder)
     with show_progress("export", checkpoint.shapes) as advance:
-        export(checkpoint, WEIGHTS[options.weights], options.out, advance)
+        export(checkpoint, CHECKPOINT_KINDS[options.weights], options.out, advance)
     print(f"{options.weights} weights of {folder} in {options.out}")
     return 0
 

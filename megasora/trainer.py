@@ -2,8 +2,8 @@
 
     for batch in task.batches():  train_step --> metrics --> log --> validate and save when due
 
-The loop knows neither a model nor a mesh: what a step computes is the task's, see `megasora.tasks.task`. Each step makes
-one all-reduce of what the task wants summed and of the stop requests, so that all ranks stop after the same step.
+The loop knows neither a model nor a mesh: a task computes the steps, see `megasora.tasks.task`. Each step makes one
+all-reduce of the task's sums and of the stop requests, so that all ranks stop after the same step.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the batch scripts have in common; they source it where they were submitted, the folder of the project.
+# Settings shared by the batch scripts, which source it from the project's folder, where they were submitted.
 
 # Your site: modules, network interfaces, another Python, a container. Not in git; slurm/README.md has an example.
 container=()
@@ -8,13 +8,13 @@ python=$PWD/.venv/bin/python
 # shellcheck source=/dev/null
 [[ -f slurm/site.sh ]] && source slurm/site.sh
 
-# Python looks for modules where it is installed only: a file named torch.py in the working directory stays a file.
+# Python does not import modules from the working directory: a file named torch.py there does no harm.
 export PYTHONSAFEPATH=1
-# Compiled kernels on the node's own disk: thousands of processes that compile into one shared folder trip each other up.
+# Compiled kernels go to the node's own disk: thousands of processes must not write into one shared cache.
 export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/megasora-triton-$UID
 
-on_node() { # a Python module in the container, if there is one
+run_python() { # in the container, if there is one
   "${container[@]}" "$python" "$@"
 }
 
-say() { echo "[$(date +%FT%T)] $SLURM_JOB_NAME $SLURM_JOB_ID: $*"; }
+log() { echo "[$(date +%FT%T)] $SLURM_JOB_NAME $SLURM_JOB_ID: $*"; }

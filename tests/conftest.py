@@ -1,7 +1,7 @@
-"""What several folders of tests share: rendered clips, their shards, and one short training run.
+"""Fixtures of several test folders: rendered clips, their shards, and one short training run.
 
-`make test` deals the files to several processes. What is shared is made by the first that asks for it. The files with
-the most slow tests are dealt first, then those that mostly wait, beside which the many quick ones run.
+`make test` distributes the test files over several processes. A shared fixture is made by the first process that needs
+it. The files with the most slow tests start first, then those that mostly wait, so that quick ones run beside them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TINY = [  # a model that trains in milliseconds, with every mechanism on
 ]  # fmt: skip
 
 
-def is_one_of_several(config: pytest.Config) -> bool:
-    """Whether this process has been dealt a part of the suite."""
+def is_xdist_worker(config: pytest.Config) -> bool:
+    """Whether this process runs a part of the suite."""
     return hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if is_one_of_several(config):
+    if is_xdist_worker(config):
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda item: (-slow[item.path], item.get_closest_marker("waits") is None))
 
@@ -48,9 +48,9 @@ def tiny() -> list[str]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory, pytestconfig) -> Callable[[str, Callable[[Path], object]], Path]:
-    """made_once(name, make): a folder of that name that `make(folder)` has filled, in one of the suite's processes."""
+    """made_once(name, make): the folder of that name, filled by `make(folder)` once for all processes of the suite."""
     base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if is_one_of_several(pytestconfig) else base) / "shared"
+    shared = (base.parent if is_xdist_worker(pytestconfig) else base) / "shared"
 
     def folder_of(name: str, make: Callable[[Path], object]) -> Path:
         folder, done = shared / name, shared / f"{name}.done"
@@ -84,7 +84,7 @@ def shards(made_once, clips) -> Path:
 
 @pytest.fixture(scope="session")
 def launch():
-    """launch(module, *arguments, processes=None): a fresh interpreter, or torchrun; (exit code, stdout + stderr)."""
+    """launch(module, *arguments, processes=None): runs a module, or torchrun; (exit code, stdout + stderr)."""
 
     def run(module: str, *arguments: object, processes: int | None = None, timeout: float = 240) -> tuple[int, str]:
         command = [sys.executable, "-m", module]
@@ -107,7 +107,7 @@ def launch():
 
 @pytest.fixture(scope="session")
 def trained(made_once, shards, launch, tiny) -> Path:
-    """A run of 20 steps on one process, saved at 10 and 20."""
+    """The run folder of 20 steps on one process, with checkpoints at 10 and 20."""
 
     def make(run: Path) -> None:
         code, output = launch("megasora.train", *train_arguments(run, shards, tiny))
@@ -123,9 +123,9 @@ def train_arguments(run: Path, shards: Path, tiny: list[str]) -> list[str]:
 
 
 def train(arguments: list[str], stop_after: int = 0) -> str | None:
-    """What megasora.train does, on each rank of a process group that exists; why it ended before the last step.
+    """Trains as megasora.train does, on each rank of an existing process group; the error that ended it early, or None.
 
-    `stop_after`: the step after which the run is asked to stop.
+    `stop_after`: the step after which a stop is requested.
     """
     import torch.distributed as dist
 
@@ -148,39 +148,40 @@ def train(arguments: list[str], stop_after: int = 0) -> str | None:
     return None
 
 
-def lines(run: Path, file: str = "metrics.jsonl") -> list[dict]:
-    """What a run has written, an object a line."""
+def read_jsonl(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    """The objects of a JSON lines file of a run."""
     return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
 def is_running(pid: int) -> bool:
-    """Not ended; one that nobody has waited for yet has."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def check_repeats(whole: Path, resumed: Path) -> None:
-    """`resumed`, a copy of `whole` that went on from step 10 to 20 once more, has repeated it bit for bit."""
-    first, again = lines(whole), lines(resumed)[20:]
+def check_resume_repeats(original: Path, resumed: Path) -> None:
+    """Asserts that `resumed`, a copy of `original` resumed from step 10 to 20, has repeated it bit for bit."""
+    first, again = read_jsonl(original), read_jsonl(resumed)[20:]
     assert [line["step"] for line in again] == list(range(11, 21))
     for a, b in zip(first[10:], again, strict=True):
         assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
-    check_same_saves(whole, resumed, 20)
+    check_same_checkpoints(original, resumed, 20)
 
 
-def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """The weights, averages and means of a checkpoint, whole: `kind/name`."""
+def full_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """All full tensors of a checkpoint (weights, EMA weights, moments), by `kind/name`."""
     from megasora.checkpoint.sharded import ShardedCheckpoint
 
     checkpoint = ShardedCheckpoint(run / "checkpoints" / f"step-{step:08d}")
     assert checkpoint.kinds == {"weights", "ema", "exp_avg", "exp_avg_sq"}
-    return {f"{kind}/{name}": checkpoint.full_tensor(kind, name) for kind in sorted(checkpoint.kinds) for name in checkpoint.shapes}
+    keys = [(kind, name) for kind in sorted(checkpoint.kinds) for name in checkpoint.shapes]
+    return {f"{kind}/{name}": checkpoint.full_tensor(kind, name) for kind, name in keys}
 
 
-def check_same_saves(run: Path, other: Path, step: int) -> None:
-    """Two runs have saved the same after a step, bit for bit, in whatever layouts."""
-    ours, theirs = saved(run, step), saved(other, step)
-    assert ours.keys() == theirs.keys() and len(ours) > 100
-    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+def check_same_checkpoints(run: Path, other: Path, step: int) -> None:
+    """Asserts that two runs have saved the same tensors after a step, bit for bit, in any layouts."""
+    a, b = full_tensors(run, step), full_tensors(other, step)
+    assert a.keys() == b.keys() and len(a) > 100
+    assert not [name for name in a if not torch.equal(a[name], b[name])]

@@ -1,6 +1,7 @@
-"""The order of the house: what a file may import, read from its source; imports inside functions count too."""
+"""The import order of megasora, read from the sources; imports inside functions count too."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megasora"
 
-# Ground first. A unit (a file or a folder of megasora/) imports lower floors only; none on its own.
-FLOORS = [
+# Base layers first. A unit (a file or a folder of megasora/) imports only units of lower layers.
+LAYERS = [
     {"errors"},
     {"config", "files", "stop", "placement"},
     {"batch", "kernels", "fragment"},
@@ -23,11 +24,11 @@ FLOORS = [
     {"train"},
     {"cli"},
 ]
-GROUND = {unit for floor in FLOORS[:3] for unit in floor}
-ROOMS = FLOORS[3]
-FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
+BASE = {unit for layer in LAYERS[:3] for unit in layer}
+INDEPENDENT = LAYERS[3]  # units that import only base layers
+LAYER_OF = {unit: index for index, layer in enumerate(LAYERS) for unit in layer}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.relative_to(PACKAGE).parts)
-FILES += sorted((PACKAGE / "kernels").glob("*.py"))  # a link, which rglob does not follow everywhere
+FILES += sorted((PACKAGE / "kernels").glob("*.py"))  # a link, which rglob does not follow in every Python
 
 
 def name_of(path):
@@ -39,7 +40,7 @@ def unit_of(path):
 
 
 def imports(path):
-    """Dotted names of everything a file imports: `from a.b import c` is a.b.c."""
+    """Dotted names of all imports of a file: `from a.b import c` is a.b.c."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -51,15 +52,15 @@ def imports(path):
 
 
 def units(path):
-    """Units of megasora that a file imports; the package's own names, as __version__, are no unit."""
+    """Units of megasora that a file imports, without names of the package itself, e.g. __version__."""
     parts = [name.split(".") for name in imports(path) if name.startswith("megasora.")]
-    return {part[1] for part in parts if part[1] in FLOOR_OF or (PACKAGE / part[1]).exists()} - {"__version__"}
+    return {part[1] for part in parts if part[1] in LAYER_OF or (PACKAGE / part[1]).exists()} - {"__version__"}
 
 
 each_file = pytest.mark.parametrize("path", FILES, ids=name_of)
 
 
-def test_the_reader_of_imports_sees_late_and_conditional_ones(tmp_path):
+def test_imports_in_functions_and_conditions_are_found(tmp_path):
     path = tmp_path / "source.py"
     path.write_text(
         "import a.b as c\nfrom d.e import f, g\n"
@@ -70,25 +71,36 @@ def test_the_reader_of_imports_sees_late_and_conditional_ones(tmp_path):
     assert imports(path) == {"a.b", "d.e.f", "d.e.g", "h.i", "j", "l.m"}
 
 
-def test_every_file_has_a_floor():
-    assert {unit_of(p) for p in FILES} - {"__init__"} <= FLOOR_OF.keys(), "put the new unit into FLOORS"
+def test_every_file_has_a_layer():
+    assert {unit_of(p) for p in FILES} - {"__init__"} <= LAYER_OF.keys(), "add the new unit to LAYERS"
     assert len(FILES) > 30
 
 
 @each_file
-def test_imports_only_go_down(path):
+def test_a_file_imports_only_lower_layers(path):
     own = unit_of(path)
     if own == "__init__":
         assert not units(path)
         return
     for other in units(path) - {own}:
-        assert FLOOR_OF[other] < FLOOR_OF[own], f"{name_of(path)} imports {other}, which is not below it"
+        assert LAYER_OF[other] < LAYER_OF[own], f"{name_of(path)} imports {other}, which is not in a lower layer"
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS))
-def test_a_room_imports_the_ground_and_itself(room):
-    found = set().union(*(units(p) for p in FILES if unit_of(p) == room))
-    assert found <= GROUND | {room}
+@pytest.mark.parametrize("unit", sorted(INDEPENDENT))
+def test_an_independent_unit_imports_only_base_layers(unit):
+    imported = set().union(*(units(p) for p in FILES if unit_of(p) == unit))
+    assert imported <= BASE | {unit}
+
+
+def test_the_picture_of_the_layers_shows_every_unit_in_its_layer():
+    """Boxes of a lower layer are further down; those of one layer have the same y."""
+    picture = (ROOT / "docs" / "layers.svg").read_text(encoding="utf-8")
+    labels = re.findall(r'<text [^>]*y="([\d.]+)"[^>]*class="mono bold[^>]*>([\w.]+)/?</text>', picture)
+    drawn = {name.removesuffix(".py"): float(y) for y, name in labels}
+    assert drawn.keys() == LAYER_OF.keys()
+    heights = [{drawn[unit] for unit in layer} for layer in LAYERS]
+    assert all(len(layer) == 1 for layer in heights)
+    assert sorted(heights, key=max, reverse=True) == heights
 
 
 def test_kernels_import_nothing_of_the_framework():
@@ -101,13 +113,13 @@ def test_kernels_import_nothing_of_the_framework():
 
 def test_only_one_file_imports_deepspeed():
     users = {name_of(p) for p in FILES if any(n.split(".")[0] == "deepspeed" for n in imports(p))}
-    assert users == {"parallel/zero.py"}
+    assert users == {"parallel/deepspeed_engine.py"}
 
 
-def test_only_the_seam_imports_both_the_model_and_its_spreading():
+def test_only_the_composition_root_imports_both_model_and_parallel():
     def knows_model(names):
         modules = {n for n in names if n.startswith("megasora.model.")}
-        counts = {n for n in modules if n.startswith("megasora.model.flops.")}  # closed forms, no module
+        counts = {n for n in modules if n.startswith("megasora.model.flops.")}  # formulas, not modules
         return bool(modules - counts) or "megasora.build.build_model" in names
 
     both = {
@@ -118,12 +130,12 @@ def test_only_the_seam_imports_both_the_model_and_its_spreading():
     assert both == {"parallelize.py"}
 
 
-def test_no_file_is_a_drawer_for_everything():
+def test_no_file_is_named_utils_or_the_like():
     sources = [
         p for folder in ("megasora", "kernels", "tests", "tools", "benchmarks") for p in (ROOT / folder).rglob("*")
     ]
-    drawers = ("util", "utils", "helper", "helpers", "common", "misc")
-    assert not [str(p) for p in sources if p.stem in drawers]
+    names = ("util", "utils", "helper", "helpers", "common", "misc")
+    assert not [str(p) for p in sources if p.stem in names]
 
 
 def test_kernels_and_tests_are_no_packages():

@@ -1,4 +1,4 @@
-"""The benchmarks in tiny settings: what they count is what can be worked out by hand, and the record says it all."""
+"""The benchmarks in tiny settings: counts equal closed forms, and the record is complete."""
 
 import json
 
@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import balance, memory, step
+from benchmarks import context_balance, memory, step
 from megasora.batch import ContextSplit
 from megasora.config import load
-from megasora.parallel.context_split import attention_work, sent_tokens, tokens
+from megasora.parallel.context_split import (
+    attention_work_per_rank,
+    received_tokens_per_rank,
+    sent_tokens_per_rank,
+    tokens_per_rank,
+)
 
 HEAD = {"date", "commit", "uncommitted_changes", "cpu", "cores", "python", "torch", "numpy"}
 
@@ -23,47 +28,48 @@ def recorded(main, tmp_path, *arguments):
     return record
 
 
-# ---- balance
+# ---- context_balance
 
 
 def test_an_even_split_gives_every_rank_the_same_tokens_and_work():
-    plan = balance.even_split([1, 7, 64, 1000, 3], 8, 256)
-    assert tokens(plan).max() - tokens(plan).min() <= 1
-    assert attention_work(plan).max() <= attention_work(plan).mean() + 1000 + 64 + 7 + 3
+    split = context_balance.even_split([1, 7, 64, 1000, 3], 8, 256)
+    tokens, work = tokens_per_rank(split), attention_work_per_rank(split)
+    assert tokens.max() - tokens.min() <= 1
+    assert work.max() <= work.mean() + 1000 + 64 + 7 + 3
     length_G = np.zeros(5, dtype=int)
-    for _, segment, first, last in plan.pieces_Q4.tolist():
-        length_G[segment] += last - first
+    for _, segment, start, stop in split.pieces_Q4.tolist():
+        length_G[segment] += stop - start
     assert length_G.tolist() == [1, 7, 64, 1000, 3]
 
 
 def test_a_contiguous_split_fills_one_rank_after_the_other():
-    plan = balance.contiguous_split([3, 6, 2], 3, 4)
-    assert plan.pieces_Q4.tolist() == [[0, 0, 0, 3], [0, 1, 0, 1], [1, 1, 1, 5], [2, 1, 5, 6], [2, 2, 0, 2]]
+    split = context_balance.contiguous_split([3, 6, 2], 3, 4)
+    assert split.pieces_Q4.tolist() == [[0, 0, 0, 3], [0, 1, 0, 1], [1, 1, 1, 5], [2, 1, 5, 6], [2, 2, 0, 2]]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_heavy_tailed_mix_fills_the_pack_within_its_bounds(seed):
-    lengths = balance.heavy_tailed(5000, 8, 4000, seed)
+    lengths = context_balance.heavy_tailed(5000, 8, 4000, seed)
     assert 8 <= lengths.min() and lengths.max() <= 4000
     assert 5000 - 8 < lengths.sum() <= 5000
 
 
 def test_balance_counts_the_bytes_of_a_plain_ring(tmp_path):
-    record = recorded(balance.main, tmp_path, "--ranks", "16", "--tokens-per-rank", "4096", "--seeds", "1")
+    record = recorded(context_balance.main, tmp_path, "--ranks", "16", "--slots-per-rank", "4096", "--seeds", "1")
     assert record.keys() == HEAD | {"mix", "model", "cases"}
     (case,) = record["cases"]
-    ways = {r["way"]: r for r in case["results"]}
-    here = 16 * 4096 * (1 - ways["plain ring"]["padding"]) / 16  # tokens of a rank, on average
-    bytes_a_token = 15 * (2 * 2 + 2 * 2 + 2 * 4)  # each makes 15 hops: K, V twice in bf16, their gradients in fp32
-    assert ways["plain ring"]["mb_a_layer_mean"] == pytest.approx(here * bytes_a_token * 5120 / 1e6, rel=1e-12)
-    assert ways["USP"]["of_usp_mean"] == 1.0
-    assert ways["split_pack, ring"]["work_max_over_mean"] < 1.001 < ways["plain ring"]["work_max_over_mean"]
+    results = {r["variant"]: r for r in case["results"]}
+    tokens = 16 * 4096 * (1 - results["plain ring"]["padding"]) / 16  # of a rank, on average
+    bytes_per_token = 15 * (2 * 2 + 2 * 2 + 2 * 4)  # to each of 15 ranks: K, V twice in bf16; gradients in fp32
+    assert results["plain ring"]["mb_per_layer_mean"] == pytest.approx(tokens * bytes_per_token * 5120 / 1e6, rel=1e-12)
+    assert results["USP"]["relative_to_usp_mean"] == 1.0
+    assert results["split_pack, ring"]["work_max_over_mean"] < 1.001 < results["plain ring"]["work_max_over_mean"]
 
 
 # ---- memory
 
 
-def test_a_storage_counts_while_something_refers_to_it():
+def test_a_storage_counts_while_it_is_referenced():
     weight = torch.ones(100, requires_grad=True)
     with memory.LiveStorages([weight]) as storages:
         doubled = weight.detach() * 2
@@ -73,82 +79,82 @@ def test_a_storage_counts_while_something_refers_to_it():
         assert storages.alive() == 400
         del view
         assert storages.alive() == 0
-        kept = [weight.detach()[:50]]  # of a tensor that was there before
+        view_of_known = weight.detach()[:50]  # not counted
         assert storages.alive() == 0
-        loss = (weight.exp() * 3).sum()  # the result of exp is held by its own backward
+        loss = (weight.exp() * 3).sum()  # the result of exp is saved for its backward
         assert storages.alive() == 400 + 4
         loss.backward()
         assert storages.alive() == 4 + 400  # the gradient instead
-        assert len(kept[0]) == 50
+        assert len(view_of_known) == 50
 
 
 @pytest.mark.parametrize("dialect", memory.DIALECTS)
 @pytest.mark.parametrize("mode", memory.MODES)
-def test_a_block_holds_what_its_backward_needs_and_nothing_else(dialect, mode):
+def test_a_block_retains_what_its_backward_needs_and_nothing_else(dialect, mode):
     d, length, heads, words = 128, 96, 2, memory.WORDS
     r = memory.measure(dialect, d, mode, length)
-    norms = {"DiT": heads, "Wan": 1}[dialect]  # of q and k: one a head, or one
+    norms = {"DiT": heads, "Wan": 1}[dialect]  # of q and k: one per head, or one
     expected = {
         "full": length * 2 * d,
         "keep_attention": length * (4 * d + 4 * heads),  # with the log-sum-exp of each head
         "none": length * (34 * d + 4 * r.mlp_hidden)
         + length * 3 * 2 * 4  # means and deviations of three norms
-        + length * 4 * norms  # deviations of q of the cross-attention; those of q and k are computed again
+        + length * 4 * norms  # deviations of q of the cross-attention; those of q and k are recomputed
         + length * 2 * 4 * heads  # log-sum-exp
         + words * (3 * 2 * d + 4 * norms)  # k and v of the caption, k normed, its deviations
         + 6 * 2 * d  # shift, scale and gate of a row
-        + (2 * d if dialect == "DiT" else 0),  # what they are projected from
+        + (2 * d if dialect == "DiT" else 0),  # the input of their projection
     }[mode]
-    assert r.held == expected
+    assert r.retained_bytes == expected
     assert r.ratio == pytest.approx(1, abs=0.1)
 
 
 def test_memory_records_every_width_and_mode(tmp_path):
     record = recorded(memory.main, tmp_path, "--widths", "64", "--tokens", "32")
-    found = [(r["dialect"], r["width"], r["recompute"]) for r in record["results"]]
-    assert found == [(dialect, 64, mode) for dialect in ("DiT", "Wan") for mode in ("none", "full", "keep_attention")]
+    cases = [(r["dialect"], r["width"], r["recompute"]) for r in record["results"]]
+    assert cases == [(dialect, 64, mode) for dialect in ("DiT", "Wan") for mode in ("none", "full", "keep_attention")]
 
 
 # ---- step
 
 
-def test_a_step_is_the_same_however_the_pack_is_split_but_for_its_bytes(tmp_path):
-    width, budget = 32, 512
+def test_only_the_bytes_of_a_step_depend_on_the_split(tmp_path):
+    width, tokens_per_pack = 32, 512
     record = recorded(
-        step.main, tmp_path, "--tokens", str(budget), "--width", str(width), "--turns", "2", "--seeds", "1"
+        step.main, tmp_path, "--tokens", str(tokens_per_pack), "--width", str(width), "--rounds", "2", "--seeds", "1"
     )
     assert [case["layout"] for case in record["cases"]] == list(step.LAYOUTS)
-    lengths = balance.heavy_tailed(budget, step.SHORTEST, step.LONGEST, 0).tolist()
+    lengths = context_balance.heavy_tailed(tokens_per_pack, step.SHORTEST, step.LONGEST, 0).tolist()
     losses, norms = [], []
     for case in record["cases"]:
         config = load(None, step.LAYOUTS[case["layout"]][1])
         ring, t = config.parallel.context, config.parallel.tensor
-        assert [r["way"] for r in case["results"]] == list(step.WAYS)
+        assert [r["variant"] for r in case["results"]] == list(step.VARIANTS)
         for r in case["results"]:
-            plan = step.WAYS[r["way"]](lengths, ring, -(-budget // (ring * t)) * t)
+            split = step.VARIANTS[r["variant"]](lengths, ring, -(-tokens_per_pack // (ring * t)) * t)
             # K and V forward, again backward, and their gradients to the owner; fp32, 2 layers, heads over t ranks
-            sent = sent_tokens(plan) * 2 + balance.received_tokens(plan)
+            sent = sent_tokens_per_rank(split) * 2 + received_tokens_per_rank(split)
             expected = [int(n) * 2 * 4 * width // t * 2 for n in sent for _ in range(t)]
             assert r["lengths"] == lengths
             assert r["bytes_sent"] == expected
             assert len(r["seconds"]) == 2 and all(0 < max(c) for c in r["cpu_seconds"])
             losses.append(r["loss"])
             norms.append(r["gradient_norm"])
-    assert losses == pytest.approx([losses[0]] * 9, rel=step.SAME)  # over layouts too
-    assert norms == pytest.approx([norms[0]] * 9, rel=step.SAME)
+    assert losses == pytest.approx([losses[0]] * 9, rel=step.TOLERANCE)  # over layouts too
+    assert norms == pytest.approx([norms[0]] * 9, rel=step.TOLERANCE)
     assert losses[0] > 0.1 and norms[0] > 0.1
 
 
-def test_a_plan_that_loses_tokens_is_no_step(monkeypatch):
-    def careless(lengths, ranks, tokens_per_rank):
-        plan = step.split_pack(lengths, ranks, tokens_per_rank)
-        return ContextSplit(plan.ranks, plan.slots_per_rank, plan.pieces_Q4[:-1])
+def test_a_split_that_loses_tokens_raises_an_error(monkeypatch):
+    def lossy_split(lengths, ranks, slots_per_rank):
+        split = step.split_pack(lengths, ranks, slots_per_rank)
+        return ContextSplit(split.ranks, split.slots_per_rank, split.pieces_Q4[:-1])
 
-    monkeypatch.setattr(step, "WAYS", {"split_pack": step.split_pack, "careless": careless})
+    monkeypatch.setattr(step, "VARIANTS", {"split_pack": step.split_pack, "lossy": lossy_split})
     config = load(
         None,
         ["parallel.context=2", "data.tokens_per_pack=256", "model.width=32", "model.heads=4", "model.depth=1",
          "codec.channels=4", "run.dtype=float32"],
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="with the careless split"):
+    with pytest.raises(RuntimeError, match="with the lossy split"):
         step.measure(config, 2, 0, 1)

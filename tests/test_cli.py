@@ -128,7 +128,7 @@ def test_shards_prints_the_counts_of_each_split(shards, capsys):
         numbers = [counts[key] for key in ("clips", "images", "frames", "tokens", "max_tokens")]
         assert rows[split] == [*numbers, len(counts["shards"])]
     assert rows["train"][0] == 60 and rows["val"][0] == 8
-    assert manifest.codec in shown and manifest.text in shown
+    assert manifest.codec_fingerprint in shown and manifest.text_fingerprint in shown
     bars = [line.split() for line in shown.split("tokens per clip, train split\n")[1].splitlines()]
     assert sum(int(bar[2] if bar[1] != ".." else bar[3]) for bar in bars) == 60
 
@@ -147,9 +147,9 @@ def test_sample_writes_a_video_a_sheet_and_a_sidecar_marked_as_generated(trained
         assert json.loads(sheet.text["Comment"]) == provenance
         assert sheet.width > 6 * 24
     sidecar = json.loads((tmp_path / "out.json").read_text())
-    how = {"size": "16x24", "frames": 6, "fps": 8.0, "solver": "heun", "weights": "ema"}
-    how |= {"guidance_scale": 2.0, "num_inference_steps": 2}
-    assert facts == {**who, **how, "image": ""}
+    settings = {"size": "16x24", "frames": 6, "fps": 8.0, "solver": "heun", "weights": "ema"}
+    settings |= {"guidance_scale": 2.0, "num_inference_steps": 2, "image": ""}
+    assert sidecar == {**provenance, **settings}
     assert str(out) in capsys.readouterr().out
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import blocks, figure, gpu, kernels, tune
-from benchmarks.blocks import BlockResult, Case
+from benchmarks import figure, gpu, kernels, transformer_block, tune
 from benchmarks.kernels import AttentionResult, OperationResult
+from benchmarks.transformer_block import BlockResult, Case
 from megasora.kernels.launch import Launch
 from megasora.testing.operations import OPERATIONS, Size
 
@@ -118,27 +118,27 @@ def test_flops_of_a_block_are_the_formula_of_performance_notes():
     d, ff, s, words = 5120, 13_824, 36_864, 512
     linear = 4 * d * d + 2 * d * ff + 2 * d * d + 2 * d * d * words / s
     expected = 3 * s * 2 * (linear + 2 * s * d + 2 * words * d)
-    assert blocks.block_flops(Case("Wan-14B", s, "none")) == pytest.approx(expected, rel=1e-12)
-    for shape, (_, _, hidden) in blocks.SHAPES.items():
-        model = blocks.config_of(Case(shape, 8192, "none"), "torch").model
+    assert transformer_block.block_flops(Case("Wan-14B", s, "none")) == pytest.approx(expected, rel=1e-12)
+    for shape, (_, _, hidden) in transformer_block.SHAPES.items():
+        model = transformer_block.config_of(Case(shape, 8192, "none"), "torch").model
         assert model.mlp_hidden == hidden
-    assert all(math.prod(grid) == tokens for tokens, grid in blocks.GRIDS.items())
+    assert all(math.prod(grid) == tokens for tokens, grid in transformer_block.GRIDS.items())
 
 
 @pytest.fixture
 def tiny(monkeypatch) -> None:
-    monkeypatch.setitem(blocks.SHAPES, "tiny", (32, 2, 64))
-    monkeypatch.setitem(blocks.GRIDS, 24, (2, 3, 4))
-    monkeypatch.setattr(blocks, "WORDS", 5)
+    monkeypatch.setitem(transformer_block.SHAPES, "tiny", (32, 2, 64))
+    monkeypatch.setitem(transformer_block.GRIDS, 24, (2, 3, 4))
+    monkeypatch.setattr(transformer_block, "WORDS", 5)
 
 
 def output_and_gradients(kernel: str, recompute: str, change=lambda inputs: inputs) -> list[Tensor]:
     """Of a tiny block in fp32, for its inputs and its weights; unused ones are left out."""
-    block, x_LD, inputs = blocks.build_block(Case("tiny", 24, recompute), kernel, "cpu")
+    block, x_LD, inputs = transformer_block.build_block(Case("tiny", 24, recompute), kernel, "cpu")
     block, x_LD = block.float(), x_LD.detach().float().requires_grad_()
     inputs = inputs._make(x.detach().float().requires_grad_() if is_leaf(x) else x for x in inputs)
     leaves = [x for x in (x_LD, *inputs, *block.parameters()) if is_leaf(x)]
-    out = blocks.forward_step(block, x_LD, change(inputs), recompute)()
+    out = transformer_block.forward_step(block, x_LD, change(inputs), recompute)()
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     gradients = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
     return [out, *(x for x in gradients if x is not None)]
@@ -164,8 +164,8 @@ def test_a_block_does_the_same_however_it_recomputes(kernel):
 @pytest.mark.usefixtures("tiny")
 def test_all_ways_to_compute_a_block_agree():
     expected = output_and_gradients("torch", "none")
-    with blocks.plainly():
-        plain = output_and_gradients("torch", "none", blocks.with_angles)
+    with transformer_block.reference_operations():
+        plain = output_and_gradients("torch", "none", transformer_block.with_angles)
     for found in (plain, output_and_gradients("triton", "none")):
         for a, b in zip(found, expected, strict=True):
             assert (a - b).detach().abs().max() <= 1e-4 * b.detach().abs().max()
@@ -175,10 +175,10 @@ def test_all_ways_to_compute_a_block_agree():
 @pytest.mark.usefixtures("tiny")
 def test_a_block_written_plainly_calls_no_operation_of_ours(monkeypatch):
     called = []
-    for owner, name, _ in blocks.PLAINLY:
+    for owner, name, _ in transformer_block.REFERENCES:
         monkeypatch.setattr(owner, name, lambda *given, **named: called.append(1))
-    with blocks.plainly():
-        output_and_gradients("torch", "none", blocks.with_angles)
+    with transformer_block.reference_operations():
+        output_and_gradients("torch", "none", transformer_block.with_angles)
     assert not called
 
 
@@ -200,12 +200,12 @@ def made_up_record() -> dict:
                         operations.append(vars(result))
     failed = OperationResult("rope3d", kernels.TOKENS, 5120, "quack", "both", None, None, None, 1e9, "out of memory")
     results = []
-    for case in blocks.block_cases(quick=False):
+    for case in transformer_block.block_cases(quick=False):
         for way, mfu in (("ours", 0.56), ("compile", 0.44), ("eager", 0.31)):
             if (case.tokens, way) == (73_728, "eager"):
                 results.append(BlockResult(*vars(case).values(), way, 1e14, *[None] * 5, error="out of memory"))
             else:
-                mfu -= 0.04 * blocks.RECOMPUTE.index(case.recompute)
+                mfu -= 0.04 * transformer_block.RECOMPUTE.index(case.recompute)
                 results.append(BlockResult(*vars(case).values(), way, 1e14, 200.0, 70.0, 400.0, mfu, 12.0))
     passes = {"forward": 500.0, "backward": 400.0}
     packs = [AttentionResult("heavy tail", 65_536, 40, 128, 17, 20_000, 30_000, passes, passes, dict(passes))]
@@ -233,7 +233,7 @@ def test_tables_show_what_was_measured():
     assert lines[0][-2:] == ["0.500 | 0.500", "1.00 | 1.00"]
     small = text_of(kernels.operation_table(4096, operations))
     assert len(small) == len(kernels.TIMED) * len(kernels.WIDTHS) and small[0][-1] == "- | -"
-    table = text_of(blocks.block_table([BlockResult(**b) for b in record["blocks"]]))
+    table = text_of(transformer_block.block_table([BlockResult(**b) for b in record["blocks"]]))
     assert table[0] == ["Wan-14B", "36,864", "none", "56.0% (200.0, 12.0)", "31.0% (200.0, 12.0)",
                         "44.0% (200.0, 12.0)", "1.00"]  # fmt: skip
     assert [row[4] for row in table if row[1] == "73,728"] == ["-"] * 6

@@ -1,4 +1,4 @@
-"""Ingest: captions from where people keep them, whole shards or nothing, a reason for every clip that is left out."""
+"""`ingest` from clips to shards: caption files, records, rejected clips with their reasons, and failures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def captions(folder: Path, split: str = "train") -> list[str]:
 
 
 def sources(folder: Path, split: str = "train") -> dict[str, int]:
-    """File name -> sample id."""
+    """Source name -> sample id."""
     shards = ShardSplit.open(folder, split)
     return {shards.read_meta(i)["source"]: shards.index[i].sample_id for i in range(len(shards))}
 
@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def everything_below(folder: Path) -> list[str]:
+def paths_below(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
 
 
@@ -80,8 +80,8 @@ def test_captions_come_from_txt_json_and_jsonl(tmp_path):
     (clips / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     near = json.dumps({"file": "e.png", "caption": "from\u2028the nearer table"}, ensure_ascii=False)
     (clips / "deep" / "captions.jsonl").write_text(near, encoding="utf-8")
-    found = {source.media.path.name: source.caption for source in find_clips(clips)}
-    assert found == {
+    captions = {clip.media.path.name: clip.caption for clip in find_clips(clips)}
+    assert captions == {
         "a.png": "from a text file",
         "b.png": "from a json file",
         "c.png": "from the table",
@@ -106,41 +106,41 @@ def test_captions_come_from_txt_json_and_jsonl(tmp_path):
         ("captions.jsonl", b"\xff\n", "captions.jsonl is not UTF-8 text"),
     ],
 )
-def test_a_caption_that_is_no_text_is_refused_by_file_and_line(name, data, words, tmp_path):
+def test_a_caption_that_is_not_text_is_an_error_with_file_and_line(name, data, words, tmp_path):
     make_still(tmp_path / "clips" / "a.png", caption=None)
     (tmp_path / "clips" / name).write_bytes(data)
     with pytest.raises(MegaSoraError, match=words):
         ingest(tmp_path / "clips", tmp_path / "shards", settings())
-    assert everything_below(tmp_path) == sorted(["clips", "clips/a.png", f"clips/{name}"])
+    assert paths_below(tmp_path) == sorted(["clips", "clips/a.png", f"clips/{name}"])
 
 
 @pytest.fixture
-def half_captioned(tmp_path) -> Path:
-    """Three clips, one caption missing and one of white space."""
+def partly_captioned(tmp_path) -> Path:
+    """Three clips: one without a caption, one whose caption is white space."""
     make_still(tmp_path / "clips" / "a.png", caption="a caption")
     make_still(tmp_path / "clips" / "b.png", caption=None)
     make_still(tmp_path / "clips" / "c.png", caption=" \n")
     return tmp_path / "clips"
 
 
-def test_a_missing_caption_is_an_error_with_the_count_and_the_remedies(half_captioned, tmp_path):
-    with pytest.raises(MegaSoraError) as refusal:
-        ingest(half_captioned, tmp_path / "shards", settings())
-    for word in ("b.png has no caption (2 of 3", "b.txt", "ingest.missing_caption=skip", "=empty"):
-        assert word in str(refusal.value)
+def test_a_missing_caption_is_an_error_with_the_count_and_the_remedies(partly_captioned, tmp_path):
+    with pytest.raises(MegaSoraError) as error:
+        ingest(partly_captioned, tmp_path / "shards", settings())
+    for words in ("b.png has no caption (2 of 3", "b.txt", "ingest.missing_caption=skip", "=empty"):
+        assert words in str(error.value)
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_missing_caption_can_be_skipped_or_left_empty(half_captioned, tmp_path):
-    manifest = ingest(half_captioned, tmp_path / "skip", settings("ingest.missing_caption=skip"))
+def test_a_missing_caption_is_skipped_or_empty_as_configured(partly_captioned, tmp_path):
+    manifest = ingest(partly_captioned, tmp_path / "skip", settings("ingest.missing_caption=skip"))
     assert captions(tmp_path / "skip") == ["a caption"]
     assert manifest.rejected == {"no caption": 2}
-    manifest = ingest(half_captioned, tmp_path / "empty", settings("ingest.missing_caption=empty"))
+    manifest = ingest(partly_captioned, tmp_path / "empty", settings("ingest.missing_caption=empty"))
     assert captions(tmp_path / "empty") == ["a caption", "", ""]
     assert manifest.rejected == {}
 
 
-def test_a_caption_longer_than_the_encoder_takes_rejects_its_clip_alone(tmp_path):
+def test_a_caption_that_is_too_long_rejects_only_its_clip(tmp_path):
     make_still(tmp_path / "clips" / "a.png", caption="five words are too many")
     make_still(tmp_path / "clips" / "b.png", caption="four words are fine")
     manifest = ingest(tmp_path / "clips", tmp_path / "shards", settings("text.max_tokens=4"))
@@ -148,11 +148,11 @@ def test_a_caption_longer_than_the_encoder_takes_rejects_its_clip_alone(tmp_path
     assert captions(tmp_path / "shards") == ["four words are fine"]
 
 
-# ---------------------------------------------------------------- what comes out
+# ---------------------------------------------------------------- records
 
 
-def test_shards_hold_the_frames_that_the_codec_keeps(tmp_path):
-    """One still with every coefficient kept: decoded patches are its pixels; sides of 13 x 21 are padded, not cut."""
+def test_decoded_patches_are_the_frames_of_the_clip(tmp_path):
+    """An image with all coefficients: decoded patches equal its pixels; sides of 13 x 21 are padded, not cropped."""
     pixels = np.random.default_rng(0).integers(0, 255, (13, 21, 3), dtype=np.uint8)
     (tmp_path / "clips").mkdir()
     write_image(pixels, tmp_path / "clips" / "a.png")
@@ -162,17 +162,17 @@ def test_shards_hold_the_frames_that_the_codec_keeps(tmp_path):
     record = ShardSplit.open(tmp_path / "shards", "train").read(0, lambda text: torch.zeros(1, 1))
     assert record.grid == (1, 2, 3) and record.native_size == (13.0, 21.0, 1.0, 0.0)
     frame = build_codec(config.codec).decode(unpatchify(record.patches_LP.float(), record.grid, (1, 1, 1)))[0]
-    whole = (frame.permute(1, 2, 0).numpy() + 1) * 127.5
-    assert np.abs(whole[:13, :21] - pixels).max() < 1.0  # half precision
-    assert np.abs(whole[13:, :21] - pixels[-1:]).max() < 1.0
+    decoded = (frame.permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(decoded[:13, :21] - pixels).max() < 1.0  # float16
+    assert np.abs(decoded[13:, :21] - pixels[-1:]).max() < 1.0
 
 
-def test_native_size_length_and_rate_are_kept_and_the_folder_val_is_held_out(tmp_path):
+def test_records_have_native_size_length_and_rate_and_the_folder_val_is_the_validation_split(tmp_path):
     clips = tmp_path / "clips"
     make_video(clips / "train" / "a.mp4", frames=9, height=16, width=24)
     make_video(clips / "b.mp4", frames=6, height=24, width=16)
     make_video(clips / "val" / "c.mp4", frames=5)
-    make_video(clips / "train" / "val" / "d.mp4", frames=5)  # only directly under the source
+    make_video(clips / "train" / "val" / "d.mp4", frames=5)  # `val` counts only directly below the source
     manifest = ingest(clips, tmp_path / "shards", settings("ingest.missing_caption=empty"))
     train, val = (ShardSplit.open(tmp_path / "shards", split) for split in ("train", "val"))
     assert sources(tmp_path / "shards") == {"b.mp4": 0, "train/a.mp4": 1, "train/val/d.mp4": 2}
@@ -184,13 +184,13 @@ def test_native_size_length_and_rate_are_kept_and_the_folder_val_is_held_out(tmp
     assert manifest.splits["train"]["frames"] == 20 and manifest.splits["train"]["tokens"] == 18 + 18 + 12
 
 
-def test_two_ingests_of_one_folder_make_the_same_bytes(clips, tmp_path):
+def test_shards_do_not_depend_on_the_number_of_workers(clips, tmp_path):
     for name, workers in (("one", 1), ("two", 3)):
         ingest(clips, tmp_path / name, settings("ingest.missing_caption=empty", f"ingest.workers={workers}"))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_large_folders_are_written_as_several_tars(tmp_path):
+def test_a_tar_that_reaches_shard_mib_is_closed(tmp_path):
     clips = tmp_path / "clips"
     for i in range(3):
         make_video(clips / f"{i}.mp4", height=128, width=256, frames=29)
@@ -200,7 +200,7 @@ def test_large_folders_are_written_as_several_tars(tmp_path):
     assert list(sources(tmp_path / "shards")) == ["0.mp4", "1.mp4", "2.mp4"]
 
 
-def test_names_with_spaces_quotes_brackets_and_emoji_are_names(tmp_path, capsys):
+def test_file_names_may_have_spaces_quotes_brackets_and_emoji(tmp_path, capsys):
     names = [
         "a red one.png",
         'it\'s "quoted".png',
@@ -219,10 +219,10 @@ def test_names_with_spaces_quotes_brackets_and_emoji_are_names(tmp_path, capsys)
     assert sorted(sources(tmp_path / "my shards")) == sorted(names)
     assert sorted(captions(tmp_path / "my shards")) == sorted(" ".join(f"this is {name}".split()) for name in names)
     shown = capsys.readouterr().out.replace("\n", "").replace(" ", "").replace("│", "")
-    assert "broken[red].png" in shown  # brackets are no markup
+    assert "broken[red].png" in shown  # brackets are not read as markup
 
 
-def test_paths_through_parent_folders_are_paths(tmp_path):
+def test_paths_may_contain_parent_folders(tmp_path):
     make_still(tmp_path / "clips" / "a.png", caption="above the list")
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "list.txt").write_text("../clips/a.png\n")
@@ -231,25 +231,25 @@ def test_paths_through_parent_folders_are_paths(tmp_path):
     assert sources(tmp_path / "shards") == {"../clips/a.png": 0}
 
 
-def test_hidden_files_and_other_files_are_no_clips(tmp_path):
+def test_hidden_files_and_other_files_are_not_clips(tmp_path):
     make_still(tmp_path / "clips" / "a.png")
     make_still(tmp_path / "clips" / ".b.png")
     (tmp_path / "clips" / "notes.md").write_text("# notes")
     (tmp_path / "clips" / "folder.mp4").mkdir()
-    assert [source.media.path.name for source in find_clips(tmp_path / "clips")] == ["a.png"]
+    assert [clip.media.path.name for clip in find_clips(tmp_path / "clips")] == ["a.png"]
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- rejections and errors
 
 
-def broken_among_good(folder: Path) -> Path:
+def four_videos(folder: Path) -> Path:
     for i in range(4):
         make_video(folder / f"{i}.mp4", shade=40 * i).with_suffix(".txt").write_text(f"clip {i}")
     return folder
 
 
-def test_a_broken_clip_is_counted_with_its_reason_and_the_others_are_kept(tmp_path, capsys):
-    clips = broken_among_good(tmp_path / "clips")
+def test_a_damaged_clip_is_counted_with_its_reason_and_the_others_are_written(tmp_path, capsys):
+    clips = four_videos(tmp_path / "clips")
     (clips / "1.mp4").write_text("this is text\n" * 100)
     (clips / "2.mp4").write_bytes(b"")
     manifest = ingest(clips, tmp_path / "shards", settings())
@@ -259,17 +259,17 @@ def test_a_broken_clip_is_counted_with_its_reason_and_the_others_are_kept(tmp_pa
     shown = capsys.readouterr().out
     assert "unreadable" in shown and "empty file" in shown
     files = ["blocks", "blocks/000000.json", MANIFEST, "ingest.json"]
-    assert everything_below(tmp_path / "shards") == [*files, "train-000000-000.index.npy", "train-000000-000.tar"]
+    assert paths_below(tmp_path / "shards") == [*files, "train-000000-000.index.npy", "train-000000-000.tar"]
 
 
-def test_sample_ids_stay_when_another_clip_breaks(tmp_path):
-    clips = broken_among_good(tmp_path / "clips")
-    ingest(clips, tmp_path / "whole", settings())
+def test_sample_ids_do_not_change_when_another_clip_is_damaged(tmp_path):
+    clips = four_videos(tmp_path / "clips")
+    ingest(clips, tmp_path / "complete", settings())
     (clips / "1.mp4").write_bytes((clips / "1.mp4").read_bytes()[:400])
-    ingest(clips, tmp_path / "less", settings())
-    whole, less = sources(tmp_path / "whole"), sources(tmp_path / "less")
-    assert whole == {"0.mp4": 0, "1.mp4": 1, "2.mp4": 2, "3.mp4": 3}
-    assert less == {name: number for name, number in whole.items() if name != "1.mp4"}
+    ingest(clips, tmp_path / "damaged", settings())
+    complete, damaged = sources(tmp_path / "complete"), sources(tmp_path / "damaged")
+    assert complete == {"0.mp4": 0, "1.mp4": 1, "2.mp4": 2, "3.mp4": 3}
+    assert damaged == {name: sample_id for name, sample_id in complete.items() if name != "1.mp4"}
 
 
 def nothing_usable(tmp_path: Path) -> Path:
@@ -303,61 +303,61 @@ SOURCES = [
 
 
 @pytest.mark.parametrize(("make", "words"), SOURCES, ids=lambda v: getattr(v, "__name__", ""))
-def test_a_source_without_a_usable_clip_is_refused_and_nothing_is_left_behind(make, words, tmp_path):
+def test_a_source_without_a_usable_clip_is_an_error_and_leaves_no_files(make, words, tmp_path):
     source = make(tmp_path)
-    before = everything_below(tmp_path)
+    before = paths_below(tmp_path)
     for out in (tmp_path / "shards", tmp_path / "new" / "folders" / "shards"):
         with pytest.raises(MegaSoraError, match=words):
             ingest(source, out, settings())
-        assert everything_below(tmp_path) == before
+        assert paths_below(tmp_path) == before
 
 
-def test_a_destination_that_holds_something_is_refused_and_left_alone(tmp_path):
+def test_an_output_folder_with_other_files_is_an_error_and_is_not_changed(tmp_path):
     make_still(tmp_path / "clips" / "a.png")
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "precious.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    before = everything_below(tmp_path)
+    (tmp_path / "shards" / "other.txt").write_text("other")
+    (tmp_path / "file").write_text("other")
+    before = paths_below(tmp_path)
     for out in ("shards", "file"):
         with pytest.raises(MegaSoraError, match=f"{out} exists and is not empty; remove it or give another --out"):
             ingest(tmp_path / "clips", tmp_path / out, settings())
-    assert everything_below(tmp_path) == before
+    assert paths_below(tmp_path) == before
 
 
-def test_an_empty_destination_is_used_also_through_a_link_and_as_the_working_folder(tmp_path, monkeypatch):
+def test_an_empty_output_folder_may_be_a_link_or_the_working_folder(tmp_path, monkeypatch):
     make_still(tmp_path / "clips" / "a.png")
-    for name in ("empty", "target", "here"):
+    for name in ("empty", "target", "current"):
         (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     ingest(tmp_path / "clips", tmp_path / "empty", settings())
     ingest(tmp_path / "clips", tmp_path / "link", settings())
-    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "current")
     ingest(tmp_path / "clips", Path("."), settings())
-    for name in ("empty", "target", "here"):
+    for name in ("empty", "target", "current"):
         assert captions(tmp_path / name) == ["a still"]
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_leaves_no_files(tmp_path, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     make_still(tmp_path / "clips" / "a.png")
-    before = everything_below(tmp_path)
+    before = paths_below(tmp_path)
     monkeypatch.setattr("megasora.data.shard_writer.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         ingest(tmp_path / "clips", tmp_path / "shards", settings())
-    assert everything_below(tmp_path) == before
+    assert paths_below(tmp_path) == before
 
 
-def test_an_ingest_interrupted_in_its_first_block_leaves_nothing(tmp_path, monkeypatch):
+def test_an_ingest_interrupted_in_its_first_block_leaves_no_files(tmp_path, monkeypatch):
     make_still(tmp_path / "clips" / "a.png")
-    before = everything_below(tmp_path)
+    before = paths_below(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("megasora.data.shard_writer.BlockWriter.commit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ingest(tmp_path / "clips", tmp_path / "shards", settings())
-    assert everything_below(tmp_path) == before
+    assert paths_below(tmp_path) == before
     ingest(tmp_path / "clips", tmp_path / "shards", settings())
     assert captions(tmp_path / "shards") == ["a still"]
 

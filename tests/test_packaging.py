@@ -1,4 +1,4 @@
-"""What is built from this tree, and what `make install` decides: tried from outside the tree, without network."""
+"""The wheel and sdist built from this tree, and the decisions of `make install`; from outside the tree, offline."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def python(code_or_module: list[str], cwd: Path, **environment: str) -> str:
 
 
 def shipped_files(folder: Path) -> set[str]:
-    """What a package must hold: every file of megasora/ that is shipped, kernels/ through the link included."""
+    """All files of megasora/ that a package must contain, with those of kernels/, which is a link."""
     package = folder / "megasora"
     paths = [*package.rglob("*"), *(package / "kernels").rglob("*")]  # rglob does not enter links
     return {str(path.relative_to(folder)) for path in paths if path.is_file() and path.suffix in SHIPPED}
@@ -38,7 +38,7 @@ def shipped_files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of what the packages are made from, so that building writes nothing into the tree."""
+    """A copy of the sources, so that building writes nothing into the tree."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -49,7 +49,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(source, tmp_path_factory) -> SimpleNamespace:
-    """The sdist, and the wheel that is built from the sdist, each unpacked or installed in a folder of its own."""
+    """The sdist, and the wheel built from it, each unpacked or installed in its own folder."""
     out = tmp_path_factory.mktemp("built")
     python(["-m", "build", "--no-isolation", "--outdir", str(out / "dist"), str(source)], cwd=out)
     (wheel,), (sdist,) = (out / "dist").glob("*.whl"), (out / "dist").glob("*.tar.gz")
@@ -65,14 +65,14 @@ def wheel_file(wheel: Path, name: str) -> str:
         return archive.read(path).decode()
 
 
-def test_kernels_are_reached_by_a_link_and_shadow_no_package():
+def test_kernels_are_a_link_and_shadow_no_package():
     assert os.readlink(ROOT / "megasora" / "kernels") == "../kernels"
     assert not list(ROOT.glob("kernels/**/__init__.py"))
     assert not list(ROOT.glob("tests/**/__init__.py"))
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_package_holds_every_file_of_the_tree_and_no_other(built, source, kind):
+def test_package_contains_every_file_of_the_tree_and_no_other(built, source, kind):
     expected = shipped_files(source)
     assert any(name.startswith("megasora/kernels/") for name in expected)
     assert shipped_files(built.folders[kind]) == expected
@@ -86,7 +86,7 @@ def test_wheel_puts_only_megasora_at_the_top_level(built):
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_package_and_its_kernels_import_from_another_folder(built, kind):
-    """The origin of each module tells the built package from the editable install, which also answers the import."""
+    """Checks the file of each module, since the editable install would be imported too."""
     folder = built.folders[kind]
     names = sorted(path.stem for path in (folder / "megasora" / "kernels").glob("*.py"))
     code = (
@@ -109,7 +109,7 @@ def test_wheel_declares_the_command_and_the_license(built):
 
 
 def test_constraints_pin_every_requirement(built):
-    """All but flash-attn, which is built for the torch of the machine it is on."""
+    """All but flash-attn, which is built for the torch of its machine."""
     metadata = email.message_from_string(wheel_file(built.wheel, "METADATA"))
     required = {re.match(r"[\w.-]+", line).group(0) for line in metadata.get_all("Requires-Dist")}
     pinned = set(re.findall(r"^([\w.-]+)==[\w.]+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
@@ -118,7 +118,7 @@ def test_constraints_pin_every_requirement(built):
 
 
 def test_version_has_one_source(source, tmp_path):
-    """Another version in megasora/__init__.py is the version of the package, and nothing is imported to find it."""
+    """The version of the package is that of megasora/__init__.py, which is not imported to read it."""
     copy = tmp_path / "source"
     shutil.copytree(source, copy, symlinks=True, ignore=shutil.ignore_patterns("*.egg-info", "build"))
     init = copy / "megasora" / "__init__.py"
@@ -128,7 +128,7 @@ def test_version_has_one_source(source, tmp_path):
 
 
 def test_import_is_light(tmp_path):
-    """`import megasora` loads no package but itself; seconds would depend on the machine, the modules do not."""
+    """`import megasora` imports no other package; unlike its seconds, this does not depend on the machine."""
     code = (
         "import sys; before = set(sys.modules); import megasora, megasora.errors\n"
         "loaded = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
@@ -151,7 +151,7 @@ def install():
 
 
 def fake_interpreters(folder: Path, monkeypatch, **answers: str) -> None:
-    """Programs that answer the probe with a fixed line, alone on PATH."""
+    """Programs that print a fixed line; PATH has no others."""
     for name, answer in answers.items():
         program = folder / name.replace("_", ".")
         program.write_text(f"#!/bin/sh\necho '{answer}'\n")
@@ -159,27 +159,27 @@ def fake_interpreters(folder: Path, monkeypatch, **answers: str) -> None:
     monkeypatch.setenv("PATH", str(folder))
 
 
-def test_python_3_11_is_taken_where_no_torch_sees_a_gpu(install, tmp_path, monkeypatch):
+def test_python_3_11_is_chosen_if_no_torch_sees_a_gpu(install, tmp_path, monkeypatch):
     fake_interpreters(tmp_path, monkeypatch, python3="3.12", python3_11="3.11", python3_13="3.13")
     assert install.choose_interpreter() == (str(tmp_path / "python3.11"), set())
 
 
-def test_interpreter_whose_torch_sees_a_gpu_is_taken_and_its_requirements_kept(install, tmp_path, monkeypatch):
+def test_an_interpreter_whose_torch_sees_a_gpu_is_chosen_and_its_requirements_kept(install, tmp_path, monkeypatch):
     answer = '3.12 torch triton setuptools<82 Typing_Extensions>=4.10 nvidia-nccl-cu13==2.28;sys_platform=="linux"'
     fake_interpreters(tmp_path, monkeypatch, python3_11="3.11", python3=answer)
-    path, kept = install.choose_interpreter()
+    path, kept_names = install.choose_interpreter()
     assert path == str(tmp_path / "python3")
-    assert kept == {"torch", "triton", "setuptools", "typing-extensions", "nvidia-nccl-cu13"}
+    assert kept_names == {"torch", "triton", "setuptools", "typing-extensions", "nvidia-nccl-cu13"}
 
 
-def test_old_python_is_refused_with_its_version_and_the_remedy(install, tmp_path, monkeypatch):
+def test_old_python_is_an_error_with_its_version_and_the_remedy(install, tmp_path, monkeypatch):
     fake_interpreters(tmp_path, monkeypatch, python3="3.9")
     with pytest.raises(SystemExit, match=r"python3 is 3\.9.*apt-get install python3\.11 python3\.11-venv"):
         install.choose_interpreter()
 
 
 @pytest.mark.parametrize("sees_gpu", [True, False])
-def test_probe_reports_a_torch_exactly_if_it_sees_a_gpu(install, tmp_path, monkeypatch, sees_gpu):
+def test_probe_reports_torch_if_and_only_if_it_sees_a_gpu(install, tmp_path, monkeypatch, sees_gpu):
     (tmp_path / "torch.py").write_text(
         f"class cuda:\n    @staticmethod\n    def is_available():\n        return {sees_gpu}\n"
     )
@@ -190,12 +190,12 @@ def test_probe_reports_a_torch_exactly_if_it_sees_a_gpu(install, tmp_path, monke
         'Requires-Dist: setuptools<82\nRequires-Dist: optree>=0.13; extra == "optree"\n'
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    version, kept = install.probe(os.path.realpath(sys.executable))
+    version, kept_names = install.probe(os.path.realpath(sys.executable))
     assert version == sys.version_info[:2]
-    assert kept == ({"torch", "triton", "setuptools"} if sees_gpu else set())
+    assert kept_names == ({"torch", "triton", "setuptools"} if sees_gpu else set())
 
 
-def test_what_is_kept_is_neither_constrained_nor_installed(install, tmp_path, monkeypatch):
+def test_kept_packages_are_neither_constrained_nor_installed(install, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(
         install.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0)

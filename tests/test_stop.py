@@ -1,4 +1,4 @@
-"""A request to stop: noted, agreed on by all processes, and answered by one checkpoint and its own exit code."""
+"""A stop request is recorded, all processes stop after the same step, save one checkpoint and exit with STOPPED."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import check_same_saves, is_running, lines, train_arguments
+from conftest import check_same_checkpoints, is_running, read_jsonl, train_arguments
 
 from megasora.errors import CONFIGURATION, DONE, STOPPED
 from megasora.stop import STOP_SIGNALS, StopSignal
@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_noted_and_ends_nothing(number):
-    before = signal.getsignal(number)
+def test_a_signal_is_recorded_and_does_not_end_the_process(number):
+    handler = signal.getsignal(number)
     with StopSignal() as stop:
         assert not stop.requested()
         os.kill(os.getpid(), number)
         assert stop.requested() and stop.name == number.name
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is handler
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen:
@@ -55,12 +55,12 @@ def test_a_request_to_one_process_stops_both_after_the_same_step_and_saves_once(
     wait_for_steps(run, 3, process)
     os.kill(rank_of(process, 1), signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
-    done = len(lines(run))
+    done = len(read_jsonl(run))
     assert 3 <= done < 300
     assert (run / "checkpoints" / "latest").read_text() == f"step-{done:08d}\n"
     assert [p.name for p in (run / "checkpoints").glob("*step-*")] == [f"step-{done:08d}"]
-    told = json.loads((run / "exit.json").read_text())
-    assert told["code"] == STOPPED and f"saved after step {done}" in told["reason"]
+    recorded = json.loads((run / "exit.json").read_text())
+    assert recorded["code"] == STOPPED and f"saved after step {done}" in recorded["reason"]
     assert f"exitcode  : {STOPPED}" in output and output.count("stopped on request, saved") == 1
     assert process.returncode == 1  # torchrun's own
 
@@ -76,11 +76,11 @@ def test_processes_of_a_killed_launcher_end_within_five_seconds(shards, tiny, tm
     process.wait()
     end = time.monotonic() + 5
     while any(is_running(pid) for pid in ranks):
-        assert time.monotonic() < end, f"processes {ranks} go on without their launcher"
+        assert time.monotonic() < end, f"processes {ranks} still run without their launcher"
         time.sleep(0.02)
 
 
-def test_of_two_launches_on_one_run_folder_the_second_is_refused_and_the_first_goes_on(shards, tiny, tmp_path):
+def test_a_second_launch_on_a_run_folder_is_an_error_and_the_first_continues(shards, tiny, tmp_path):
     run = tmp_path / "run"
     settings = [*train_arguments(run, shards, tiny), "run.steps=100000", "checkpoint.every=100000"]
     command = ["megasora.train", *settings, "validation.every=100000"]
@@ -90,46 +90,47 @@ def test_of_two_launches_on_one_run_folder_the_second_is_refused_and_the_first_g
     output, _ = second.communicate(timeout=60)
     assert second.returncode == CONFIGURATION
     assert f"run.dir={run} is being written by process {first.pid} on " in output and "Traceback" not in output
-    done = len(lines(run))
+    done = len(read_jsonl(run))
     wait_for_steps(run, done + 2, first)
     first.kill()
     first.wait()
-    assert [line["step"] for line in lines(run)] == list(range(1, len(lines(run)) + 1))
-    assert len(lines(run, "launches.jsonl")) == 1 and not (run / "exit.json").exists()
+    assert [line["step"] for line in read_jsonl(run)] == list(range(1, len(read_jsonl(run)) + 1))
+    assert len(read_jsonl(run, "launches.jsonl")) == 1 and not (run / "exit.json").exists()
     code = subprocess.run([sys.executable, "-m", *command, "run.steps=2"], cwd=ROOT, capture_output=True, check=False)
-    assert code.returncode == CONFIGURATION  # of another number of steps; but nobody is said to hold the folder
+    assert code.returncode == CONFIGURATION  # because of another number of steps, not because of the lock
     assert b"is being written" not in code.stderr
 
 
 def rank_of(launcher: subprocess.Popen, rank: int) -> int:
-    """Process id of a rank that torchrun has started."""
+    """Process id of a rank that torchrun started."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    found = [pid for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
-    return int(found[0])
+    matches = [pid for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
+    return int(matches[0])
 
 
-def test_a_stopped_run_goes_on_to_the_end_of_the_uninterrupted_one(trained, shards, tiny, tmp_path):
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, shards, tiny, tmp_path):
     run = tmp_path / "run"
     arguments = ["megasora.train", *train_arguments(run, shards, tiny)]
     process = start(arguments)
     wait_for_steps(run, 2, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    first = len(lines(run))
+    first = len(read_jsonl(run))
     assert (process.returncode, first < 20) == (STOPPED, True), output
     process = start(arguments)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == DONE, output
     assert f"from step {first} to 20" in output
-    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(trained)]
-    check_same_saves(run, trained, 20)
-    told = [json.loads(line)["previous_exit"] for line in (run / "launches.jsonl").read_text().splitlines()]
-    assert told[0] is None and told[1]["code"] == STOPPED and f"saved after step {first}" in told[1]["reason"]
+    assert [line["loss"] for line in read_jsonl(run)] == [line["loss"] for line in read_jsonl(trained)]
+    check_same_checkpoints(run, trained, 20)
+    exits = [json.loads(line)["previous_exit"] for line in (run / "launches.jsonl").read_text().splitlines()]
+    assert exits[0] is None and exits[1]["code"] == STOPPED
+    assert f"saved after step {first}" in exits[1]["reason"]
     assert json.loads((run / "exit.json").read_text())["code"] == DONE
     assert "from step" in (run / "logs" / "rank-00000.log").read_text()
 
 
-def test_a_check_names_the_run_folder_and_begins_nothing(shards, tiny, tmp_path, capsys):
+def test_check_prints_the_run_folder_and_starts_no_run(shards, tiny, tmp_path, capsys):
     from megasora.train import main
 
     arguments = train_arguments(tmp_path / "run", shards, tiny)

@@ -88,8 +88,9 @@ def train_linear(folder, stop_after=None, diverges_at=None):
     """One launch on each rank; the name and message of the error that ended it, or None."""
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size, torch.device("cpu"))
-    settings = [f"run.steps={STEPS}", "checkpoint.every=4", "validation.every=6", "optim.lr=0.5", "optim.warmup_steps=2"]
-    config = load(None, [*settings, f"run.dir={folder}", "run.ledger=true", "wandb.mode=disabled"])
+    every = ["checkpoint.every=4", "validation.every=6", "run.ledger=true"]
+    optim = ["optim.lr=0.5", "optim.warmup_steps=2", "wandb.mode=disabled"]
+    config = load(None, [f"run.steps={STEPS}", f"run.dir={folder}", *every, *optim])
     activities = []
     trainer = Trainer(
         config,
@@ -149,6 +150,7 @@ def test_a_stop_on_one_rank_and_a_resume_change_nothing(uninterrupted, tmp_path)
 def test_a_loss_that_is_not_finite_names_its_step_and_the_newest_checkpoint(tmp_path):
     (message,) = run_ranks(train_linear, 1, str(tmp_path), None, 6)
     assert message == (
-        "NonFiniteError: step 6: loss nan, gradient norm nan; the newest checkpoint is step-00000004; lower optim.lr=0.5"
+        "NonFiniteError: step 6: loss nan, gradient norm nan; the newest checkpoint is step-00000004; "
+        "lower optim.lr=0.5"
     )
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]

@@ -1,14 +1,13 @@
-"""Make the virtual environment and install MegaSora in it, editable, with its development tools: `make install`.
+"""`make install`: makes the virtual environment and installs MegaSora in it, editable, with its development tools.
 
-In: setup.py, constraints.txt and the interpreters of the machine. Out: a virtual environment, by default .venv.
+Input: setup.py, constraints.txt and the interpreters of the machine. Output: a virtual environment, by default .venv.
 
-Why a script: PyTorch for the GPU of a machine is often installed already, built for its driver, and must not be
-replaced by another build. Where an interpreter of the machine has a PyTorch that sees a GPU, the environment is made
-on top of that interpreter, and the versions of PyTorch and of what it requires are kept as they are; their names are
-noted in kept.txt in the environment, so that a later run, perhaps on a node without a GPU, keeps them too. Everywhere
-else every version comes from constraints.txt. Nothing here needs a compiler.
+A GPU machine often has a PyTorch that was built for its driver and must not be replaced. If an interpreter of the
+machine has a PyTorch that sees a GPU, the environment is made on top of that interpreter, and PyTorch and its
+requirements keep their versions; their names are written to kept.txt in the environment, so that a later call, perhaps
+on a node without a GPU, keeps them too. All other versions come from constraints.txt. No compiler is needed.
 
-Only the standard library, and syntax that an old python3 reads as well, so that it can say what is wrong.
+Uses only the standard library and syntax that old versions of python3 accept, so that they report a readable error.
 """
 
 import argparse
@@ -20,22 +19,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST_PYTHON = (3, 11)
-CANDIDATES = ("python3.11", "python3", "python3.12", "python3.13")  # first: the one the constraints were tested with
+MIN_PYTHON = (3, 11)
+CANDIDATES = (
+    "python3.11",
+    "python3",
+    "python3.12",
+    "python3.13",
+)  # first: constraints.txt is tested with it
 
-# Run in each candidate. One line: the version, and what a PyTorch that sees a GPU requires, itself and Triton included.
-# An activated virtual environment is left out: another one cannot be made on top of it.
+# Runs in each candidate. Prints one line: the version, and the requirements of a PyTorch that sees a GPU, with PyTorch
+# and Triton. An activated virtual environment is skipped: another one cannot be made on top of it.
 PROBE = """
 import importlib.util, sys
-found = []
+names = []
 if sys.version_info >= (3, 8) and sys.prefix == sys.base_prefix and importlib.util.find_spec("torch"):
     try:
         import importlib.metadata, torch
         if torch.cuda.is_available():
-            found = ["torch", "triton"] + [r for r in importlib.metadata.requires("torch") or [] if "extra ==" not in r]
+            names = ["torch", "triton"] + [r for r in importlib.metadata.requires("torch") or [] if "extra ==" not in r]
     except Exception as error:
         print("ignored the torch of", sys.executable + ":", error, file=sys.stderr)
-print("%d.%d" % sys.version_info[:2], *[r.replace(" ", "") for r in found])
+print("%d.%d" % sys.version_info[:2], *[r.replace(" ", "") for r in names])
 """
 
 
@@ -50,7 +54,7 @@ def distribution_name(requirement):
 
 
 def probe(interpreter):
-    """((major, minor), names that its PyTorch for the GPU brings) of an interpreter; None where it does not run."""
+    """((major, minor), names of PyTorch and its requirements, if it sees a GPU); None if the interpreter fails."""
     result = subprocess.run([interpreter, "-c", PROBE], stdout=subprocess.PIPE, text=True)
     if result.returncode != 0 or not result.stdout:
         return None
@@ -59,27 +63,27 @@ def probe(interpreter):
 
 
 def choose_interpreter():
-    """(path, names to keep): the first candidate whose PyTorch sees a GPU, or else the first that is new enough."""
-    chosen, seen = None, []
+    """(path, names to keep): the first candidate whose PyTorch sees a GPU, else the first of at least MIN_PYTHON."""
+    fallback, versions = None, []
     for path in filter(None, map(shutil.which, CANDIDATES)):
-        found = probe(path)
-        if found is None:
+        result = probe(path)
+        if result is None:
             continue
-        version, kept = found
-        seen.append("{} is {}.{}".format(path, *version))
-        if version < OLDEST_PYTHON:
+        version, kept_names = result
+        versions.append("{} is {}.{}".format(path, *version))
+        if version < MIN_PYTHON:
             continue
-        if kept:
-            return path, kept
-        chosen = chosen or (path, kept)
-    if chosen is None:
-        found = ", ".join(seen) or "no python3 on PATH"
+        if kept_names:
+            return path, kept_names
+        fallback = fallback or (path, kept_names)
+    if fallback is None:
+        found = ", ".join(versions) or "no python3 on PATH"
         stop(f"python >= 3.11 is needed ({found}); run: apt-get install python3.11 python3.11-venv")
-    return chosen
+    return fallback
 
 
 def ensure_venv_module(interpreter):
-    """Debian and Ubuntu keep Python's venv in a package of its own; root gets it installed, others are told how."""
+    """Debian and Ubuntu package venv separately: installs it if this is root, else stops with the command."""
     check = [interpreter, "-c", "import ensurepip, venv"]
     if subprocess.run(check, stderr=subprocess.DEVNULL).returncode == 0:
         return
@@ -95,39 +99,39 @@ def ensure_venv_module(interpreter):
 
 
 def make_environment(folder):
-    """Make the virtual environment, and note in kept.txt what stays as the machine has it."""
-    interpreter, kept = choose_interpreter()
+    """Makes the virtual environment; writes the names of packages that keep their versions to kept.txt."""
+    interpreter, kept_names = choose_interpreter()
     print(f"==> {folder} on {interpreter}", flush=True)
     ensure_venv_module(interpreter)
-    if kept:
+    if kept_names:
         print("==> it has a PyTorch that sees a GPU, which is kept", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "kept.txt").write_text("".join(f"{name}\n" for name in sorted(kept)), encoding="utf-8")
-    options = ["--system-site-packages"] if kept else []
+    (folder / "kept.txt").write_text("".join(f"{name}\n" for name in sorted(kept_names)), encoding="utf-8")
+    options = ["--system-site-packages"] if kept_names else []
     subprocess.run([interpreter, "-m", "venv", *options, str(folder)], check=True)
 
 
 def install(folder, extras, replaced=()):
-    """pip install -e .[extras] under constraints.txt: without the packages that are kept, with `replaced` versions."""
-    noted = folder / "kept.txt"
-    kept = set(noted.read_text(encoding="utf-8").split()) if noted.exists() else set()
+    """pip install -e .[extras] with constraints.txt, without the kept packages and with the versions in `replaced`."""
+    kept_file = folder / "kept.txt"
+    kept_names = set(kept_file.read_text(encoding="utf-8").split()) if kept_file.exists() else set()
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    omitted = kept | {distribution_name(x) for x in replaced}
+    omitted = kept_names | {distribution_name(x) for x in replaced}
     lines = [*(x for x in lines if distribution_name(x) not in omitted), *replaced]
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
-    # DeepSpeed comes as a source archive; its wheel is built in an environment of pip's own, which this pins too.
+    # DeepSpeed is a source archive; this also pins the environment in which pip builds its wheel.
     environment = {**os.environ, "PIP_BUILD_CONSTRAINT": str(ROOT / "constraints.txt")}
     environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--constraint", str(constraints)]
-    tools = [name for name in ("pip", "setuptools", "wheel") if name not in kept]
+    tools = [name for name in ("pip", "setuptools", "wheel") if name not in kept_names]
     for arguments in (["--quiet", *tools], ["--editable", f"{ROOT}[{extras}]"]):
         if subprocess.run([*pip, *arguments], env=environment, cwd=ROOT).returncode != 0:
-            stop("pip failed, see above; what is installed so far is kept, and `make install` goes on from there")
+            stop("pip failed, see above; installed packages stay, and `make install` continues from there")
 
 
 def write_torchrun(folder):
-    """The torchrun of the machine starts the machine's interpreter; this one starts the environment's."""
+    """Writes a torchrun that starts the environment's interpreter: the machine's torchrun starts the machine's."""
     torchrun = folder / "bin" / "torchrun"
     if not torchrun.exists():
         torchrun.write_text(f'#!/bin/sh\nexec "{folder}/bin/python" -m torch.distributed.run "$@"\n', encoding="utf-8")
@@ -135,7 +139,7 @@ def write_torchrun(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make a virtual environment and install MegaSora in it, editable.")
+    parser = argparse.ArgumentParser(description="Makes a virtual environment and installs MegaSora in it, editable.")
     parser.add_argument("--venv", default=str(ROOT / ".venv"), help="folder of the environment (default .venv)")
     parser.add_argument("--extras", default="dev", help="extras of setup.py, comma-separated (default dev)")
     parser.add_argument(

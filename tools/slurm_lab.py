@@ -1,13 +1,13 @@
-"""A real Slurm with several nodes on this one machine, to test what runs under Slurm. Root, Linux, Debian's packages.
+"""A real Slurm cluster of several nodes on one machine, for tests. Needs root, Linux and Debian's packages.
 
     python tools/slurm_lab.py up --nodes 2 --gpus 2      a controller and two nodes, in a few seconds
-    python tools/slurm_lab.py run sinfo                  a command where users log in
+    python tools/slurm_lab.py run sinfo                  a command on the login node
     python tools/slurm_lab.py run --node node2 bash      a command on a node
-    python tools/slurm_lab.py down                       nothing is left, after a crash too
+    python tools/slurm_lab.py down                       removes everything, also after a crash
 
 Each machine of the cluster is a set of namespaces (mounts, network, processes, host name) held by one process: when
-that process ends, the kernel ends whatever runs inside and takes the network with it. Files are shared by all, as on a
-cluster, but for STATE/local, which is each machine's own. The GPUs are null devices: Slurm hands them out, no more.
+that process ends, the kernel ends all processes inside and removes the network. All machines share all files except
+STATE/local, which is local to each. The GPUs are null devices, which Slurm only allocates.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ PartitionName=main Nodes=ALL Default=YES State=UP MaxTime=INFINITE
 
 
 class LabError(Exception):
-    """What is missing or went wrong, for the person at the terminal."""
+    """An error for the person at the terminal."""
 
 
 class Lab:
+    """The cluster whose files are in the folder `state`."""
+
     def __init__(self, state: Path):
         self.state = state.absolute()
         if re.search(r"[^\w./+-]", str(self.state)):  # slurm.conf has no quotes
@@ -80,28 +82,28 @@ class Lab:
     # ------------------------------------------------------------------ machines
 
     def mark(self, machine: str) -> str:
-        """The name of the process that holds a machine: by it `down` finds them all, whoever started them."""
+        """An argument of the process that holds a machine, by which `down` finds it, whichever process started it."""
         return f"slurm-lab:{self.state}:{machine}"
 
     def holders(self, machine: str | None = None) -> dict[int, list[str]]:
-        """Process id -> command line of the processes that hold `machine`, or any."""
-        wanted, found = self.mark(machine or ""), {}
+        """{process id: command line} of the processes that hold `machine`, or any machine."""
+        mark, holders = self.mark(machine or ""), {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            except OSError:  # gone meanwhile
+            except OSError:  # the process has ended
                 continue
-            if any(word == wanted if machine else word.startswith(wanted) for word in words):
-                found[int(folder.name)] = words
-        return found
+            if any(word == mark if machine else word.startswith(mark) for word in words):
+                holders[int(folder.name)] = words
+        return holders
 
     def inside(self, machine: str) -> int | None:
-        """Id of the first process inside a machine."""
+        """Id of the first process inside a machine; None if the machine is not running."""
         return next((pid for pid, words in self.holders(machine).items() if words[0] == "bash"), None)
 
     def start_machine(self, machine: str, address: str) -> None:
         log = open(self.state / f"{machine}.log", "ab")
-        # process 1 of the machine: adopts and reaps what its parents left
+        # process 1 of the machine: reaps orphaned processes
         hold = f"hostname {machine} && for f in hosts nsswitch.conf; do mount --bind {self.state}/$f /etc/$f; done && "
         hold += f"mount -t tmpfs -o size={LOCAL_MIB}m none {self.state}/local && ip link set lo up && "
         hold += f"touch {self.state}/{machine}.up && while :; do sleep 3600 & wait $!; done"
@@ -115,7 +117,7 @@ class Lab:
             self.execute(HEAD, "ip", "address", "add", f"{address}/24", "dev", BRIDGE)
             self.execute(HEAD, "ip", "link", "set", BRIDGE, "up")
             return
-        # only the network of the head, not its /proc: the other end is named by a process id of this machine
+        # enter only the head's network, not its /proc, since `node` is a process id of this machine
         head, node = self.inside(HEAD), self.inside(machine)
         veth = f"ip link add {machine} type veth peer name eth0 netns {node}"
         call(["nsenter", "--target", str(head), "--net", *veth.split()])
@@ -124,7 +126,7 @@ class Lab:
         self.execute(machine, "ip", "link", "set", "eth0", "up")
 
     def enter(self, machine: str) -> list[str]:
-        """What to put before a command that shall run on `machine`, in this working directory."""
+        """Prefix of a command to run on `machine`, in this working directory."""
         pid = self.inside(machine)
         if pid is None:
             known = sorted(words[-1].rsplit(":", 1)[1] for words in self.holders().values() if words[0] == "bash")
@@ -143,26 +145,26 @@ class Lab:
         end = time.monotonic() + START_SECONDS
         while not ready():
             if time.monotonic() > end:
-                raise LabError(f"{complaint} within {START_SECONDS:.0f} s; {self.end_of(log)}")
+                raise LabError(f"{complaint} within {START_SECONDS:.0f} s; {self.last_lines(log)}")
             time.sleep(0.05)
 
     def start_daemon(self, machine: str, log: str, *command: str) -> None:
         try:
             self.execute(machine, *command)
         except LabError as error:
-            raise LabError(f"{error}; {self.end_of(log)}") from None
+            raise LabError(f"{error}; {self.last_lines(log)}") from None
 
-    def end_of(self, log: str) -> str:
+    def last_lines(self, log: str) -> str:
         path = self.state / log
         lines = path.read_text(errors="replace").splitlines()[-8:] if path.is_file() else ["nothing"]
-        return "\n".join([f"the end of {path}:", *lines])
+        return "\n".join([f"last lines of {path}:", *lines])
 
     # ------------------------------------------------------------------ commands
 
     def up(self, nodes: int, gpus: int, cpus: int) -> None:
         check_machine()
         if self.holders():
-            raise LabError(f"the lab in {self.state} is up already; end it first with: down")
+            raise LabError(f"the lab in {self.state} is running; stop it first with: down")
         self.remove_files()
         try:
             self.write_files(nodes, gpus, cpus)
@@ -173,17 +175,17 @@ class Lab:
             self.start_daemon(HEAD, "munged.log", "munged", *munge.split())
             self.wait_for((self.state / "munge.socket").exists, "munged did not start", "munged.log")
             self.start_daemon(HEAD, "slurmctld.log", "slurmctld")
-            for number in range(1, nodes + 1):
-                self.start_machine(f"node{number}", f"{SUBNET}.{number}")
-                name = f"node{number}"
+            for index in range(1, nodes + 1):
+                name = f"node{index}"
+                self.start_machine(name, f"{SUBNET}.{index}")
                 self.start_daemon(name, f"slurmd-{name}.log", "slurmd", "-N", name)
-            self.wait_for(lambda: self.idle() == nodes, "not all nodes came up", "slurmctld.log")
+            self.wait_for(lambda: self.num_idle() == nodes, "not all nodes came up", "slurmctld.log")
         except BaseException:
             self.down()
             raise
 
-    def idle(self) -> int:
-        """Nodes that wait for jobs; 0 while the controller does not answer."""
+    def num_idle(self) -> int:
+        """Number of idle nodes; 0 while the controller does not answer."""
         try:
             return self.execute(HEAD, "sinfo", "--noheader", "--Node", "--format=%T").split().count("idle")
         except LabError:
@@ -196,14 +198,14 @@ class Lab:
         key = self.state / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
-        for number in range(gpus):
-            os.mknod(self.state / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null
+        for gpu in range(gpus):
+            os.mknod(self.state / f"gpu{gpu}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null
         config = SLURM_CONF.format(head=HEAD, state=self.state, nodes=nodes, cpus=cpus, gpus=gpus)
         (self.state / "slurm.conf").write_text(config)
         (self.state / "gres.conf").write_text(f"Name=gpu File={self.state}/gpu[0-{gpus - 1}]\n" if gpus else "")
         (self.state / "plugstack.conf").touch()
         hosts = [f"{SUBNET}.254 {HEAD}", *(f"{SUBNET}.{n} node{n}" for n in range(1, nodes + 1))]
-        (self.state / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")  # no DNS to wait for
+        (self.state / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")  # no DNS timeouts
         (self.state / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts]) + "\n")
 
     def down(self) -> None:
@@ -215,12 +217,12 @@ class Lab:
                 except ProcessLookupError:
                     continue
             if time.monotonic() > end:
-                raise LabError(f"processes {', '.join(map(str, holders))} do not end")
+                raise LabError(f"processes {', '.join(map(str, holders))} cannot be killed")
             time.sleep(0.05)
         self.remove_files()
 
     def remove_files(self) -> None:
-        """The state folder, if it is one of ours."""
+        """Removes the state folder. Raises LabError if it has files of others."""
         if not self.state.exists():
             return
         if any(self.state.iterdir()) and not (self.state / "controller").is_dir():
@@ -228,7 +230,7 @@ class Lab:
         shutil.rmtree(self.state)
 
     def run(self, machine: str, command: list[str]) -> None:
-        """Becomes `command` on `machine`; does not return."""
+        """Replaces this process by `command` on `machine`; does not return."""
         words = [*self.enter(machine), *command]
         os.execvpe(words[0], words, self.environment())
 
@@ -238,18 +240,20 @@ def search_path() -> str:
 
 
 def check_machine() -> None:
-    """Raises LabError that says all that is missing."""
+    """Raises LabError that names everything that is missing."""
     if not sys.platform.startswith("linux"):
         raise LabError("the lab needs Linux: its machines are namespaces")
     missing = {package for program, package in PACKAGES.items() if not shutil.which(program, path=search_path())}
     if missing:
-        raise LabError(f"missing; run: apt-get install --no-install-recommends {' '.join(sorted(missing))}")
+        raise LabError(
+            f"packages are missing; run: apt-get install --no-install-recommends {' '.join(sorted(missing))}"
+        )
     if os.geteuid() != 0:
         raise LabError("the lab needs root: it makes namespaces and network devices")
     try:
         call(["unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--mount-proc", "true"])
     except LabError as error:
-        raise LabError(f"this machine, perhaps a container, lets root make no namespaces: {error}") from None
+        raise LabError(f"root cannot make namespaces on this machine, perhaps a container: {error}") from None
 
 
 def call(command: list[str], environment: dict[str, str] | None = None) -> str:
@@ -262,19 +266,23 @@ def call(command: list[str], environment: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A real Slurm with several nodes on this machine.")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="A real Slurm cluster of several nodes on this machine.")
     parser.add_argument("--state", type=Path, default=DEFAULT_STATE, metavar="DIR", help=f"default {DEFAULT_STATE}")
     commands = parser.add_subparsers(required=True, dest="command")
     up = commands.add_parser("up", help="start it")
     up.add_argument("--nodes", type=int, default=2)
-    up.add_argument("--gpus", type=int, default=2, help="pretended GPUs of a node")
-    up.add_argument("--cpus", type=int, default=8, help="pretended cores of a node")
-    commands.add_parser("down", help="end it; nothing is left")
+    up.add_argument("--gpus", type=int, default=2, help="simulated GPUs per node")
+    up.add_argument("--cpus", type=int, default=8, help="simulated cores per node")
+    commands.add_parser("down", help="stop it and remove its files")
     run = commands.add_parser("run", help="run a command in it")
-    run.add_argument("--node", default=HEAD, help="default: where users log in")
+    run.add_argument("--node", default=HEAD, help="default: the login node")
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
     try:
         lab = Lab(options.state)
         if options.command == "up":
@@ -286,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
             lab.down()
         else:
             if not options.words:
-                raise LabError("run what? e.g. run sinfo")
+                raise LabError("give a command, e.g. run sinfo")
             lab.run(options.node, options.words)
     except (LabError, OSError) as error:
         print(f"slurm_lab: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Saves and loads a run: the fragments of all ranks and one JSON object.
 
-    save       main process: staging folder; all ranks: their fragments; main process: state.json, checksums, commit
-    load_newest    all ranks: verify checksums, read state.json, load this rank's fragments
+save       main process: staging folder; all ranks: their fragments; main process: state.json, checksums, commit
+load_newest    all ranks: verify checksums, read state.json, load this rank's fragments
 """
 
 from __future__ import annotations

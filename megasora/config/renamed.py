@@ -41,6 +41,8 @@ RENAMED_VALUES = {  # new key: {old value: new value}
     "model.recompute": {"attention": "keep_attention"},
 }
 
+Setting = tuple[str, Any]  # dotted key, value
+
 
 def check_renamed_in_file(values: dict, path: str) -> None:
     """Raises MegaSoraError if a YAML mapping has old keys or values: names all of them and gives their new lines."""
@@ -68,22 +70,25 @@ def check_renamed_in_overrides(layers: list[dict]) -> None:
         raise MegaSoraError(f"{describe(found)}. The new overrides: {words}")
 
 
-def find_renamed(values: dict) -> list[tuple[tuple[str, Any], tuple[str, Any]]]:
-    """((old key, value), (new key, value)) of each setting in a nested mapping that was renamed."""
+def find_renamed(values: dict) -> list[tuple[Setting, Setting]]:
+    """(old, new) of each setting in a nested mapping that was renamed."""
     pairs = [(setting, rename(*setting)) for setting in leaves(values)]
     return [(old, new) for old, new in pairs if old != new]
 
 
-def rename(key: str, value: Any) -> tuple[str, Any]:
+def rename(key: str, value: Any) -> Setting:
     """The current key and value of a setting."""
-    for old, new in RENAMED.items():
-        if key == old or key.startswith(old + "."):
-            key = new + key.removeprefix(old)
-            break
+    old, new = renamed_prefix(key)
+    key = new + key.removeprefix(old)
     return key, RENAMED_VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
-def leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def renamed_prefix(key: str) -> tuple[str, str]:
+    """The entry of RENAMED for a key or for its section, or (key, key)."""
+    return next((pair for pair in RENAMED.items() if key == pair[0] or key.startswith(pair[0] + ".")), (key, key))
+
+
+def leaves(values: dict, prefix: str = "") -> Iterator[Setting]:
     """(dotted key, value) of everything in a nested mapping that is not itself a mapping."""
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -93,9 +98,13 @@ def leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def describe(found: list[tuple[tuple[str, Any], tuple[str, Any]]]) -> str:
-    """`optim.rate was renamed to optim.lr; ...`, with the values where they were renamed too."""
-    return "; ".join(
-        f"{old} was renamed to {new}" if value == new_value else f"{old}={value} was renamed to {new}={new_value}"
-        for (old, value), (new, new_value) in found
-    )
+def describe(found: list[tuple[Setting, Setting]]) -> str:
+    """`optim.rate was renamed to optim.lr; ...`; a section is named once, a value only if it was renamed too."""
+    sentences = []
+    for (old, value), (new, new_value) in found:
+        if value == new_value:
+            old, new = renamed_prefix(old)
+            sentences.append(f"{old} was renamed to {new}")
+        else:
+            sentences.append(f"{old}={value} was renamed to {new}={new_value}")
+    return "; ".join(dict.fromkeys(sentences))

@@ -12,17 +12,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megasora.codec import build_codec
 from megasora.config import Config
 from megasora.data.pack import Record
-from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, BlockWriter, PatchFile, read_block, write_manifest
 from megasora.data.shard_format import Manifest
+from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, BlockWriter, PatchFile, read_block, write_manifest
 from megasora.errors import MegaSoraError
 from megasora.files import locked
 from megasora.ingest.caption_encoding import PreparedClip, check_captions, prepare_block
@@ -109,31 +110,46 @@ def ingest_blocks(
                 in_flight.append(clip)
                 yield None if clip.rejection else encode_job(clip.source.media, clip.spool)
 
+    def encoded_clips(pool: WorkerPool) -> Iterator[tuple[PreparedClip, dict[str, Any]]]:
+        for result in pool.run(jobs()):
+            clip = in_flight.popleft()
+            yield clip, clip.rejection or result
+
     encoder.encode([""])  # an encoder that cannot be loaded is an error here, and not the fault of a caption
     settings = worker_settings(config.codec, config.ingest, config.data.patch)
     with (
         WorkerPool(settings, config.ingest.workers or num_cores()) as pool,
         progress_bar(sum(map(len, sample_ids.values())), part) as advance,
     ):
-        results = pool.run(jobs())
-        for block in blocks:
+        encoded = encoded_clips(pool)
+        for block, ids in sample_ids.items():
             with BlockWriter(out, block, config.ingest.shard_mib << 20) as writer:
-                rejections = Rejections()
-                for _ in sample_ids[block]:
-                    result = next(results)
-                    clip = in_flight.popleft()
-                    result = clip.rejection or result
-                    if "reason" in result:
-                        rejections.add(result)
-                    else:
-                        write_record(writer, clip, result, encoder.precomputed)
-                    clip.spool.unlink(missing_ok=True)
-                    advance()
-                writer.commit(rejections.reasons, rejections.details())
+                write_block(writer, islice(encoded, len(ids)), encoder.precomputed, advance)
+
+
+def write_block(
+    writer: BlockWriter,
+    encoded: Iterable[tuple[PreparedClip, dict[str, Any]]],
+    precomputed: bool,
+    advance: Callable[[], None],
+) -> None:
+    """Writes the clips of one block, counts those that were rejected, and commits the block.
+
+    `encoded`: clips with the results of their jobs; `precomputed`: store text features; `advance`: called for each clip.
+    """
+    rejections = Rejections()
+    for clip, result in encoded:
+        if "reason" in result:
+            rejections.add(result)
+        else:
+            write_record(writer, clip, result, precomputed)
+        clip.spool.unlink(missing_ok=True)
+        advance()
+    writer.commit(rejections.reasons, rejections.details())
 
 
 def write_record(writer: BlockWriter, clip: PreparedClip, facts: dict[str, Any], precomputed: bool) -> None:
-    """Writes one clip into its block. `facts`: the result of its job; `precomputed`: store the text features."""
+    """Writes one clip. `facts`: the result of its job."""
     t, h, w = facts["grid"]
     record = Record(
         clip.sample_id,
@@ -145,7 +161,7 @@ def write_record(writer: BlockWriter, clip: PreparedClip, facts: dict[str, Any],
     )
     media = clip.source.media
     meta: dict[str, Any] = {"source": clip.source.name, "sha256": facts["sha256"]}
-    if media.excerpt:
+    if media.is_excerpt:
         meta |= {"start": media.start, "end": media.end}
     if facts["quality"]:
         meta["quality"] = facts["quality"]

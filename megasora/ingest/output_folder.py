@@ -1,4 +1,4 @@
-"""The output folder of an ingest: who may write into it, and what is removed from it.
+"""The output folder of an ingest: the check that a process may write into it, and the clean-up.
 
 `ingest.json` records the source and the settings of the ingest that the folder belongs to. Every process that takes
 part, or resumes, must have the same ones; the first writes the file, the others compare.
@@ -42,9 +42,7 @@ def claim_output(out: Path, spec: dict[str, Any]) -> bool:
     Raises MegaSoraError where `out` holds other files, or another ingest, with every key that differs.
     """
     path = out / SPEC_FILE
-    if out.exists() and not out.is_dir():
-        raise MegaSoraError(f"{out} exists and is not empty; remove it or give another --out")
-    if not path.exists() and out.is_dir() and any(p.name not in (LOCK_DIR, f".{SPEC_FILE}.part") for p in out.iterdir()):
+    if out.exists() and not (path.exists() or is_unclaimed(out)):
         raise MegaSoraError(f"{out} exists and is not empty; remove it or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK_DIR / "ingest", f"{path}", wait=True):
@@ -58,6 +56,11 @@ def claim_output(out: Path, spec: dict[str, Any]) -> bool:
             "give another --out"
         )
     return False
+
+
+def is_unclaimed(out: Path) -> bool:
+    """Whether `out` is a folder that is empty, apart from the files of processes that are claiming it."""
+    return out.is_dir() and all(p.name in (LOCK_DIR, SPEC_FILE, f".{SPEC_FILE}.part") for p in out.iterdir())
 
 
 def differing_keys(path: Path, spec: dict[str, Any]) -> list[str]:

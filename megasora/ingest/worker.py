@@ -127,7 +127,7 @@ class Worker:
                 cells = color_cells(frame)
                 detector.add_frame(cells)
                 hashes.append(frame_hash(cells))
-        scenes, seconds = [], [*clip.seconds, media.end]
+        scenes, seconds = [], [*clip.timestamps, media.end]
         for first, stop in detector.scenes():
             start = media.start if first == 0 else round(seconds[first], 6)
             end = media.end if stop == len(hashes) else round(seconds[stop], 6)

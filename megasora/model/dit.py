@@ -117,26 +117,18 @@ class VideoDiT(nn.Module):
         return x_LD + is_first_L1 * self.first_frame
 
     def block_inputs(self, batch: VideoBatch) -> BlockInputs:
+        """What the blocks need of a pack besides its hidden tokens."""
         text_SD, pooled_GD = self.embed_text(batch)
-        cond_RD = (
-            self.timestep(batch.timesteps_R) + (self.native(batch.native_size_G4) + pooled_GD)[batch.row_segment_R]
-        )
+        clip_GD = self.native(batch.native_size_G4) + pooled_GD
+        cond_RD = self.timestep(batch.timesteps_R) + clip_GD[batch.row_segment_R]
         shared_RCD = None
         if self.shared_modulation is not None:
             shared_RCD = self.shared_modulation(F.silu(cond_RD)).unflatten(-1, (6, -1))
-        return BlockInputs(
-            cond_RD,
-            shared_RCD,
-            text_SD,
-            rows=self.local_rows(batch),
-            rope=Rope.build(
-                batch.coords_L3, self.config.head_dim, self.config.rope_base, scale=self.config.rope_ntk_factor
-            ),
-            segments=self.build_segments(batch),
-            text_segments=Segments.from_cu_seqlens(
-                batch.cu_segments, batch.cu_text, len(batch.patches_LP), batch.patches_LP.device
-            ),
-        )
+        c, device, length = self.config, batch.patches_LP.device, len(batch.patches_LP)
+        rope = Rope.build(batch.coords_L3, c.head_dim, c.rope_base, scale=c.rope_ntk_factor)
+        text_segments = Segments.from_cu_seqlens(batch.cu_segments, batch.cu_text, length, device)
+        segments = self.build_segments(batch)
+        return BlockInputs(cond_RD, shared_RCD, text_SD, self.local_rows(batch), rope, segments, text_segments)
 
     def local_rows(self, batch: VideoBatch) -> Rows:
         """The rows of the tokens whose hidden vectors are on this rank: consecutive tokens of the pack."""

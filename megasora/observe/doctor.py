@@ -88,50 +88,59 @@ def memory_bytes() -> int:
 
 
 def devices(torch: ModuleType) -> list[Finding]:
+    """CPU cores, memory, threads and GPUs."""
+    return [*cpu_devices(), *gpu_devices(torch)]
+
+
+def cpu_devices() -> list[Finding]:
     cores = len(os.sched_getaffinity(0))
     memory = memory_bytes() / GIB
-    remedy = f"the demo takes up to {MIN_MEMORY_GIB:.0f} GiB: close other programs" if memory < MIN_MEMORY_GIB else ""
-    findings = [Finding("device", "CPU cores", str(cores)), Finding("device", "memory", f"{memory:.1f} GiB", remedy)]
-
+    memory_remedy = f"the demo takes up to {MIN_MEMORY_GIB:.0f} GiB: close other programs"
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    too_many = threads.isdigit() and int(threads) > cores
-    remedy = f"more threads than {cores} cores are slow: unset OMP_NUM_THREADS" if too_many else ""
-    findings.append(Finding("device", "OMP_NUM_THREADS", threads or "not set", remedy))
+    too_many_threads = threads.isdigit() and int(threads) > cores
+    threads_remedy = f"more threads than {cores} cores are slow: unset OMP_NUM_THREADS"
+    return [
+        Finding("device", "CPU cores", str(cores)),
+        Finding("device", "memory", f"{memory:.1f} GiB", memory_remedy if memory < MIN_MEMORY_GIB else ""),
+        Finding("device", "OMP_NUM_THREADS", threads or "not set", threads_remedy if too_many_threads else ""),
+    ]
 
-    if torch.cuda.is_available():
-        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        kinds = Counter((card.name, card.total_memory, (card.major, card.minor)) for card in cards)
-        for (name, total, capability), count in kinds.items():
-            no_bfloat16 = capability < (8, 0)
-            remedy = "no bfloat16 in hardware: train with run.dtype=float32" if no_bfloat16 else ""
-            findings.append(Finding("device", "GPU", f"{count} x {name}, {total / GIB:.0f} GiB", remedy))
-    elif Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
-        remedy = f"torch {torch.__version__} does not see the driver's GPU: install the torch build for that driver"
-        findings.append(Finding("device", "GPU", "not usable", remedy))
-    else:
+
+def gpu_devices(torch: ModuleType) -> list[Finding]:
+    """One finding per kind of GPU, or why there is none."""
+    if not torch.cuda.is_available():
+        if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
+            remedy = f"torch {torch.__version__} does not see the driver's GPU: install the torch build for that driver"
+            return [Finding("device", "GPU", "not usable", remedy)]
         remedy = "training runs in float32 over gloo, which is slow: use it for small models and debugging"
-        findings.append(Finding("device", "GPU", "none", remedy))
+        return [Finding("device", "GPU", "none", remedy)]
+    findings = []
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    kinds = Counter((card.name, card.total_memory, (card.major, card.minor)) for card in cards)
+    for (name, memory, capability), count in kinds.items():
+        remedy = "no bfloat16 in hardware: train with run.dtype=float32" if capability < (8, 0) else ""
+        findings.append(Finding("device", "GPU", f"{count} x {name}, {memory / GIB:.0f} GiB", remedy))
     return findings
 
 
 def attention_backends(torch: ModuleType) -> list[Finding]:
     """Backends of attention that can be used here; `model.attention_backend=auto` takes the first of them.
 
-    The order is flash3, flash2, varlen, sdpa. Checked for bfloat16 on a GPU, float32 on a CPU, and HEAD_DIM.
+    The order is flash3, flash2, varlen, sdpa, math. Checked for bfloat16 on a GPU, float32 on a CPU, and HEAD_DIM.
     """
     kernels, error = import_or_error("megasora.kernels.attention")
     if kernels is None:
         return [Finding("attention", "backends", "do not import", error)]
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    findings, auto = [], None
-    for backend in kernels.BACKENDS:
-        obstacle = kernels.obstacle(backend, torch.device(device), dtype, HEAD_DIM)
-        if obstacle is None and auto is None:
-            auto = backend
-        value = f"not usable: {obstacle}" if obstacle else "usable" + (", taken by auto" if backend == auto else "")
-        broken = obstacle and device == "cuda" and backend == "flash2" and version_of("flash-attn")
-        remedy = "build flash-attn for this torch: pip install --no-build-isolation flash-attn" if broken else ""
-        findings.append(Finding("attention", backend, value, remedy))
+    obstacles = {name: kernels.obstacle(name, torch.device(device), dtype, HEAD_DIM) for name in kernels.BACKENDS}
+    auto = next((name for name, obstacle in obstacles.items() if obstacle is None), None)
+    findings = []
+    for name, obstacle in obstacles.items():
+        value = f"not usable: {obstacle}" if obstacle else "usable" + (", taken by auto" if name == auto else "")
+        # varlen has the same requirements as flash2, except the package
+        is_broken = name == "flash2" and obstacle and not obstacles["varlen"] and version_of("flash-attn")
+        remedy = "build flash-attn for this torch: pip install --no-build-isolation flash-attn" if is_broken else ""
+        findings.append(Finding("attention", name, value, remedy))
     return findings
 
 
@@ -139,7 +148,7 @@ def triton(torch: ModuleType) -> list[Finding]:
     if version_of("triton") is None:
         return [Finding("kernels", "Triton", "missing", "run `make install`, or: pip install triton")]
     if not torch.cuda.is_available():
-        return [Finding("kernels", "Triton", "interpreter (TRITON_INTERPRET=1), in float32")]
+        return [Finding("kernels", "Triton", "interpreter only (TRITON_INTERPRET=1), in float32")]
     python_h = Path(sysconfig.get_path("include")) / "Python.h"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler and python_h.is_file():

@@ -12,7 +12,7 @@ from megasora.codec import build_codec
 from megasora.config import CodecConfig, DataConfig
 from megasora.data.folder import open_folder
 from megasora.data.patches import frames_to_uint8, unpatchify
-from megasora.data.shard_format import Manifest, SPLITS, read_manifest
+from megasora.data.shard_format import SPLITS, Manifest, read_manifest
 from megasora.data.shard_reader import ShardSplit
 from megasora.data.verify import num_bytes, verify
 from megasora.errors import MegaSoraError
@@ -29,8 +29,8 @@ def describe_shards(folder: str | Path, tokens_per_pack: int | None = None) -> N
     shards_folder = open_folder(folder)
     console, manifest = Console(), read_manifest(shards_folder)
     console.print(
-        f"codec {escape(manifest.codec_fingerprint)}   text {escape(manifest.text_fingerprint)}   patch {escape(str(manifest.patch))}   "
-        f"patches {manifest.dtype}   format {manifest.format}"
+        f"codec {escape(manifest.codec_fingerprint)}   text {escape(manifest.text_fingerprint)}   "
+        f"patch {escape(str(manifest.patch))}   patches {manifest.dtype}   format {manifest.format}"
     )
     console.print(build_split_table(manifest, shards_folder.sizes()))
     if manifest.rejected:

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine for a model: its configuration, its process groups, and its import. The only file that imports it."""
+"""Builds DeepSpeed's engine: its import, configuration and process groups. The only file that imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_deepspeed_engine(
 def deepspeed_config(module: nn.Module, config: Config, mesh: Mesh, dtype: torch.dtype) -> dict[str, Any]:
     """Gradients are accumulated over packs and summed over data x context in fp32, whatever the dtype of the model.
 
-    With a pipeline DeepSpeed sees one microbatch per step, and its hooks must not act in the pipeline's backward passes.
+    With a pipeline DeepSpeed sees one microbatch per step, and its hooks must do nothing in the backward passes.
     """
     has_pipeline, num_elements = mesh.pipeline.is_split, sum(p.numel() for p in module.parameters())
     return {

@@ -30,7 +30,7 @@ class OwnedRange:
 
 class ZeroOptimizer(ABC):
     """What `ZeroEngine` uses of DeepSpeed's optimizer. The methods with a body are those of stages 1 and 2, where every
-    rank of data x context has the full parameters."""
+    rank of data x context has the full parameters. A pipeline needs stage 1."""
 
     def __init__(self, engine: Any):  # a DeepSpeedEngine
         self.engine, self.optimizer = engine, engine.optimizer
@@ -42,8 +42,8 @@ class ZeroOptimizer(ABC):
 
     @abstractmethod
     def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
-        """(parameters, fp32 gradients) of each parameter group, as they are summed over data x context before the step:
-        flat, this rank's partition, or all of them with `Bf16Stage1`. Writing to them changes the step."""
+        """(parameters, fp32 gradients) by group, as in `master_partitions`, summed over data x context before the step:
+        this rank's partition of them, or all with `Bf16Stage1`. Writing to them changes the step."""
 
     def accumulate_grads(self, stage: nn.Module) -> None:
         """Adds the `.grad` of one microbatch of a pipeline to the sums over microbatches."""
@@ -75,6 +75,8 @@ class ZeroOptimizer(ABC):
 
 
 class Bf16Stage1(ZeroOptimizer):
+    """BF16_Optimizer: every rank has all gradients in fp32, and adds the bf16 gradients of each microbatch to them."""
+
     @property
     def master_partitions(self) -> list[Tensor]:
         return self.optimizer.fp32_groups_flat_partition
@@ -93,6 +95,8 @@ class Bf16Stage1(ZeroOptimizer):
 
 
 class Stage1And2(ZeroOptimizer):
+    """DeepSpeedZeroOptimizer: a rank has its partition of the reduced gradients."""
+
     @property
     def master_partitions(self) -> list[Tensor]:
         return self.optimizer.single_partition_of_fp32_groups
@@ -110,6 +114,8 @@ class Stage1And2(ZeroOptimizer):
 
 
 class Stage3(ZeroOptimizer):
+    """DeepSpeedZeroOptimizer_Stage3: a rank has its partition of each parameter; groups are split into sub-groups."""
+
     def __init__(self, engine: Any, rank: int):
         super().__init__(engine)
         self.rank = rank  # on data x context

@@ -1,21 +1,16 @@
-"""ZeRO by DeepSpeed: optimizer states (stage 1), gradients (2) and weights (3) live in slices over data x context.
+"""ZeRO by DeepSpeed: optimizer states (stage 1), gradients (2) and weights (3) are partitioned over data x context.
 
-The only file that imports deepspeed. In: this rank's stages of the model and the packs of a step. Out: weights moved by
-one AdamW step that no layout changes. DeepSpeed averages gradients over data x context; the loss is multiplied by their
-number, so that what remains is the sum. Parameters whose gradient is a part on a tensor or pipeline rank have parameter
-groups of their own: there ZeRO's slices are the same on all peers, and are summed once a step, slice by slice.
+Input: this rank's pipeline stages and the packs of a step. Effect: one AdamW step, the same in every layout up to the
+order of floating-point sums. DeepSpeed averages gradients over data x context; the loss is therefore multiplied by the
+number of those ranks. Parameters whose gradient is partial on the tensor or pipeline axis have their own parameter
+groups: ZeRO partitions them alike on all ranks of the axis, and their partitions are summed once per step.
 
-What a rank owns is told as fragments, live views of its fp32 master weights and of Adam's means. A checkpoint is made
-of them; one that is loaded is written into them, whatever layout it was saved by, and `go_on` does the rest.
+What a rank owns is returned as fragments: live views of its fp32 master weights and of Adam's moments. Checkpoints save
+them, and write them when they are loaded, in whatever layout they were saved; `sync_after_load` must follow.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -23,296 +18,195 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megasora.batch import VideoBatch
-from megasora.config import Config
+from megasora.config import Config, OptimConfig
 from megasora.fragment import Fragment
 from megasora.parallel.collectives import all_reduce_sum
 from megasora.parallel.context_attention import ContextAttention
-from megasora.parallel.mesh import Mesh
-from megasora.parallel.pipeline import Pipeline
+from megasora.parallel.deepspeed_engine import build_deepspeed_engine
+from megasora.parallel.deepspeed_optimizers import build_zero_optimizer, set_counted_in_norm
+from megasora.parallel.mesh import Axis, Mesh
+from megasora.parallel.pipeline import Loss, Pipeline
 from megasora.parallel.world import World
 from megasora.placement import Placement
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # of the gradient and of its square
+UsesWeightDecay = Callable[[str, Tensor], bool]  # (name, parameter)
 
 
 class ZeroEngine:
-    """A model under training: `train_step` moves it, `predict` asks it."""
+    """The local model stages in a DeepSpeed engine. `train_step` runs forward, backward and one optimizer step;
+    `predict` runs a forward pass without gradients. All ranks must call both.
+
+    stages             {stage number: module}; one, without a pipeline
+    placements         of all parameters of the stages, by name
+    uses_weight_decay  whether a parameter does
+    dtype              the model's: float32 or bfloat16; master weights, moments and gradient sums are fp32
+    attention          of the model, over the context axis; None if it is not split
+    """
 
     def __init__(
         self,
         stages: Mapping[int, nn.Module],
         placements: dict[str, Placement],
-        decayed: Callable[[str, Tensor], bool],
+        uses_weight_decay: UsesWeightDecay,
         config: Config,
         world: World,
         mesh: Mesh,
         dtype: torch.dtype,
-        pipeline: Callable[[Callable[[nn.Module], None]], Pipeline] | None = None,
         attention: ContextAttention | None = None,
     ):
-        deepspeed = import_deepspeed()
         self.world, self.mesh, self.placements, self.attention = world, mesh, placements, attention
+        self.pipeline: Pipeline | None = None  # set by `parallelize` where the pipeline axis is split
         self.module = next(iter(stages.values())) if len(stages) == 1 else nn.ModuleList(stages.values())
+        self.module.to(world.device)
         self.parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
-        self.name_of = {parameter: name for name, parameter in self.parameters.items()}
+        self.names = {parameter: name for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            parameter.model_parallel = placements[name].is_primary_replica(mesh.pipeline.rank, mesh.tensor.rank)  # DeepSpeed's word for: counts in the norm
-        groups = parameter_groups(self.parameters, placements, decayed)
-        self.check_groups(list(groups))
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "weight_decay": config.optim.weight_decay if key[0] else 0.0}
-                for key, parameters in groups.items()
-            ],
-            lr=config.optim.lr,
-            betas=tuple(config.optim.betas),
-            eps=config.optim.eps,
-            fused=world.device.type == "cuda",
-        )
-        piped, on_gpu = pipeline is not None, world.device.type == "cuda"
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1 if piped else config.data.packs_per_step // mesh.data.size,
-            "gradient_clipping": config.optim.max_grad_norm,
-            "zero_optimization": {
-                "stage": config.parallel.zero_stage,
-                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in self.parameters.values())),
-                "overlap_comm": on_gpu and not piped,
-                "contiguous_gradients": not piped,  # its hooks would take part in a pipeline's backward
-            },
-            "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": not piped},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "steps_per_print": 1 << 60,
-        }
-        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, group by group
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=self.module.to(world.device),
-                optimizer=optimizer,
-                config=settings,
-                dist_init_required=False,
-                mpu=DeepSpeedMPU(mesh) if mesh.model.is_split else None,
-            )
-        self.adam = self.optimizer.optimizer
-        self.begin_adam()
-        self.pipeline = pipeline(self.fold) if pipeline is not None else None
-
-    def check_groups(self, keys: list[tuple]) -> None:
-        """DeepSpeed sums the norm group by group over the ranks that hold the model: all need the same groups."""
-        everyone: list = [None] * self.mesh.model.size
-        dist.all_gather_object(everyone, keys, group=self.mesh.model.group)
-        if any(other != keys for other in everyone):
-            raise RuntimeError(f"ranks of the pipeline and tensor axes have different parameter groups: {everyone}")
+            set_counted_in_norm(parameter, self.is_primary_replica(name))
+        groups = parameter_groups(self.parameters, placements, uses_weight_decay)
+        check_same_groups(list(groups), mesh.model)
+        self.adam = build_adamw(groups, config.optim, world.device)
+        self.deepspeed = build_deepspeed_engine(self.module, self.adam, config, mesh, dtype)
+        stage = config.parallel.zero_stage
+        self.optimizer = build_zero_optimizer(self.deepspeed, stage, dtype, mesh.data_context.rank)
+        init_adam_state(self.adam, self.optimizer.master_partitions)
 
     # ------------------------------------------------------------------ a step
 
     def train_step(
         self,
         packs: list[VideoBatch],
-        loss: Callable[[Tensor, int], Tensor],
-        rate: float,
-        lap: Callable[[str], None] = lambda name: None,
+        loss: Loss,
+        lr: float,
+        lap: Callable[[str], None] = lambda phase: None,
     ) -> float:
-        """One AdamW step at `rate` on this rank's packs; returns the global norm of the gradient before clipping.
+        """One AdamW step on this rank's packs; returns the global norm of the gradient before clipping.
 
-        `loss(prediction, number of the pack)`: this rank's share of the global mean; called where the last stage is.
+        `loss(prediction, pack index)`: this rank's summand of the global mean, a scalar; called on the last stage only.
+        `lap(phase)`: called at the end of each phase: forward, backward, optimizer.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        scale = self.mesh.data_context.size  # DeepSpeed divides by it
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        num_ranks = self.mesh.data_context.size  # DeepSpeed divides gradients by it
         if self.pipeline is not None:
-            self.pipeline.forward_backward(packs, lambda prediction, number: loss(prediction, number) * scale)
-            self.reduce_after_pipeline()
+            self.pipeline.forward_backward(packs, lambda prediction, index: loss(prediction, index) * num_ranks)
+            self.optimizer.reduce_grads()
             lap("backward")
-        for number, pack in enumerate(packs if self.pipeline is None else ()):
-            value = loss(self.engine(pack), number)
-            lap("forward")
-            self.engine.backward(value * scale, scale_wrt_gas=False)
-            lap("backward")
-            if number + 1 < len(packs):
-                self.engine.step()
+        else:
+            for index, pack in enumerate(packs):
+                value = loss(self.deepspeed(pack), index)
+                lap("forward")
+                self.deepspeed.backward(value * num_ranks, scale_wrt_gas=False)
+                lap("backward")
+                if index + 1 < len(packs):
+                    self.deepspeed.step()  # counts the microbatch; no update before the last
         self.sum_partial_gradients()
-        self.engine.step()
+        self.deepspeed.step()
         lap("optimizer")
-        return float(self.engine.get_global_grad_norm())
+        return float(self.deepspeed.get_global_grad_norm())
 
     def predict(self, packs: list[VideoBatch]) -> list[Tensor] | None:
-        """Predictions of the last stage, without gradients, in evaluation mode; None on ranks of other stages."""
+        """Predictions [L, P] of the last stage in evaluation mode; None on ranks of other stages."""
         self.module.eval()
         with torch.no_grad():
-            found = self.pipeline.forward_only(packs) if self.pipeline is not None else [self.engine(p) for p in packs]
+            if self.pipeline is not None:
+                predictions = self.pipeline.forward_only(packs)
+            else:
+                predictions = [self.deepspeed(pack) for pack in packs]
         self.module.train()
-        return found
+        return predictions
 
-    def fold(self, stage: nn.Module) -> None:
-        """Called after each micro-batch of a pipeline: adds bf16 gradients to their fp32 sums."""
-        if hasattr(self.optimizer, "update_hp_grads"):
-            self.optimizer.update_hp_grads()
-            for parameter in stage.parameters():
-                parameter.grad = None
-
-    def reduce_after_pipeline(self) -> None:
-        if hasattr(self.optimizer, "update_hp_grads"):
-            self.engine.buffered_allreduce_fallback()
-        else:
-            self.optimizer.set_gradient_accumulation_boundary(True)
-            self.optimizer.reduce_gradients(pipeline_parallel=True)
+    def accumulate_grads(self, stage: nn.Module) -> None:
+        """For `Pipeline`: adds the gradients of one microbatch to their fp32 sums."""
+        self.optimizer.accumulate_grads(stage)
 
     def sum_partial_gradients(self) -> None:
-        """Sums what, after ZeRO's sum over data x context, is still a part over the tensor or pipeline axis."""
-        for parameters, slices in self.reduced_gradients():
-            for name in self.placements[self.name_of[parameters[0]]].partial_axes:
-                axis = getattr(self.mesh, name)
-                flat = all_reduce_sum(torch.cat([s.reshape(-1) for s in slices]), axis)
-                for target, values in zip(slices, flat.split([s.numel() for s in slices]), strict=True):
-                    target.copy_(values.view_as(target))
-
-    def reduced_gradients(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
-        """(parameters, this rank's slices of their summed gradients) of each parameter group, before the step."""
-        optimizer = self.optimizer
-        if hasattr(optimizer, "fp32_groups_gradients_flat"):  # bf16 with stage 1: whole gradients, not slices
-            slices = [[flat] for flat in optimizer.fp32_groups_gradients_flat]
-            return list(zip(optimizer.bf16_groups, slices, strict=True))
-        groups = optimizer.fp16_groups if self.engine.zero_optimization_stage() == 3 else optimizer.bit16_groups
-        return [(group, list(optimizer.averaged_gradients[i])) for i, group in enumerate(groups)]
+        """Sums the gradients that, after ZeRO's sum over data x context, are still partial on the tensor or pipeline
+        axis."""
+        for parameters, grads in self.optimizer.reduced_grads():
+            for axis in self.placements[self.names[parameters[0]]].partial_axes:  # those of all in the group
+                flat = all_reduce_sum(torch.cat([grad.reshape(-1) for grad in grads]), getattr(self.mesh, axis))
+                for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                    grad.copy_(total.view_as(grad))
 
     # ------------------------------------------------------------------ weights
 
     def fragments(self) -> list[Fragment]:
-        """What this rank owns: of master weights ("weights") and Adam's means. All of it changes with each step."""
-        found = []
+        """What this rank owns of each parameter: master weights ("weights") and moments, changed by every step."""
+        fragments, axis = [], self.mesh.tensor
         for name, parameter in self.parameters.items():
-            if self.engine.zero_optimization_stage() == 3:
-                group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-                start, count = self.slice_of(parameter)
-            elif (mapping := parameter._hp_mapping) is not None:
-                group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
-                start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            else:
-                count = 0
-            if count:
-                master, placement, axis = self.masters[group], self.placements[name], self.mesh.tensor
+            owned = self.optimizer.owned_range(parameter)
+            if owned is not None:
+                master, placement = self.optimizer.master_partitions[owned.partition], self.placements[name]
                 flat = {"weights": master.detach(), **{kind: self.adam.state[master][kind] for kind in ADAM_MOMENTS}}
-                values = {kind: whole[offset : offset + count] for kind, whole in flat.items()}
-                shape = placement.full_shape(self.shape_of(name), axis.size)
-                found.append(Fragment(name, shape, placement, axis.rank, axis.size, start, values))
-        return found
-
-    @property
-    def masters(self) -> list[Tensor]:
-        """This rank's fp32 master weights, flattened, by parameter group; in stage 3 by DeepSpeed's parts of groups."""
-        for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):  # stage 3; bf16 with stage 1
-            if hasattr(self.optimizer, name):
-                return getattr(self.optimizer, name)
-        return self.optimizer.single_partition_of_fp32_groups
-
-    def begin_adam(self) -> None:
-        """AdamW's state before its first step, which it would make at that step: so that it can be loaded before."""
-        for master in self.masters:
-            count_device = master.device if self.adam.defaults["fused"] else "cpu"
-            self.adam.state[master] = {
-                "step": torch.zeros((), device=count_device),
-                **{kind: torch.zeros_like(master, requires_grad=False) for kind in ADAM_MOMENTS},
-            }
+                values = {kind: tensor[owned.offset : owned.offset + owned.count] for kind, tensor in flat.items()}
+                shape = placement.full_shape(self.optimizer.local_shape(parameter), axis.size)
+                fragments.append(Fragment(name, shape, placement, axis.rank, axis.size, owned.start, values))
+        return fragments
 
     @torch.no_grad()
     def sync_after_load(self, step: int) -> None:
-        """After a checkpoint of step `step` was written into the fragments. All ranks must call it.
-
-        The model's weights become those of the master copies, as at the end of a step.
-        """
-        for master in self.masters:
+        """Call on all ranks after loading the checkpoint of `step` into the fragments: sets Adam's step count and
+        copies the master weights to the compute weights."""
+        for master in self.optimizer.master_partitions:
             self.adam.state[master]["step"].fill_(step)
-        if self.engine.zero_optimization_stage() != 3:
-            self.optimizer.update_lp_params()
-            return
-        self.optimizer.checkpoint_event_prologue()  # lets go of parameters that are whole
-        for group in range(len(self.masters)):
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        self.optimizer.checkpoint_event_epilogue()  # small ones are whole again
+        self.optimizer.copy_masters_to_weights()
 
     def compute_weights(self) -> dict[str, Tensor]:
-        """What the model computes with, by name; under stage 3 this rank's slices of it."""
-        if self.engine.zero_optimization_stage() != 3:
-            return dict(self.parameters)
-        return {name: p.ds_tensor.narrow(0, 0, self.slice_of(p)[1]) for name, p in self.parameters.items()}
-
-    def slice_of(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """Stage 3: (start, size) of this rank's slice in the flattened parameter, without padding."""
-        size = parameter.ds_tensor.ds_numel
-        start = min(size * self.mesh.data_context.rank, parameter.ds_numel)
-        return start, min(size, parameter.ds_numel - start)
+        """The weights that the model computes with, by name; in stage 3 this rank's flat partitions of them."""
+        return {name: self.optimizer.compute_weight(parameter) for name, parameter in self.parameters.items()}
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model."""
-        ranks = self.mesh.pipeline.rank, self.mesh.tensor.rank
-        here = [name for name in self.parameters if self.placements[name].is_primary_replica(*ranks)]
-        count = torch.tensor(sum(self.shape_of(name).numel() for name in here))
-        return int(all_reduce_sum(count.to(self.world.device), self.mesh.model))
+        """The number of elements of all parameters of the full model; all ranks must call it."""
+        primary = [p for name, p in self.parameters.items() if self.is_primary_replica(name)]
+        count = torch.tensor(sum(self.optimizer.local_shape(p).numel() for p in primary), device=self.world.device)
+        return int(all_reduce_sum(count, self.mesh.model))
 
-    def shape_of(self, name: str) -> torch.Size:
-        """Of this rank's part; under stage 3 a parameter itself is empty between uses."""
-        parameter = self.parameters[name]
-        return getattr(parameter, "ds_shape", parameter.shape)
-
-
-class DeepSpeedMPU:
-    """The mesh in DeepSpeed's words."""
-
-    def __init__(self, mesh: Mesh):
-        self.mesh = mesh
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.model.group
-
-    def get_model_parallel_rank(self) -> int:
-        return self.mesh.model.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.mesh.model.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.data_context.group
-
-    def get_data_parallel_rank(self) -> int:
-        return self.mesh.data_context.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.mesh.data_context.size
+    def is_primary_replica(self, name: str) -> bool:
+        return self.placements[name].is_primary_replica(self.mesh.pipeline.rank, self.mesh.tensor.rank)
 
 
 def parameter_groups(
-    parameters: dict[str, nn.Parameter], placements: dict[str, Placement], decayed: Callable[[str, Tensor], bool]
-) -> dict[tuple, list[nn.Parameter]]:
-    """By (decayed or not, axes that its gradients are still to be summed over)."""
-    groups: dict[tuple, list[nn.Parameter]] = {}
+    parameters: dict[str, nn.Parameter], placements: dict[str, Placement], uses_weight_decay: UsesWeightDecay
+) -> dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]]:
+    """Parameters by (weight decay or not, axes over which their gradients are partial)."""
+    groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault((decayed(name, parameter), placements[name].partial_axes), []).append(parameter)
+        key = uses_weight_decay(name, parameter), placements[name].partial_axes
+        groups.setdefault(key, []).append(parameter)
     return dict(sorted(groups.items(), reverse=True))
 
 
-def import_deepspeed():
-    """DeepSpeed without its noise and, on a CPU, without the C++ op that it would compile at first use.
+def check_same_groups(keys: list[tuple], axis: Axis) -> None:
+    """DeepSpeed sums the norm group by group over the ranks that hold the model: all need the same groups."""
+    by_rank: list = [None] * axis.size
+    dist.all_gather_object(by_rank, keys, group=axis.group)
+    if any(other != keys for other in by_rank):
+        raise RuntimeError(f"ranks of the pipeline and tensor axes have different parameter groups: {by_rank}")
 
-    Its communication backend asks the accelerator for a shared-memory op (40 s of a C++ compiler), which only inference
-    uses. An accelerator that answers None to that question is one without the op.
-    """
-    quiet = logging.getLogger("DeepSpeed")
-    quiet.addFilter(
-        lambda record: record.levelno >= logging.WARNING and "accelerator to CPU" not in record.getMessage()
+
+def build_adamw(
+    groups: dict[tuple, list[nn.Parameter]], config: OptimConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`. DeepSpeed replaces its parameters by flat fp32 master partitions."""
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if has_decay else 0.0}
+            for (has_decay, _), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        fused=device.type == "cuda",
     )
-    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*")
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator, set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    class AcceleratorWithoutOps(CPU_Accelerator):
-        def create_op_builder(self, op_name):
-            return None
 
-    if get_accelerator().device_name() == "cpu":
-        set_accelerator(AcceleratorWithoutOps())
-    backend = get_accelerator().communication_backend_name() if get_accelerator().device_name() != "cpu" else "gloo"
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, without a launcher too
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return deepspeed
+def init_adam_state(adam: torch.optim.AdamW, master_partitions: list[Tensor]) -> None:
+    """The state that AdamW would create in its first step, so that a checkpoint can be loaded before it."""
+    for master in master_partitions:
+        step_device = master.device if adam.defaults["fused"] else "cpu"
+        adam.state[master] = {
+            "step": torch.zeros((), device=step_device),
+            **{kind: torch.zeros_like(master, requires_grad=False) for kind in ADAM_MOMENTS},
+        }

@@ -1,7 +1,7 @@
 """Everything a run logs while it trains.
 
-    main process   metrics.jsonl (one line per step), validation.jsonl, wandb, the progress line, run.json
-    other ranks    only the ledger, if they record the clips of their batches
+main process   metrics.jsonl (one line per step), validation.jsonl, wandb, the progress line, run.json
+other ranks    only the ledger, if they record the clips of their batches
 """
 
 from __future__ import annotations
@@ -70,10 +70,9 @@ class RunLog:
         }  # fmt: skip
         write_whole(self.run_dir / "run.json", json.dumps({**machine, **info}, indent=1) + "\n")
         axes = " x ".join(f"{name} {size}" for name, size in info["layout"].items() if size > 1)
-        self.print(
-            f"{info['parameters'] / 1e6:.2f}M parameters, {info['clips']:,} clips, "
-            f"{processes} processes{f' ({axes})' if axes else ''} on {device}, {info['tokens_per_step']:,} tokens per step"
-        )
+        layout = f"{processes} processes{f' ({axes})' if axes else ''} on {device}"
+        model = f"{info['parameters'] / 1e6:.2f}M parameters"
+        self.print(f"{model}, {info['clips']:,} clips, {info['tokens_per_step']:,} tokens per step, {layout}")
 
     def log_step(self, step: int, metrics: dict[str, Any], sample_ids: list[int] | None) -> None:
         """Call on every rank after step `step` (from 1). `sample_ids`: None if another rank records them."""

@@ -22,7 +22,7 @@ from megasora.errors import MegaSoraError
 from megasora.sampling.generate import Prompt, generate
 from megasora.text import build_text_encoder
 
-WEIGHTS = {"ema": "ema", "raw": "weights"}  # values of --weights -> kinds in a checkpoint
+CHECKPOINT_KINDS = {"ema": "ema", "raw": "weights"}  # values of --weights -> kinds in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class SamplingPipeline:
         config = load(run_dir / "config.yaml")
         config.model.kernel_backend = config.model.attention_backend = "auto"  # this machine may differ from training's
         model = build_model(config, patch_dim(config))
-        checkpoint = ShardedCheckpoint(folder)
-        model.load_state_dict({name: checkpoint.full_tensor(WEIGHTS[weights], name) for name in checkpoint.shapes})
+        checkpoint, kind = ShardedCheckpoint(folder), CHECKPOINT_KINDS[weights]
+        model.load_state_dict({name: checkpoint.full_tensor(kind, name) for name in checkpoint.shapes})
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(config, model, run_dir.resolve().name, step, torch.device(device))

@@ -165,7 +165,7 @@ class DiTTask:
         return StepMetrics(loss, batch.real_tokens, columns)
 
     def record_damaged_clips(self, batch: StepBatch, step: int) -> None:
-        """Call on all ranks if any rank skipped clips in the step. Raises DataError on all ranks if they are too many."""
+        """Call on all ranks if any rank skipped clips in the step. Raises DataError on all if they are too many."""
         damaged = batch.damaged if self.reports_packs else []
         self.damage.log(step + 1, damaged)
         by_rank = self.world.gather_objects([(error.sample_id, str(error)) for error in damaged])
@@ -173,7 +173,7 @@ class DiTTask:
         self.damage.register([clip for rank in by_rank for clip in rank])
 
     def check_replicas(self, packs: list[VideoBatch], noised: list[VideoBatch], step: int) -> None:
-        """`run.debug_parallel`: raises on all ranks if packs or parameters that must be equal on several ranks differ."""
+        """Raises MegaSoraError on all ranks if packs or parameters that must be equal on several ranks differ."""
         mesh, engine = self.mesh, self.engine
         check_packs(packs, (mesh.tensor, mesh.context, mesh.pipeline), self.world, step)
         check_packs(noised, (mesh.tensor, mesh.pipeline), self.world, step)

@@ -179,7 +179,7 @@ def render(spec: ClipSpec) -> np.ndarray:
     return np.rint(background + alpha * (ink - background)).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- captions
 
 
 def describe(

@@ -113,6 +113,17 @@ def _locate(alpha_FHW: np.ndarray, height: int, width: int) -> np.ndarray:
     return centres
 
 
+def _match_shape(windows_FHW: np.ndarray) -> str | None:
+    """The shape whose templates correlate best with the coverage in the windows, as a mean over frames, or None."""
+    height, width = windows_FHW.shape[1:]
+    windows = windows_FHW.reshape(len(windows_FHW), -1)
+    windows = windows - windows.mean(axis=1, keepdims=True)
+    windows /= np.maximum(np.linalg.norm(windows, axis=1, keepdims=True), 1e-9)
+    match = (_shape_bank(height, width) @ windows.T.astype(np.float32)).max(axis=1).mean(axis=1)  # [shapes]
+    second, first = np.sort(match)[-2:]
+    return SHAPES[int(match.argmax())] if first >= _MIN_MATCH and first - second >= _MIN_MARGIN else None
+
+
 def _first_direction(centres_F2: np.ndarray, canvas_wh: np.ndarray) -> str | None:
     """Direction of the first movement on the torus: the axis along which the shape first moves 3 px."""
     seen = np.flatnonzero(~np.isnan(centres_F2[:, 0]))
@@ -178,11 +189,6 @@ def detect(frames_FHWC: np.ndarray) -> Reading:
     if presence < 0.5:  # too few frames with a shape
         return Reading(None, None, None, background, centres, presence)
 
-    windows = _torus_window(alpha[seen], centres[seen], height, width).reshape(int(seen.sum()), -1)
-    windows = windows - windows.mean(axis=1, keepdims=True)
-    windows /= np.maximum(np.linalg.norm(windows, axis=1, keepdims=True), 1e-9)
-    match = (_shape_bank(height, width) @ windows.T.astype(np.float32)).max(axis=1).mean(axis=1)  # [shapes]
-    second, first = np.sort(match)[-2:]
-    shape = SHAPES[int(match.argmax())] if first >= _MIN_MATCH and first - second >= _MIN_MARGIN else None
+    shape = _match_shape(_torus_window(alpha[seen], centres[seen], height, width))
     direction = _first_direction(centres, np.array([canvas_w, canvas_h], dtype=np.float64))
     return Reading(color, shape, direction, background, centres, presence)

@@ -1,5 +1,5 @@
-"""A tiny Wan: diffusers' WanTransformer3DModel in the proportions of Wan 1.3B, with random weights, saved as diffusers
-saves them; a pack of clips; and what diffusers computes for that pack, clip by clip. Needs diffusers."""
+"""A tiny Wan model for tests: diffusers' WanTransformer3DModel in the proportions of Wan 1.3B with random weights, saved
+by diffusers; a pack of clips; and the outputs of diffusers for each clip. Needs diffusers."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ CLIPS = [  # grid of tokens, words of the caption, clean latent frames at (head,
 
 @dataclass(frozen=True)
 class TinyWan:
-    theirs: WanTransformer3DModel
-    folder: Path  # as a pipeline's: transformer/ with config.json and several files of weights
-    settings: list[str]  # key=value of our model; text.path is an encoder of the right width, without weights
+    reference: WanTransformer3DModel
+    folder: Path  # like that of a pipeline: transformer/ with config.json and several weight files
+    settings: list[str]  # key=value of the VideoDiT; text.path is an encoder of the right width, without weights
 
 
 def make_tiny_wan(folder: Path, depth: int = 2, heads: int = 4, head_dim: int = 24) -> TinyWan:
@@ -48,18 +48,18 @@ def make_tiny_wan(folder: Path, depth: int = 2, heads: int = 4, head_dim: int = 
     from diffusers import WanTransformer3DModel
 
     width = heads * head_dim
-    theirs = WanTransformer3DModel(
+    reference = WanTransformer3DModel(
         patch_size=PATCH, num_attention_heads=heads, attention_head_dim=head_dim, in_channels=CHANNELS,
         out_channels=CHANNELS, text_dim=TEXT_DIM, ffn_dim=width * 8960 // 1536, num_layers=depth, rope_max_seq_len=64,
     ).float()  # fmt: skip
-    randomise(theirs)
-    theirs.save_pretrained(folder / "wan" / "transformer", max_shard_size="400KB")
-    return TinyWan(theirs, folder / "wan", settings_for(read_wan(folder / "wan"), folder / "text"))
+    randomise(reference)
+    reference.save_pretrained(folder / "wan" / "transformer", max_shard_size="400KB")
+    return TinyWan(reference, folder / "wan", settings_for(read_wan(folder / "wan"), folder / "text"))
 
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """Linears keep the size of their input, norms are around 1, biases and tables large enough to be missed."""
+    """Linear layers preserve the scale of their input, norms are near 1, biases and tables are not negligible."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         is_norm = ".norm" in name and name.endswith("weight")
@@ -68,7 +68,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def settings_for(wan: WanFolder, text: Path) -> list[str]:
-    """`wan.settings()` with an encoder in the folder `text` that has the features' width and is never run."""
+    """`wan.settings()` with an encoder in the folder `text` that has the right feature width and is never run."""
     from safetensors.torch import save_file
 
     text.mkdir(exist_ok=True)
@@ -78,43 +78,43 @@ def settings_for(wan: WanFolder, text: Path) -> list[str]:
     return [*wan.settings(), f"text.path={text}"]
 
 
-def build_ours(wan: WanFolder, settings: list[str]) -> VideoDiT:
-    """On torch's default device, without values; as build_model does it, but without loading transformers."""
+def build_dit(wan: WanFolder, settings: list[str]) -> VideoDiT:
+    """Uninitialised, on torch's default device; like build_model, but without loading transformers."""
     m = load(None, settings).model
     patch_dim = wan.channels * wan.patch[0] * wan.patch[1] * wan.patch[2]
     return VideoDiT(m, patch_dim, FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
 
 
 def write_weights(tiny: TinyWan, out: Path) -> Path:
-    """The import, into `out`."""
+    """Imports the weights into the file `out`."""
     wan = read_wan(tiny.folder)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in build_ours(wan, tiny.settings).named_parameters()}
+        shapes = {name: p.shape for name, p in build_dit(wan, tiny.settings).named_parameters()}
     import_wan(wan, shapes, partial(initial_value, seed=0), out)
     return out
 
 
 def make_pack(clips: list = CLIPS, padding: int = 3) -> VideoBatch:
-    """Clips of different sizes at different noise levels, one with a clean first frame, and padding behind them."""
+    """Clips of different sizes and timesteps, one with a clean first frame, followed by padding."""
     generator = torch.Generator().manual_seed(1)
     records = []
-    for number, (grid, words, _, _) in enumerate(clips):
+    for index, (grid, words, _, _) in enumerate(clips):
         size = [n * p for n, p in zip(grid, PATCH, strict=True)]
         patches_LP, _ = patchify(torch.randn(CHANNELS, *size, generator=generator), PATCH)
         text_SE = torch.randn(words, TEXT_DIM, generator=generator)
         native = (16.0 * grid[1], 16.0 * grid[2], 4.0 * grid[0] - 3, 16.0)
-        records.append(Record(number, patches_LP, grid, text_SE, native, "a caption"))
+        records.append(Record(index, patches_LP, grid, text_SE, native, "a caption"))
     batch = make_batch(records, sum(len(r.patches_LP) for r in records) + padding)
-    cu_rows, timesteps_R, owner = build_rows(
+    cu_rows, timesteps_R, segment_R = build_rows(
         batch, torch.tensor([t for *_, t in clips]), [clean for _, _, clean, _ in clips]
     )
-    return dataclasses.replace(batch, cu_rows=cu_rows, timesteps_R=timesteps_R.float(), row_segment_R=owner)
+    return dataclasses.replace(batch, cu_rows=cu_rows, timesteps_R=timesteps_R.float(), row_segment_R=segment_R)
 
 
-def run_theirs(theirs: WanTransformer3DModel, batch: VideoBatch) -> list[Tensor]:
-    """What diffusers gives for each clip of a pack by itself, [l, P] in our order.
+def run_reference(reference: WanTransformer3DModel, batch: VideoBatch) -> list[Tensor]:
+    """The outputs of diffusers for each clip of a pack alone: [l, P], tokens and features in VideoDiT's order.
 
-    A clip of one row is given its timestep, as Wan 2.1 is; one of several rows a timestep a token, as Wan 2.2 TI2V is.
+    The timestep is one per clip if it has one row, as for Wan 2.1, else one per token, as for Wan 2.2 TI2V.
     """
     t_L = torch.repeat_interleave(batch.timesteps_R, batch.cu_rows.diff().long()) * TIMESTEP_SCALE
     outs = []
@@ -124,6 +124,6 @@ def run_theirs(theirs: WanTransformer3DModel, batch: VideoBatch) -> list[Tensor]
         t = t_L[tokens]
         t = t[:1] if bool((t == t[0]).all()) else t[None]
         latents_CTHW = unpatchify(batch.patches_LP[tokens], tuple(grid), PATCH)
-        out = theirs(latents_CTHW[None], t, batch.text_SE[words][None], return_dict=False)[0][0]
+        out = reference(latents_CTHW[None], t, batch.text_SE[words][None], return_dict=False)[0][0]
         outs.append(patchify(out.contiguous(), PATCH)[0])
     return outs

@@ -1,4 +1,4 @@
-"""Slices of one layout are the tensors they were cut from, to any other; what is missing or twice is refused."""
+"""A sharded checkpoint of any layout loads in any other; missing and duplicate elements raise."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megasora.checkpoint.sharded import METADATA, ShardedCheckpoint, export, write_fragments
 from megasora.checkpoint.safetensors_file import TensorFile, write_tensors
+from megasora.checkpoint.sharded import METADATA, ShardedCheckpoint, export, write_fragments
 from megasora.errors import MegaSoraError
 from megasora.fragment import Fragment
 from megasora.placement import Placement
 
 KINDS = ("weights", "ema")
-WEIGHTS = {  # name: (full shape, where a tensor axis cuts it)
+WEIGHTS = {  # name: (full shape, placement on a tensor axis)
     "qkv.weight": ((12, 5), Placement(shard_dim=0, num_chunks=3)),
     "out.weight": ((3, 8), Placement(shard_dim=1)),
     "norm.weight": ((4,), Placement(shard_dim=0)),
@@ -36,31 +36,31 @@ def full(kind, name):
 
 
 def fragments_of(tensor, cuts):
-    """Of each rank, tensor innermost: what it owns where `cuts` (0 to 1) divide each part over its data ranks."""
+    """The fragments of each rank, tensor axis innermost. `cuts` (0 to 1) split each local tensor over data ranks."""
     ranks = []
-    for number in range(len(cuts) + 1):
+    for data_rank in range(len(cuts) + 1):
         for tensor_rank in range(tensor):
-            here = []
+            fragments = []
             for name, (shape, placement) in WEIGHTS.items():
                 placement = placement if tensor > 1 else Placement()
-                parts = {kind: placement.local(full(kind, name), tensor_rank, tensor).reshape(-1) for kind in KINDS}
-                ends = [0, *(round(cut * len(parts["ema"])) for cut in sorted(cuts)), len(parts["ema"])]
-                start, end = ends[number], ends[number + 1]
+                local = {kind: placement.local(full(kind, name), tensor_rank, tensor).reshape(-1) for kind in KINDS}
+                ends = [0, *(round(cut * len(local["ema"])) for cut in sorted(cuts)), len(local["ema"])]
+                start, end = ends[data_rank], ends[data_rank + 1]
                 if end > start:
-                    values = {kind: part[start:end].clone() for kind, part in parts.items()}
-                    here.append(Fragment(name, torch.Size(shape), placement, tensor_rank, tensor, start, values))
-            ranks.append(here)
+                    values = {kind: tensor_L[start:end].clone() for kind, tensor_L in local.items()}
+                    fragments.append(Fragment(name, torch.Size(shape), placement, tensor_rank, tensor, start, values))
+            ranks.append(fragments)
     return ranks
 
 
-def counting(fragments):
+def primary_replicas(fragments):
     return [f for f in fragments if f.placement.shard_dim is not None or f.tensor_rank == 0]
 
 
 def write(folder, ranks):
     folder.mkdir(exist_ok=True)
     for rank, fragments in enumerate(ranks):
-        write_fragments(folder, rank, counting(fragments))
+        write_fragments(folder, rank, primary_replicas(fragments))
     return folder
 
 
@@ -69,7 +69,7 @@ LAYOUT = st.tuples(st.sampled_from([1, 2, 4]), st.lists(st.floats(0, 1), max_siz
 
 @settings(deadline=None, max_examples=60)
 @given(LAYOUT, LAYOUT)
-def test_what_one_layout_writes_any_other_reads_bit_by_bit(saved, ours):
+def test_a_checkpoint_of_one_layout_loads_bit_for_bit_in_any_other(saved, loading):
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = ShardedCheckpoint(write(Path(folder), fragments_of(*saved)))
         assert checkpoint.kinds == set(KINDS)
@@ -77,7 +77,7 @@ def test_what_one_layout_writes_any_other_reads_bit_by_bit(saved, ours):
         for name in WEIGHTS:
             for kind in KINDS:
                 assert torch.equal(checkpoint.full_tensor(kind, name), full(kind, name))
-        for rank in fragments_of(*ours):
+        for rank in fragments_of(*loading):
             for f in rank:
                 expected = {kind: values.clone() for kind, values in f.values.items()}
                 for values in f.values.values():
@@ -86,56 +86,57 @@ def test_what_one_layout_writes_any_other_reads_bit_by_bit(saved, ours):
                 assert all(torch.equal(f.values[kind], expected[kind]) for kind in KINDS)
 
 
-def test_only_the_bytes_of_a_fragment_are_read_where_the_parameter_is_cut_as_it_was(tmp_path, monkeypatch):
+def test_only_the_bytes_of_a_fragment_are_read_if_the_sharding_is_unchanged(tmp_path, monkeypatch):
     checkpoint, read = ShardedCheckpoint(write(tmp_path, fragments_of(2, [0.5]))), []
     original = TensorFile.read
 
-    def noted(file, name, start, count):
+    def recording_read(file, name, start, count):
         read.append((file.path.name, name, count))
         return original(file, name, start, count)
 
-    monkeypatch.setattr(TensorFile, "read", noted)
+    monkeypatch.setattr(TensorFile, "read", recording_read)
     for fragment in fragments_of(2, [0.25, 0.75])[3]:  # the second tensor rank's, of the second data rank
         read.clear()
-        found = checkpoint.read_fragment("ema", fragment)
-        assert torch.equal(found, fragment.values["ema"])
+        assert torch.equal(checkpoint.read_fragment("ema", fragment), fragment.values["ema"])
         assert sum(count for _, _, count in read) == fragment.count
-        if fragment.name == "qkv.weight":  # half of what each of two ranks wrote of this tensor rank's part
+        if fragment.name == "qkv.weight":  # half of each of the two fragments of this tensor rank
             assert read == [(f"rank-0000{rank}.safetensors", "ema/qkv.weight", 7) for rank in (1, 3)]
 
 
-def test_a_parameter_that_is_cut_in_other_runs_than_it_was_is_put_together_first(tmp_path):
+def test_a_parameter_with_another_sharding_is_assembled_first(tmp_path):
     checkpoint = ShardedCheckpoint(write(tmp_path, fragments_of(2, [])))
     (first, *_) = fragments_of(2, [])[1]
-    whole = full("ema", "qkv.weight")
+    full_values = full("ema", "qkv.weight")
     for placement in (Placement(shard_dim=0), Placement(shard_dim=0, num_chunks=2), Placement()):
-        part = placement.local(whole, 1, 2).reshape(-1)
-        fragment = dataclasses.replace(first, placement=placement, values={"ema": part})
-        assert torch.equal(checkpoint.read_fragment("ema", fragment), part)
+        local = placement.local(full_values, 1, 2).reshape(-1)
+        fragment = dataclasses.replace(first, placement=placement, values={"ema": local})
+        assert torch.equal(checkpoint.read_fragment("ema", fragment), local)
 
 
-def test_an_export_is_a_file_of_whole_tensors_for_other_programs(tmp_path):
-    checkpoint, told = ShardedCheckpoint(write(tmp_path, fragments_of(4, [0.3, 0.6]))), []
-    export(checkpoint, "weights", tmp_path / "out.safetensors", told.append)
-    found = load_file(tmp_path / "out.safetensors")
-    assert found.keys() == WEIGHTS.keys() and all(torch.equal(found[name], full("weights", name)) for name in WEIGHTS)
-    assert told == [4 * found[name].numel() for name in sorted(found)]
+def test_an_export_is_a_safetensors_file_of_full_tensors(tmp_path):
+    checkpoint, sizes = ShardedCheckpoint(write(tmp_path, fragments_of(4, [0.3, 0.6]))), []
+    export(checkpoint, "weights", tmp_path / "out.safetensors", sizes.append)
+    tensors = load_file(tmp_path / "out.safetensors")
+    assert tensors.keys() == WEIGHTS.keys() and all(
+        torch.equal(tensors[name], full("weights", name)) for name in WEIGHTS
+    )
+    assert sizes == [4 * tensors[name].numel() for name in sorted(tensors)]
 
 
-def test_a_file_of_slices_is_a_safetensors_file(tmp_path):
-    found = load_file(write(tmp_path, fragments_of(1, [])) / "fragments" / "rank-00000.safetensors")
-    assert found.keys() == {f"{kind}/{name}" for kind in KINDS for name in WEIGHTS}
-    assert all(values.dtype == torch.float32 and values.ndim == 1 for values in found.values())
+def test_a_file_of_fragments_is_a_safetensors_file(tmp_path):
+    tensors = load_file(write(tmp_path, fragments_of(1, [])) / "fragments" / "rank-00000.safetensors")
+    assert tensors.keys() == {f"{kind}/{name}" for kind in KINDS for name in WEIGHTS}
+    assert all(values.dtype == torch.float32 and values.ndim == 1 for values in tensors.values())
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- errors
 
 
-def without_a_rank(ranks):
+def missing_rank(ranks):
     ranks[2] = []
 
 
-def twice(ranks):
+def duplicate(ranks):
     ranks.append(ranks[0])
 
 
@@ -143,40 +144,40 @@ def overlapping(ranks):
     ranks[2] = [dataclasses.replace(f, start=f.start - 1) if f.name == "qkv.weight" else f for f in ranks[2]]
 
 
-def of_another_shape(ranks):
+def another_shape(ranks):
     ranks[2] = [dataclasses.replace(f, shape=torch.Size((12, 6))) if f.name == "qkv.weight" else f for f in ranks[2]]
 
 
-def cut_otherwise(ranks):
+def another_sharding(ranks):
     by_one_chunk = Placement(shard_dim=0)
     ranks[2] = [dataclasses.replace(f, placement=by_one_chunk) if f.name == "qkv.weight" else f for f in ranks[2]]
 
 
-def of_another_kind(ranks):
+def missing_kind(ranks):
     ranks[2] = [dataclasses.replace(f, values={"ema": f.values["ema"]}) for f in ranks[2]]
 
 
-def uneven(ranks):
+def different_counts(ranks):
     ranks[2] = [dataclasses.replace(f, values={**f.values, "ema": f.values["ema"][1:]}) for f in ranks[2]]
 
 
 @pytest.mark.parametrize(
-    "spoil", [without_a_rank, twice, overlapping, of_another_shape, cut_otherwise, of_another_kind, uneven]
+    "spoil", [missing_rank, duplicate, overlapping, another_shape, another_sharding, missing_kind, different_counts]
 )
-def test_slices_that_do_not_make_the_model_once_are_refused_with_file_and_parameter(spoil, tmp_path):
+def test_fragments_that_do_not_cover_each_parameter_once_raise_with_file_and_parameter(spoil, tmp_path):
     ranks = fragments_of(2, [0.5])
     spoil(ranks)
-    with pytest.raises(MegaSoraError, match=r"rank-0000\d.safetensors.* qkv.weight .*use an earlier") as refusal:
+    with pytest.raises(MegaSoraError, match=r"rank-0000\d.safetensors.* qkv.weight .*use an earlier") as error:
         ShardedCheckpoint(write(tmp_path, ranks))
-    assert str(tmp_path) in str(refusal.value)
+    assert str(tmp_path) in str(error.value)
 
 
-def test_a_folder_without_slices_is_refused(tmp_path):
+def test_a_folder_without_fragments_raises(tmp_path):
     with pytest.raises(MegaSoraError, match="holds no rank-"):
         ShardedCheckpoint(tmp_path)
 
 
-def test_a_fragment_that_was_not_saved_is_refused_with_both_shapes(tmp_path):
+def test_a_fragment_that_was_not_saved_raises_with_both_shapes(tmp_path):
     checkpoint = ShardedCheckpoint(write(tmp_path, fragments_of(1, [])))
     (first, *_) = fragments_of(1, [])[0]
     changed = {
@@ -189,10 +190,10 @@ def test_a_fragment_that_was_not_saved_is_refused_with_both_shapes(tmp_path):
             checkpoint.load_into(fragment)
 
 
-def spoiled(data, places):
+def with_metadata(data, fragments):
     length = int.from_bytes(data[:8], "little")
     entries = json.loads(data[8 : 8 + length])
-    entries["__metadata__"][METADATA] = json.dumps(places)
+    entries["__metadata__"][METADATA] = json.dumps(fragments)
     text = json.dumps(entries).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
@@ -208,27 +209,27 @@ def spoiled(data, places):
         lambda data: data[:8] + b"[" + data[9:],
         lambda data: data.replace(b'"F32"', b'"F16"', 1),
         lambda data: data.replace(METADATA.encode(), b"ffragment", 1),
-        lambda data: spoiled(data, {}),
-        lambda data: spoiled(data, []),
-        lambda data: spoiled(data, {"scale": 3}),
+        lambda data: with_metadata(data, {}),
+        lambda data: with_metadata(data, []),
+        lambda data: with_metadata(data, {"scale": 3}),
     ],
 )
-def test_a_file_that_is_none_is_refused_by_name(change, tmp_path):
+def test_an_invalid_file_raises_with_its_name(change, tmp_path):
     file = write(tmp_path, fragments_of(1, [])) / "fragments" / "rank-00000.safetensors"
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(MegaSoraError, match=r"rank-00000.safetensors .*; use an earlier"):
         ShardedCheckpoint(tmp_path)
 
 
-def test_tensors_are_asked_for_one_after_the_other_and_a_failure_leaves_no_file(tmp_path):
-    asked = []
+def test_tensors_are_computed_one_after_the_other_and_a_failure_leaves_no_file(tmp_path):
+    requested = []
 
     def value_of(name):
-        asked.append(name)
+        requested.append(name)
         if name == "c":
             raise KeyError(name)
         return torch.ones(2)
 
     with pytest.raises(KeyError):
         write_tensors(tmp_path / "a.safetensors", dict.fromkeys("abc", torch.Size([2])), value_of, {})
-    assert asked == ["a", "b", "c"] and not list(tmp_path.iterdir())
+    assert requested == ["a", "b", "c"] and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The shared dialect of VideoDiT is Wan: diffusers' model and ours, on one saved folder, give the same numbers."""
+"""VideoDiT with shared modulation computes what diffusers' Wan model computes from the same weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasora.checkpoint.wan import DEFAULT_INIT, WEIGHTS, ZERO_INIT, import_wan, mlp_ratio, read_wan
+from megasora.checkpoint.wan import DEFAULT_INIT, WEIGHTS_FILE, ZERO_INIT, import_wan, mlp_ratio, read_wan
 from megasora.config import load
 from megasora.errors import MegaSoraError
 from megasora.model.init import initial_value
-from megasora.testing.wan import CLIPS, build_ours, make_pack, make_tiny_wan, run_theirs, write_weights
+from megasora.testing.wan import CLIPS, build_dit, make_pack, make_tiny_wan, run_reference, write_weights
 
 WAN_1B = {  # config.json of Wan 2.1 T2V 1.3B
     "_class_name": "WanTransformer3DModel", "added_kv_proj_dim": None, "attention_head_dim": 128,
@@ -36,15 +36,15 @@ def weights(tiny):
 
 
 @pytest.fixture
-def ours(tiny, weights):
-    model = build_ours(read_wan(tiny.folder), tiny.settings)
+def model(tiny, weights):
+    model = build_dit(read_wan(tiny.folder), tiny.settings)
     model.load_state_dict(load_file(weights))
     return model
 
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    """A copy of the transformer's own folder, to be spoiled."""
+    """A copy of the transformer's folder, for tests that change it."""
     return shutil.copytree(tiny.folder / "transformer", tmp_path / "transformer")
 
 
@@ -52,109 +52,110 @@ def by_clip(out_LP, batch):
     return out_LP[: batch.num_tokens].split(batch.cu_segments.diff().tolist())
 
 
-def relative_error(ours, theirs):
-    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
+def relative_error(values, expected):
+    return float((values - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-# ---------------------------------------------------------------- the same function
+# ---------------------------------------------------------------- equal outputs and gradients
 
 
-def test_each_clip_of_a_pack_is_what_diffusers_gives_for_it_alone(tiny, ours):
+def test_each_clip_of_a_pack_equals_the_output_of_diffusers_for_it_alone(tiny, model):
     batch = make_pack()
-    theirs = run_theirs(tiny.theirs, batch)
-    assert len(theirs) == len(CLIPS) and len(batch.timesteps_R) == len(CLIPS) + 1  # one has a clean frame
-    for i, (a, b) in enumerate(zip(by_clip(ours(batch), batch), theirs, strict=True)):
+    expected = run_reference(tiny.reference, batch)
+    assert len(expected) == len(CLIPS) and len(batch.timesteps_R) == len(CLIPS) + 1  # one has a clean frame
+    for i, (a, b) in enumerate(zip(by_clip(model(batch), batch), expected, strict=True)):
         assert b.std() > 0.5
         assert relative_error(a, b) <= 1e-5, f"clip {i}"
 
 
-def test_every_gradient_is_diffusers_gradient(tiny, ours):
+def test_every_gradient_equals_that_of_diffusers(tiny, model):
     batch = make_pack()
     generator = torch.Generator().manual_seed(2)
     weights_LP = [torch.randn(o.shape, generator=generator) for o in by_clip(batch.patches_LP, batch)]
-    tiny.theirs.zero_grad()
-    for out in (by_clip(ours(batch), batch), run_theirs(tiny.theirs, batch)):
+    tiny.reference.zero_grad()
+    for out in (by_clip(model(batch), batch), run_reference(tiny.reference, batch)):
         sum((o * w).sum() for o, w in zip(out, weights_LP, strict=True)).backward()
-    theirs = {name: p.grad for name, p in tiny.theirs.named_parameters()}
+    wan_gradients = {name: p.grad for name, p in tiny.reference.named_parameters()}
     for name, source in read_wan(tiny.folder).sources().items():
-        expected = source.make(*(theirs[part] for part in source.names))
-        found = ours.get_parameter(name).grad
-        assert relative_error(found, expected) <= 2e-5, name
+        expected = source.make(*(wan_gradients[wan_name] for wan_name in source.names))
+        assert relative_error(model.get_parameter(name).grad, expected) <= 2e-5, name
 
 
 @pytest.mark.parametrize("head_dim", [20, 128])
-def test_the_rotary_split_is_wans_where_the_head_dim_is_no_multiple_of_6(head_dim, tmp_path):
-    tiny = make_tiny_wan(tmp_path, depth=1, heads=2, head_dim=head_dim)  # t turns more numbers than h and w
-    model, batch = build_ours(read_wan(tiny.folder), tiny.settings), make_pack()
+def test_the_rotary_split_equals_wans_if_the_head_dim_is_no_multiple_of_6(head_dim, tmp_path):
+    tiny = make_tiny_wan(tmp_path, depth=1, heads=2, head_dim=head_dim)  # t rotates more features than h and w
+    model, batch = build_dit(read_wan(tiny.folder), tiny.settings), make_pack()
     model.load_state_dict(load_file(write_weights(tiny, tmp_path / "weights.safetensors")))
-    for a, b in zip(by_clip(model(batch), batch), run_theirs(tiny.theirs, batch), strict=True):
+    for a, b in zip(by_clip(model(batch), batch), run_reference(tiny.reference, batch), strict=True):
         assert relative_error(a, b) <= 1e-5
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_the_equality_sees_where_a_token_is(axis, tiny, ours):
+def test_the_comparison_is_sensitive_to_coords(axis, tiny, model):
     batch = make_pack()
-    moved = batch.coords_L3.clone()
-    moved[:, axis] *= 2
-    wrong = ours(dataclasses.replace(batch, coords_L3=moved))
-    errors = [relative_error(a, b) for a, b in zip(by_clip(wrong, batch), run_theirs(tiny.theirs, batch), strict=True)]
+    coords_L3 = batch.coords_L3.clone()
+    coords_L3[:, axis] *= 2
+    wrong = model(dataclasses.replace(batch, coords_L3=coords_L3))
+    errors = [
+        relative_error(a, b) for a, b in zip(by_clip(wrong, batch), run_reference(tiny.reference, batch), strict=True)
+    ]
     for error, (grid, *_) in zip(errors, CLIPS, strict=True):
         assert (error > 1e-3) is (grid[axis] > 1)
 
 
-def test_what_wan_does_not_have_adds_nothing_and_can_be_trained(ours):
+def test_modules_that_wan_lacks_add_zero_and_can_be_trained(model):
     batch = make_pack()
-    before = ours(batch)
+    before = model(batch)
     other = dataclasses.replace(batch, native_size_G4=batch.native_size_G4 * 3)
-    assert torch.equal(before, ours(other))
+    assert torch.equal(before, model(other))
     by_clip(before, batch)[2].square().sum().backward()
     for name in ("first_frame", "native.mlp.2.weight", "pooled_text.1.weight"):
-        parameter = ours.get_parameter(name)
+        parameter = model.get_parameter(name)
         assert not parameter.any() and parameter.grad.abs().max() > 0, name
     with torch.no_grad():
-        ours.native.mlp[2].weight.normal_()
-    assert relative_error(ours(other), before) > 1e-3  # a first layer of zeros would stay silent
+        model.native.mlp[2].weight.normal_()
+    assert relative_error(model(other), before) > 1e-3  # its first layer is not zero
 
 
-def test_a_hidden_caption_is_finite(ours):
+def test_a_hidden_caption_is_finite(model):
     batch = dataclasses.replace(make_pack(), drop_text_G=torch.ones(len(CLIPS), dtype=torch.bool))
-    assert ours(batch).isfinite().all()
+    assert model(batch).isfinite().all()
 
 
-# ---------------------------------------------------------------- the file and its settings
+# ---------------------------------------------------------------- the written file and its settings
 
 
-def test_the_file_has_every_weight_once_in_fp32_and_no_part_is_left(tiny, weights):
-    found = load_file(weights)
-    model = build_ours(read_wan(tiny.folder), tiny.settings)
-    assert {name: p.shape for name, p in model.named_parameters()} == {n: w.shape for n, w in found.items()}
-    assert {w.dtype for w in found.values()} == {torch.float32}
-    size = sum(w.numel() for w in tiny.theirs.parameters())
-    extra = sum(found[name].numel() for name in (*ZERO_INIT, *DEFAULT_INIT))
-    assert sum(w.numel() for w in found.values()) == size + extra
+def test_the_file_has_every_weight_in_fp32_and_no_temporary_file_remains(tiny, weights):
+    tensors = load_file(weights)
+    model = build_dit(read_wan(tiny.folder), tiny.settings)
+    assert {name: p.shape for name, p in model.named_parameters()} == {n: w.shape for n, w in tensors.items()}
+    assert {w.dtype for w in tensors.values()} == {torch.float32}
+    size = sum(w.numel() for w in tiny.reference.parameters())
+    extra = sum(tensors[name].numel() for name in (*ZERO_INIT, *DEFAULT_INIT))
+    assert sum(w.numel() for w in tensors.values()) == size + extra
     assert not list(weights.parent.glob(".*"))
 
 
-def test_a_pipelines_folder_and_the_transformers_own_are_the_same(tiny):
+def test_the_folders_of_a_pipeline_and_of_its_transformer_are_equivalent(tiny):
     assert read_wan(tiny.folder) == read_wan(tiny.folder / "transformer")
     assert len(read_wan(tiny.folder).files) > 2
 
 
-def test_bfloat16_weights_in_one_file_are_widened_exactly(tiny, folder, weights, tmp_path):
+def test_bfloat16_weights_in_one_file_are_converted_exactly(tiny, folder, weights, tmp_path):
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    theirs = {name: p.detach().bfloat16().contiguous() for name, p in tiny.theirs.named_parameters()}
-    save_file(theirs, folder / WEIGHTS)
+    narrow_weights = {name: p.detach().bfloat16().contiguous() for name, p in tiny.reference.named_parameters()}
+    save_file(narrow_weights, folder / WEIGHTS_FILE)
     import_to(folder, tmp_path / "narrow.safetensors")
-    whole, narrow = load_file(weights), load_file(tmp_path / "narrow.safetensors")
-    for name, value in whole.items():
+    exact, narrow = load_file(weights), load_file(tmp_path / "narrow.safetensors")
+    for name, value in exact.items():
         rounded = value if name in DEFAULT_INIT else value.bfloat16().float()
         assert torch.equal(narrow[name], rounded), name
 
 
-def test_the_settings_of_the_released_model_are_known(tmp_path):
+def test_the_settings_of_the_released_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(WAN_1B))
-    (tmp_path / WEIGHTS).touch()
+    (tmp_path / WEIGHTS_FILE).touch()
     assert read_wan(tmp_path).settings() == [
         "model.width=1536", "model.depth=30", "model.heads=12", "model.mlp_ratio=5.8334", "model.modulation=shared",
         "model.qk_norm=across_heads", "model.text_depth=0", "text.name=t5", "text.path=google/umt5-xxl",
@@ -172,27 +173,27 @@ def test_the_ratio_gives_the_hidden_width_exactly():
             assert int(width * mlp_ratio(hidden, width)) == hidden
 
 
-# ---------------------------------------------------------------- one line for what is wrong
+# ---------------------------------------------------------------- errors
 
 
 def import_to(folder, out):
     wan = read_wan(folder)
     with torch.device("meta"):
-        model = build_ours(wan, wan.settings())
+        model = build_dit(wan, wan.settings())
     shapes = {name: p.shape for name, p in model.named_parameters()}
     import_wan(wan, shapes, partial(initial_value, seed=0), out)
 
 
-def refuse(folder, out, *words):
+def check_error(folder, out, *words):
     before = sorted(out.parent.iterdir())
-    with pytest.raises(MegaSoraError) as caught:
+    with pytest.raises(MegaSoraError) as error:
         import_to(folder, out)
     for word in words:
-        assert word in str(caught.value)
+        assert word in str(error.value)
     assert sorted(out.parent.iterdir()) == before
 
 
-CONFIGS = {  # values of config.json -> words
+CONFIGS = {  # changed values of config.json, words of the error
     "image channels": ({"in_channels": 36}, ["image-to-video", "in_channels=36 for out_channels=16"]),
     "image embedder": ({"image_dim": 1280}, ["image-to-video", "image_dim=1280"]),
     "image keys": ({"added_kv_proj_dim": 96, "pos_embed_seq_len": 514}, ["added_kv_proj_dim=96, pos_embed_seq_len=51"]),
@@ -204,7 +205,7 @@ CONFIGS = {  # values of config.json -> words
     "no depth": ({"num_layers": None}, ["num_layers=None"]),
     "deep patches": ({"patch_size": [2, 2, 2]}, ["patch_size=[2, 2, 2]"]),
     "more blocks": ({"num_layers": 3}, ["lack", "blocks.2.attn1.norm_k.weight", "more"]),
-    "fewer blocks": ({"num_layers": 1}, ["no place for", "blocks.1.attn1.norm_k.weight", "more"]),
+    "fewer blocks": ({"num_layers": 1}, ["no parameter for", "blocks.1.attn1.norm_k.weight", "more"]),
     "a wider MLP": ({"ffn_dim": 561}, ["blocks.0.ffn.net.0.proj.weight [560, 96]", "blocks.0.mlp.up.weight [561, 96]"]),
     "other channels": ({"in_channels": 8, "out_channels": 8}, ["patch_embedding.weight [96, 16, 1, 2, 2]", "[96, 32]"]),
     "other features": ({"text_dim": 24}, ["text.up.weight [96, 24]"]),
@@ -212,71 +213,71 @@ CONFIGS = {  # values of config.json -> words
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_of_another_model_is_refused(name, folder, tmp_path):
+def test_the_config_of_another_model_raises(name, folder, tmp_path):
     values, words = CONFIGS[name]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
-    refuse(folder, tmp_path / "out.safetensors", *words)
+    check_error(folder, tmp_path / "out.safetensors", *words)
 
 
 TABLE = "blocks.0.scale_shift_table"
-TENSORS = {  # tensors put into one file, None for taken out -> words
+TENSORS = {  # changed tensors of one file, None: removed; words of the error
     "missing": ({TABLE: None}, ["lack", TABLE]),
-    "unknown": ({"blocks.0.attn2.add_k_proj.bias": torch.zeros(2)}, ["no place for", "add_k_proj.bias"]),
+    "unknown": ({"blocks.0.attn2.add_k_proj.bias": torch.zeros(2)}, ["no parameter for", "add_k_proj.bias"]),
     "transposed": ({TABLE: torch.zeros(6, 1, 96)}, [f"{TABLE} [6, 1, 96]", "modulation.table [6, 96]"]),
     "quantised": ({TABLE: torch.zeros(1, 6, 96, dtype=torch.int8)}, [TABLE, "I8", "BF16"]),
 }
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_weights_that_do_not_fit_are_refused(name, folder, tmp_path):
+def test_weights_that_do_not_fit_raise(name, folder, tmp_path):
     changes, words = TENSORS[name]
-    index = json.loads((folder / f"{WEIGHTS}.index.json").read_text())["weight_map"]
+    index = json.loads((folder / f"{WEIGHTS_FILE}.index.json").read_text())["weight_map"]
     file = folder / index[TABLE]
     tensors = {key: value for key, value in (load_file(file) | changes).items() if value is not None}
     save_file(tensors, file)
-    refuse(folder, tmp_path / "out.safetensors", *words)
+    check_error(folder, tmp_path / "out.safetensors", *words)
 
 
-def test_a_tensor_in_two_files_is_refused(folder, tmp_path):
+def test_a_tensor_in_two_files_raises(folder, tmp_path):
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     save_file(load_file(first) | load_file(second), second)
-    refuse(folder, tmp_path / "out.safetensors", second.name, "repeats", min(load_file(first)))
+    check_error(folder, tmp_path / "out.safetensors", second.name, "repeats", min(load_file(first)))
 
 
-def test_lost_and_cut_files_are_refused(folder, tmp_path):
+def test_missing_and_truncated_files_raise(folder, tmp_path):
     file = sorted(folder.glob("*.safetensors"))[1]
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
-    refuse(folder, tmp_path / "out.safetensors", file.name, "cannot be read")
+    check_error(folder, tmp_path / "out.safetensors", file.name, "cannot be read")
     file.unlink()
-    refuse(folder, tmp_path / "out.safetensors", "lacks", file.name)
+    check_error(folder, tmp_path / "out.safetensors", "lacks", file.name)
     (folder / "config.json").write_text("<html>")
-    refuse(folder, tmp_path / "out.safetensors", "config.json cannot be read")
+    check_error(folder, tmp_path / "out.safetensors", "config.json cannot be read")
 
 
-def test_a_folder_of_two_experts_is_refused(tiny, folder, tmp_path):
+def test_a_folder_of_two_experts_raises(tiny, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "transformer_2")
-    refuse(tmp_path, tmp_path / "out.safetensors", "two models", "transformer_2", str(folder))
+    check_error(tmp_path, tmp_path / "out.safetensors", "two models", "transformer_2", str(folder))
     assert read_wan(tmp_path / "transformer_2").depth == 2
 
 
-def test_a_file_that_is_there_is_kept(folder, tmp_path):
+def test_an_existing_file_is_not_overwritten(folder, tmp_path):
     out = tmp_path / "out.safetensors"
-    out.write_text("precious")
-    refuse(folder, out, "out.safetensors exists")
-    assert out.read_text() == "precious"
-    refuse(folder, tmp_path / "out.bin", "must end in .safetensors")
+    out.write_text("content")
+    check_error(folder, out, "out.safetensors exists")
+    assert out.read_text() == "content"
+    check_error(folder, tmp_path / "out.bin", "must end in .safetensors")
 
 
-def test_an_import_that_fails_half_way_leaves_nothing(folder, tmp_path):
+def test_a_failed_import_leaves_no_file(folder, tmp_path):
     wan = read_wan(folder)
-    shapes = {name: p.shape for name, p in build_ours(wan, wan.settings()).named_parameters()}
+    shapes = {name: p.shape for name, p in build_dit(wan, wan.settings()).named_parameters()}
 
-    def full(size):
+    def disk_full(size):
         raise OSError(28, "No space left on device")
 
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match="No space left"):
-        import_wan(wan, shapes, partial(initial_value, seed=0), tmp_path / "out.safetensors", full)
+        import_wan(wan, shapes, partial(initial_value, seed=0), tmp_path / "out.safetensors", disk_full)
     assert sorted(tmp_path.iterdir()) == before

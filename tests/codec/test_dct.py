@@ -1,4 +1,4 @@
-"""The fixed DCT codec: an orthonormal change of basis, causal in time, with latents of ordinary size."""
+"""The `dct` codec: an orthonormal change of basis, causal in time, with latents of about unit variance."""
 
 import math
 
@@ -32,21 +32,21 @@ def test_basis_is_orthonormal_and_starts_with_the_mean(n):
 
 
 @pytest.mark.parametrize("factors", [(1, 8, 8), (2, 4, 4), (4, 8, 8)])
-def test_kept_coefficients_are_orthonormal_over_time_space_and_colour(factors):
+def test_selected_coefficients_are_orthonormal_over_time_space_and_colour(factors):
     basis = make(factors, channels=48).basis.double()
     torch.testing.assert_close(basis @ basis.T, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("factors", [(1, 2, 2), (2, 4, 4), (4, 2, 4)])
 @pytest.mark.parametrize("count", [1, 5, 9, 13])
-def test_all_coefficients_give_the_frames_back_exactly(factors, count):
+def test_all_coefficients_reconstruct_the_frames(factors, count):
     codec = make(factors, channels=3 * math.prod(factors))
     frames = random_frames(count, 8, 12)
     torch.testing.assert_close(codec.decode(codec.encode(frames)), frames, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_frames_that_do_not_fill_the_last_block_come_back_too(count):
+def test_frames_that_do_not_fill_the_last_block_are_reconstructed(count):
     codec = make((4, 2, 2), channels=48)
     frames = random_frames(count)
     decoded = codec.decode(codec.encode(frames))
@@ -56,16 +56,16 @@ def test_frames_that_do_not_fill_the_last_block_come_back_too(count):
 
 
 @pytest.mark.parametrize(("factors", "channels"), [((2, 4, 4), 24), ((4, 8, 8), 96), ((4, 8, 8), 5)])
-def test_latents_survive_decoding_and_encoding(factors, channels):
+def test_encoding_inverts_decoding(factors, channels):
     codec = make(factors, channels)
     z = torch.randn(channels, 4, 3, 2, generator=torch.Generator().manual_seed(0))
-    z[~codec.is_static, 0] = 0  # the first latent stands still
+    z[~codec.is_static, 0] = 0  # the first latent frame is constant over time
     torch.testing.assert_close(codec.encode(codec.decode(z)), z, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("factors", "channels"), [((4, 8, 8), 48), ((2, 4, 4), 96), ((1, 2, 2), 7)])
 def test_latents_are_the_product_of_the_blocks_with_the_basis(factors, channels):
-    """The transform in two steps against its definition."""
+    """The separable transform equals its definition."""
     codec = make(factors, channels)
     pt, ph, pw = factors
     frames = random_frames(1 + 2 * pt, 16, 24)
@@ -77,22 +77,22 @@ def test_latents_are_the_product_of_the_blocks_with_the_basis(factors, channels)
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 @pytest.mark.parametrize("size", [(16, 24), (104, 2400)])  # the second in several chunks
-def test_a_stream_of_frames_gives_the_bits_of_the_whole_clip(count, size):
+def test_the_stream_encoder_gives_the_bits_of_the_whole_clip(count, size):
     codec = make((4, 8, 8), 48)
     frames = random_frames(count, *size)
     whole = codec.encode(frames).permute(1, 2, 3, 0).contiguous()
-    runs = list(codec.stream_encoder.encode(frame.permute(1, 2, 0).numpy() for frame in frames))
-    assert len(runs) == codec.latent_frames(count)
-    assert all(np.array_equal(run, latent.numpy()) for run, latent in zip(runs, whole, strict=True))
+    streamed = list(codec.stream_encoder.encode(frame.permute(1, 2, 0).numpy() for frame in frames))
+    assert len(streamed) == codec.latent_frames(count)
+    assert all(np.array_equal(a, b.numpy()) for a, b in zip(streamed, whole, strict=True))
 
 
-def test_bytes_are_encoded_as_the_floats_that_they_stand_for():
+def test_uint8_frames_are_encoded_as_the_equivalent_float_frames():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 24, 3), dtype=np.uint8)
     codec = make((4, 8, 8), 192)
-    of_floats = codec.encode(frames_to_float(torch.from_numpy(pixels))).permute(1, 2, 3, 0)
-    of_bytes = torch.from_numpy(np.stack(list(codec.stream_encoder.encode(pixels))))
-    torch.testing.assert_close(of_bytes, of_floats, rtol=1e-5, atol=5e-6)
-    mirrored = list(codec.stream_encoder.encode(pixels[:, :, ::-1]))  # memory in another order
+    from_floats = codec.encode(frames_to_float(torch.from_numpy(pixels))).permute(1, 2, 3, 0)
+    from_bytes = torch.from_numpy(np.stack(list(codec.stream_encoder.encode(pixels))))
+    torch.testing.assert_close(from_bytes, from_floats, rtol=1e-5, atol=5e-6)
+    mirrored = list(codec.stream_encoder.encode(pixels[:, :, ::-1]))  # not contiguous
     assert np.array_equal(mirrored, list(codec.stream_encoder.encode(np.ascontiguousarray(pixels[:, :, ::-1]))))
 
 
@@ -106,7 +106,7 @@ def test_an_image_is_a_clip_of_one_frame():
 
 
 @pytest.mark.parametrize(("frames", "latents"), [(1, 1), (2, 2), (5, 2), (6, 3), (9, 3), (33, 9), (1441, 361)])
-def test_one_latent_for_the_first_frame_and_one_for_every_four_begun(frames, latents):
+def test_one_latent_frame_for_the_first_frame_and_one_for_every_four_rounded_up(frames, latents):
     codec = make((4, 8, 8))
     assert codec.latent_frames(frames) == latents
     assert codec.num_frames(latents) == 1 + 4 * (latents - 1)
@@ -114,7 +114,7 @@ def test_one_latent_for_the_first_frame_and_one_for_every_four_begun(frames, lat
 
 
 @pytest.mark.parametrize(("changed", "latent"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2)])
-def test_a_frame_reaches_its_own_latent_alone_and_so_no_earlier_one(changed, latent):
+def test_a_frame_affects_only_its_own_latent_frame(changed, latent):
     codec = make((4, 4, 4), 48)
     frames = random_frames(9)
     before = codec.encode(frames)
@@ -132,7 +132,7 @@ def test_a_grey_clip_is_one_coefficient():
 
 
 @pytest.mark.parametrize(("factors", "channels"), [((2, 4, 4), 24), ((4, 8, 8), 96)])
-def test_latents_of_rendered_clips_have_ordinary_size(factors, channels):
+def test_latents_of_rendered_clips_have_about_unit_variance(factors, channels):
     codec = make(factors, channels)
     latents = []
     for index in range(30):
@@ -150,6 +150,6 @@ def test_fingerprints_of_different_codecs_differ():
     assert make().fingerprint == make().fingerprint
 
 
-def test_sizes_that_are_no_whole_blocks_are_refused():
+def test_sizes_that_are_not_multiples_of_the_factors_are_an_error():
     with pytest.raises(MegaSoraError, match=r"frames of 8x10 pixels are not multiples of codec.factors=4x4"):
         make().encode(random_frames(1, 8, 10))

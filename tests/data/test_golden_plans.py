@@ -1,4 +1,4 @@
-"""Plans, packs and token drops stay exactly those of earlier versions, so that a resumed run trains on the same clips."""
+"""Plans, packs and token drops are exactly those of earlier versions, so a resumed run trains on the same clips."""
 
 import hashlib
 import itertools
@@ -28,7 +28,10 @@ def hash_of(*arrays) -> str:
     [
         ("a24b6c8647b76bfb", ([FEW], [1.0], 64, 4, 20, 30, 7)),
         ("e2688880de82672c", ([MANY], [1.0], 4096, 8, 2500, 1000, 0)),
-        ("db95dd3620ee85ef", ([MANY[:3000], FEW * 50, MANY[4000:]], [3.0, 0.5, 1.0], 4096, 16, 1000, 29_000, 2**40 + 1)),
+        (
+            "db95dd3620ee85ef",
+            ([MANY[:3000], FEW * 50, MANY[4000:]], [3.0, 0.5, 1.0], 4096, 16, 1000, 29_000, 2**40 + 1),
+        ),
         ("40d2c854aac05664", ([MANY], [1.0], 6000, 4, 1500, 500, 3, TokenDropConfig(start=0.5, end=0.1, epochs=2.0))),
         ("349c16a6be288b90", ([MANY[:700]], [1.0], 16_384, 1, 300, 1, 1)),
     ],

@@ -1,4 +1,4 @@
-"""What a pack holds."""
+"""The contents of a pack: segments, padding, coords, positions and dtypes."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def make_pack(padding=4):
     return records, make_batch(records, 11 + padding)
 
 
-def test_segments_lie_one_after_the_other_and_padding_behind_them():
+def test_segments_are_contiguous_and_followed_by_padding():
     _, batch = make_pack()
     assert batch.cu_segments.tolist() == [0, 4, 10, 11] and batch.cu_text.tolist() == [0, 3, 4, 6]
     assert batch.cu_segments.dtype == batch.cu_text.dtype == torch.int32
@@ -31,7 +31,7 @@ def test_segments_lie_one_after_the_other_and_padding_behind_them():
     assert batch.num_tokens == 11 and batch.num_segments == 3 and len(batch.patches_LP) == 15
 
 
-def test_coords_start_anew_in_each_clip_time_first():
+def test_coords_start_at_zero_in_each_clip_in_time_major_order():
     _, batch = make_pack()
     first = [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
     second = [[0, h, w] for h in range(2) for w in range(3)]
@@ -40,7 +40,7 @@ def test_coords_start_anew_in_each_clip_time_first():
     assert batch.grids_G3.tolist() == [[2, 1, 2], [1, 2, 3], [1, 1, 1]]
 
 
-def test_a_fresh_pack_is_clean_with_a_row_a_segment():
+def test_a_new_pack_is_clean_with_one_row_per_segment():
     records, batch = make_pack()
     assert torch.equal(batch.cu_rows, batch.cu_segments)
     assert (batch.timesteps_R == 0).all() and batch.row_segment_R.tolist() == [0, 1, 2]
@@ -56,7 +56,7 @@ def test_an_empty_caption_is_hidden():
     ("stored", "packed"),
     [(["float16"], "float16"), (["bfloat16"] * 2, "bfloat16"), (["float16", "bfloat16"], "float32")],
 )
-def test_patches_are_packed_in_a_precision_that_holds_them_exactly(stored, packed):
+def test_patches_are_packed_in_a_dtype_that_holds_them_exactly(stored, packed):
     values = torch.tensor([[1 / 3, -7.0, 2.0**-9]])
     records = [
         Record(i, values.to(getattr(torch, name)), (1, 1, 1), torch.ones(1, 4), (8, 8, 1, 0), "x")
@@ -68,7 +68,7 @@ def test_patches_are_packed_in_a_precision_that_holds_them_exactly(stored, packe
         assert torch.equal(row.float(), record.patches_LP[0].float())
 
 
-def test_a_full_pack_has_no_padding_and_one_clip_too_many_is_refused():
+def test_a_full_pack_has_no_padding_and_one_token_too_many_is_an_error():
     records, batch = make_pack(padding=0)
     assert batch.num_tokens == len(batch.patches_LP)
     with pytest.raises(ValueError, match="3 clips of 11 tokens do not fit a pack of 10"):
@@ -77,7 +77,7 @@ def test_a_full_pack_has_no_padding_and_one_clip_too_many_is_refused():
         make_batch([], 10)
 
 
-def test_some_tokens_of_a_clip_keep_their_coords_and_places():
+def test_some_tokens_of_a_clip_keep_their_coords_and_positions():
     whole = record(5, (3, 1, 2), 3)
     positions = torch.tensor([0, 3, 4, 5])
     part = dataclasses.replace(whole, patches_LP=whole.patches_LP[positions], positions_L=positions)
@@ -87,7 +87,7 @@ def test_some_tokens_of_a_clip_keep_their_coords_and_places():
     assert batch.grids_G3[1].tolist() == [3, 1, 2] and batch.cu_segments.tolist() == [0, 1, 5]
 
 
-def test_plans_are_made_from_what_stays_on_the_cpu():
+def test_fields_that_plans_are_made_from_stay_on_the_cpu():
     _, batch = make_pack()
     moved = batch.to("meta")
     on_cpu = {name for name, value in vars(moved).items() if value is not None and value.device.type == "cpu"}

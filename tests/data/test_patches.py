@@ -1,4 +1,4 @@
-"""Pixels to floats, latents to patches, and the way back."""
+"""Pixels to floats, latents to patches, and their inverses."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from megasora.batch import grid_coords
 from megasora.data.patches import frames_to_float, frames_to_uint8, pad_frames, patchify, unpatchify
 
 
-def test_every_byte_survives_the_way_to_floats_and_back():
+def test_every_byte_survives_the_conversion_to_float_and_back():
     frames = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, 16, 16, 3)
     floats = frames_to_float(frames)
     assert floats.shape == (2, 3, 16, 16) and float(floats.min()) == -1 and float(floats.max()) == 1
@@ -28,13 +28,13 @@ def test_padding_repeats_the_last_row_and_column_and_changes_nothing_else():
     assert torch.equal(padded[..., 6:], padded[..., 5:6].expand(2, 3, 8, 2))
 
 
-def test_whole_sizes_are_not_padded():
+def test_sizes_that_are_multiples_are_not_padded():
     frames = torch.rand(1, 3, 8, 16)
     assert pad_frames(frames, (4, 8)) is frames
 
 
 @pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2), (2, 1, 3), (1, 4, 6)])
-def test_patches_give_the_latents_back(patch):
+def test_unpatchify_is_the_inverse_of_patchify(patch):
     latents = torch.randn(5, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     patches, grid = patchify(latents, patch)
     assert grid == (4 // patch[0], 8 // patch[1], 12 // patch[2])

@@ -1,4 +1,4 @@
-"""Shards over the network: a server of static files on this machine, read by ranges through fsspec."""
+"""Remote shards: read by ranges through fsspec, from a local server of static files."""
 
 import asyncio
 import threading
@@ -9,23 +9,23 @@ import torch
 from aiohttp import web
 
 from megasora.config import DataConfig
-from megasora.data.shard_writer import BlockWriter, write_manifest
 from megasora.data.folder import open_folder
 from megasora.data.loader import PackLoader
 from megasora.data.mixture import open_mixture
 from megasora.data.pack import Record
 from megasora.data.shard_reader import ShardSplit
+from megasora.data.shard_writer import BlockWriter, write_manifest
 from megasora.data.tar import DamagedTar
 from megasora.data.verify import verify
 
-CLIPS = 12
+NUM_CLIPS = 12
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder, draw = tmp_path_factory.mktemp("served") / "shards", torch.Generator().manual_seed(0)
     with BlockWriter(folder, 0, 6000) as writer:
-        for i in range(CLIPS):
+        for i in range(NUM_CLIPS):
             grid = (1 + i % 3, 2, 2)
             patches = torch.randn(4 * grid[0], 16, generator=draw)
             record = Record(i, patches, grid, torch.zeros(0), (16.0, 16.0, 4.0, 8.0), f"clip {i}")
@@ -37,15 +37,15 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(shards):
-    """The folder under an address of http, with ranges and a listing."""
-    loop, asked, ready = asyncio.new_event_loop(), [], threading.Event()
+    """(the folder's http address, the requests so far), from a server with ranges and listings."""
+    loop, requests, ready = asyncio.new_event_loop(), [], threading.Event()
 
     @web.middleware
-    async def note(request, handler):
-        asked.append((request.path, request.headers.get("Range")))
+    async def record_request(request, handler):
+        requests.append((request.path, request.headers.get("Range")))
         return await handler(request)
 
-    app = web.Application(middlewares=[note])
+    app = web.Application(middlewares=[record_request])
     app.router.add_static("/", shards.parent, show_index=True)
     runner = web.AppRunner(app)
 
@@ -61,7 +61,7 @@ def url(shards):
     thread.start()
     assert ready.wait(10)
     port = runner.addresses[0][1]
-    yield f"http://127.0.0.1:{port}/{shards.name}", asked
+    yield f"http://127.0.0.1:{port}/{shards.name}", requests
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
 
@@ -71,14 +71,15 @@ def encode(caption):
 
 
 def test_clips_are_the_same_over_http_and_only_their_own_bytes_are_read(url, shards):
-    address, asked = url
+    address, requests = url
     remote, local = ShardSplit.open(address, "train"), ShardSplit.open(shards, "train")
-    assert len(remote) == CLIPS and len(remote.names) > 1
-    asked.clear()
-    for i in range(CLIPS):
-        there, here = remote.read(i, encode), local.read(i, encode)
-        assert torch.equal(there.patches_LP, here.patches_LP) and there.caption == here.caption == f"clip {i}"
-    assert len(asked) == CLIPS and all(path.endswith(".tar") and part for path, part in asked)
+    assert len(remote) == NUM_CLIPS and len(remote.names) > 1
+    requests.clear()
+    for i in range(NUM_CLIPS):
+        remote_clip, local_clip = remote.read(i, encode), local.read(i, encode)
+        assert torch.equal(remote_clip.patches_LP, local_clip.patches_LP)
+        assert remote_clip.caption == local_clip.caption == f"clip {i}"
+    assert len(requests) == NUM_CLIPS and all(path.endswith(".tar") and part for path, part in requests)
     assert remote.read_meta(3) == local.read_meta(3)
 
 
@@ -90,11 +91,11 @@ def test_packs_are_the_same_over_http(url, shards):
         steps.close()
         return [pack for step in found for pack in step.packs]
 
-    for there, here in zip(read(url[0], 2), read(shards, 0), strict=True):
-        assert torch.equal(there.patches_LP, here.patches_LP) and torch.equal(there.sample_ids_G, here.sample_ids_G)
+    for a, b in zip(read(url[0], 2), read(shards, 0), strict=True):
+        assert torch.equal(a.patches_LP, b.patches_LP) and torch.equal(a.sample_ids_G, b.sample_ids_G)
 
 
-def test_damage_over_http_is_named_by_its_address(url, shards):
+def test_an_error_over_http_names_the_address(url, shards):
     tar = sorted(shards.glob("*.tar"))[0]
     data = tar.read_bytes()
     try:

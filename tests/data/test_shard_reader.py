@@ -1,4 +1,4 @@
-"""Shards give back what was put in, name what is damaged or missing, and are plain WebDataset tars."""
+"""Shards return what was written, report what is damaged or missing, and are plain WebDataset tars."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from megasora.data.shard_writer import BlockWriter, PatchFile, write_manifest
 from megasora.data.folder import MAX_OPEN_FILES, LocalFolder, open_folder
 from megasora.data.pack import Record
+from megasora.data.run_lock import RunLock
 from megasora.data.shard_format import MANIFEST, Manifest, check_fingerprints, index_bytes, read_manifest
 from megasora.data.shard_reader import ShardSplit
+from megasora.data.shard_writer import BlockWriter, PatchFile, write_manifest
 from megasora.data.tar import BLOCK_BYTES, END_OF_ARCHIVE, DamagedTar
 from megasora.data.verify import verify
 from megasora.errors import MegaSoraError
@@ -64,7 +65,7 @@ def write_block(
 
 
 def write(folder: Path, made: list[Record], **options) -> Path:
-    """Records to shards of one block, with their manifest."""
+    """Writes records as shards of one block, with a manifest."""
     write_block(folder, made, **options)
     write_manifest(folder, "codec-a", "text-a", [1, 1, 1], 1, {"name": "a"})
     return folder
@@ -74,19 +75,19 @@ def count_letters(caption: str) -> torch.Tensor:
     return torch.tensor([[len(caption)]])
 
 
-# ---------------------------------------------------------------- what goes in comes out
+# ---------------------------------------------------------------- reading returns what was written
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_records_come_back_with_patches_in_half_precision_and_all_else_exact(dtype, tmp_path):
+def test_records_are_read_with_patches_in_half_precision_and_everything_else_exact(dtype, tmp_path):
     made = records()
     shards = ShardSplit.open(write(tmp_path / "shards", made, dtype=dtype), "train")
-    kept = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    stored = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert len(shards) == len(made)
     for i, record in enumerate(made):
         read = shards.read(i, count_letters)
-        assert read.patches_LP.dtype == kept and torch.equal(read.patches_LP, record.patches_LP.to(kept))
-        assert (read.sample_id, read.grid, read.native) == (record.sample_id, record.grid, record.native_size)
+        assert read.patches_LP.dtype == stored and torch.equal(read.patches_LP, record.patches_LP.to(stored))
+        assert (read.sample_id, read.grid, read.native_size) == (record.sample_id, record.grid, record.native_size)
         assert read.caption == record.caption
         assert read.text_SE.tolist() == [[len(record.caption)]]
         entry = shards.index[i]
@@ -95,7 +96,7 @@ def test_records_come_back_with_patches_in_half_precision_and_all_else_exact(dty
     assert shards.index.token_counts.tolist() == [entry.num_tokens for entry in shards.index] == TOKENS
 
 
-def test_meta_holds_what_the_record_and_its_writer_know(tmp_path):
+def test_meta_has_the_values_of_the_record_and_of_its_writer(tmp_path):
     made, folder = records(), tmp_path / "shards"
     with BlockWriter(folder, 0, 1 << 20) as writer:
         for record in made:
@@ -110,7 +111,7 @@ def test_meta_holds_what_the_record_and_its_writer_know(tmp_path):
     }  # fmt: skip
 
 
-def test_stored_text_features_come_back_in_half_precision(tmp_path):
+def test_stored_text_features_are_read_in_half_precision(tmp_path):
     made = records()
     shards = ShardSplit.open(write(tmp_path / "shards", made, features=True), "train")
     assert shards.manifest.text_dim == TEXT_DIM
@@ -120,7 +121,7 @@ def test_stored_text_features_come_back_in_half_precision(tmp_path):
         assert torch.equal(read.patches_LP, record.patches_LP.half())
 
 
-def test_patches_in_a_file_are_stored_as_those_in_memory(tmp_path):
+def test_patches_in_a_file_are_stored_like_those_in_memory(tmp_path):
     made = records()
     for i, record in enumerate(made):
         path = tmp_path / f"{i}.raw"
@@ -131,7 +132,7 @@ def test_patches_in_a_file_are_stored_as_those_in_memory(tmp_path):
     assert (a / INDEX_FILE).read_bytes() == (b / INDEX_FILE).read_bytes()
 
 
-def test_patches_in_a_file_never_are_in_memory(tmp_path):
+def test_patches_in_a_file_are_not_loaded_into_memory(tmp_path):
     import tracemalloc
 
     shape = (1 << 16, 512)
@@ -146,24 +147,24 @@ def test_patches_in_a_file_never_are_in_memory(tmp_path):
         tracemalloc.stop()
 
 
-def test_counts_are_those_of_the_records(tmp_path):
+def test_the_counts_of_the_manifest_are_those_of_the_records(tmp_path):
     manifest = read_manifest(write(tmp_path / "shards", records()))
     counts = dict(manifest.splits["train"])
     tar, index = (tmp_path / "shards" / name for name in (TAR, INDEX_FILE))
-    facts = {"clips": 6, "bytes": tar.stat().st_size, "index": zlib.crc32(index.read_bytes())}
+    facts = {"clips": 6, "bytes": tar.stat().st_size, "index_crc32": zlib.crc32(index.read_bytes())}
     assert counts.pop("shards") == {TAR: facts}
     assert counts == {
         "clips": 6,
         "images": 3,
         "frames": 1 + 9 + 5 + 1 + 13 + 1,
         "tokens": 6 + 12 + 2 + 1 + 12 + 4,
-        "longest": 12,
-        "histogram": [1, 1, 2, 2],  # 1; 2 to 3; 4 to 7; 8 to 15 tokens
+        "max_tokens": 12,
+        "token_histogram": [1, 1, 2, 2],  # 1; 2 to 3; 4 to 7; 8 to 15 tokens
     }
     assert (manifest.patch_dim, manifest.dtype, manifest.codec_settings) == (PATCH_DIM, "f16", {"name": "a"})
 
 
-def test_a_tar_is_closed_when_it_reaches_its_size_and_reading_does_not_notice(tmp_path):
+def test_tars_are_closed_at_their_size_and_their_number_does_not_change_what_is_read(tmp_path):
     made = records()
     one = ShardSplit.open(write(tmp_path / "one", made), "train")
     many = ShardSplit.open(write(tmp_path / "many", made, max_bytes=6000), "train")
@@ -197,7 +198,7 @@ def test_webdataset_reads_the_same_tar_in_three_lines(tmp_path):
         assert np.array_equal(patches, record.patches_LP.half().numpy())
 
 
-def test_an_index_is_a_plain_array_of_numpy(tmp_path):
+def test_an_index_is_a_plain_numpy_array(tmp_path):
     folder = write(tmp_path / "shards", records())
     table = np.load(folder / INDEX_FILE, allow_pickle=False)
     assert table["sample_id"].tolist() == [0, 3, 6, 9, 12, 15] and table["grid"].tolist() == [list(g) for g in GRIDS]
@@ -210,10 +211,10 @@ def test_an_index_is_a_plain_array_of_numpy(tmp_path):
     assert offset + size + len(END_OF_ARCHIVE) == len(data)
 
 
-# ---------------------------------------------------------------- where shards may lie
+# ---------------------------------------------------------------- folders
 
 
-def test_folders_with_spaces_quotes_brackets_and_emoji_are_folders(tmp_path):
+def test_folder_names_may_have_spaces_quotes_brackets_and_emoji(tmp_path):
     folder = tmp_path / "my [old] 'shards' 🦊"
     shards = ShardSplit.open(write(folder, records()), "train")
     assert shards.read(2, count_letters).caption == CAPTIONS[2]
@@ -221,7 +222,7 @@ def test_folders_with_spaces_quotes_brackets_and_emoji_are_folders(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
-def test_what_fsspec_opens_reads_as_the_local_folder_by_ranges(scheme, tmp_path, monkeypatch):
+def test_folders_opened_by_fsspec_are_read_like_local_ones_by_ranges(scheme, tmp_path, monkeypatch):
     import fsspec
 
     folder = write(tmp_path / "my [old] shards", records(), max_bytes=6000, features=True)
@@ -245,7 +246,7 @@ def test_what_fsspec_opens_reads_as_the_local_folder_by_ranges(scheme, tmp_path,
             assert torch.equal(a.patches_LP, b.patches_LP) and torch.equal(a.text_SE, b.text_SE)
             assert (a.caption, local.read_meta(i)) == (b.caption, remote.read_meta(i))
     rows = local.index.rows
-    assert ranges[::2] == [row["record"].item()[:2] for row in rows]  # one range a clip
+    assert ranges[::2] == [row["record"].item()[:2] for row in rows]  # one range per clip
     assert ranges[1::2] == [row["meta"].item()[:2] for row in rows]
     assert list(verify(open_folder(url))) == []
     with pytest.raises(MegaSoraError, match=f"no {MANIFEST} in {scheme}://.*nowhere"):
@@ -253,14 +254,14 @@ def test_what_fsspec_opens_reads_as_the_local_folder_by_ranges(scheme, tmp_path,
 
 
 @pytest.mark.parametrize("address", ["pipe:echo x > hit", "simplecache::file:///x", "nosuchsystem://x"])
-def test_addresses_that_are_no_folder_are_refused(address, tmp_path, monkeypatch):
+def test_commands_chains_and_unknown_systems_are_refused_as_addresses(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MegaSoraError, match="not read|cannot be opened"):
         ShardSplit.open(address, "train")
     assert not list(tmp_path.iterdir())
 
 
-def test_shards_can_be_sent_to_another_process_and_read_by_threads(tmp_path):
+def test_a_split_can_be_pickled_and_read_by_threads(tmp_path):
     made = records()
     shards = ShardSplit.open(write(tmp_path / "shards", made, max_bytes=6000), "train")
     shards.read(0, count_letters)
@@ -270,7 +271,7 @@ def test_shards_can_be_sent_to_another_process_and_read_by_threads(tmp_path):
             assert torch.equal(read.patches_LP, made[number % 6].patches_LP.half())
 
 
-def test_few_files_are_open_however_many_shards_there_are(tmp_path):
+def test_the_number_of_open_files_is_limited(tmp_path):
     for i in range(2 * MAX_OPEN_FILES):
         (tmp_path / str(i)).write_bytes(b"%d" % i)
     before, folder = len(os.listdir("/proc/self/fd")), LocalFolder(tmp_path)
@@ -283,7 +284,7 @@ def test_few_files_are_open_however_many_shards_there_are(tmp_path):
 
 
 @pytest.mark.parametrize("flaw", [0, errno.EAGAIN, errno.EOPNOTSUPP])
-def test_what_the_system_reads_in_small_portions_is_read_to_the_end(flaw, tmp_path, monkeypatch):
+def test_short_reads_are_continued_to_the_end(flaw, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(bytes(range(100)))
     whole, calls = os.preadv, []
 
@@ -300,7 +301,7 @@ def test_what_the_system_reads_in_small_portions_is_read_to_the_end(flaw, tmp_pa
         return found
 
     monkeypatch.setattr(os, "preadv", preadv)
-    for end in (90, 120):  # in the file, and behind it
+    for end in (90, 120):  # in the file, and after its end
         pieces = [memoryview(bytearray(n)) for n in (3, 0, 20, 1, end - 10 - 24, 0)]
         found = LocalFolder(tmp_path).read_into("file", 10, pieces)
         assert found == min(end, 100) - 10
@@ -308,29 +309,32 @@ def test_what_the_system_reads_in_small_portions_is_read_to_the_end(flaw, tmp_pa
         calls.clear()
 
 
-def test_only_what_is_not_in_memory_is_waited_for(tmp_path, monkeypatch):
+def test_the_run_lock_is_released_only_for_bytes_that_are_not_in_the_page_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(bytes(range(100)))
-    folder, waited, whole = LocalFolder(tmp_path), [], os.preadv
+    real_preadv, num_released = os.preadv, []
 
-    @contextlib.contextmanager
-    def waiting():
-        waited.append(1)
-        yield
+    class CountingLock(RunLock):
+        @contextlib.contextmanager
+        def released(self):
+            num_released.append(1)
+            yield
+
+    folder = LocalFolder(tmp_path, CountingLock())
 
     def read() -> bytes:
-        pieces = [memoryview(bytearray(n)) for n in (30, 60)]
-        assert folder.read_into("file", 10, pieces, waiting()) == 90
-        return b"".join(pieces)
+        buffers = [memoryview(bytearray(n)) for n in (30, 60)]
+        assert folder.read_into("file", 10, buffers) == 90
+        return b"".join(buffers)
 
-    assert read() == bytes(range(10, 100)) and not waited  # it was just written
+    assert read() == bytes(range(10, 100)) and not num_released  # the file was just written
 
-    def preadv(number, buffers, offset, flags=0):  # memory holds 40 bytes of it
+    def preadv(number, buffers, offset, flags=0):  # only the first 40 bytes are cached
         if not flags:
-            return whole(number, buffers, offset)
-        return whole(number, [buffers[0], buffers[1][:10]], offset)
+            return real_preadv(number, buffers, offset)
+        return real_preadv(number, [buffers[0], buffers[1][:10]], offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    assert read() == bytes(range(10, 100)) and len(waited) == 1
+    assert read() == bytes(range(10, 100)) and len(num_released) == 1
 
 
 # ---------------------------------------------------------------- damage of tars
@@ -349,17 +353,33 @@ def overwrite(path: Path, at: int, data: bytes) -> None:
 
 HTML = b"<!DOCTYPE html><html><body>503 Service Unavailable</body></html>\n"
 
-# name -> what is done to the tar, given where clip 3 (sample 9) lies; the samples it hits; what the error says
+# name -> (damage(tar, members of clip 3, sample 9), the samples it hits, words of the error)
 FAULTS = {
-    "header bit flip": (lambda tar, e: flip(tar, e["patches.f16"][0] - BLOCK_BYTES + 2), [9], "the header of patches.f16"),
-    "header checksum flip": (lambda tar, e: flip(tar, e["meta.json"][0] - BLOCK_BYTES + 150), [9], "the header of meta.json"),
-    "header time flip": (lambda tar, e: flip(tar, e["caption.txt"][0] - BLOCK_BYTES + 140), [9], "the header of caption.txt"),
+    "header bit flip": (
+        lambda tar, e: flip(tar, e["patches.f16"][0] - BLOCK_BYTES + 2),
+        [9],
+        "the header of patches.f16",
+    ),
+    "header checksum flip": (
+        lambda tar, e: flip(tar, e["meta.json"][0] - BLOCK_BYTES + 150),
+        [9],
+        "the header of meta.json",
+    ),
+    "header time flip": (
+        lambda tar, e: flip(tar, e["caption.txt"][0] - BLOCK_BYTES + 140),
+        [9],
+        "the header of caption.txt",
+    ),
     "payload bit flip": (lambda tar, e: flip(tar, e["patches.f16"][0] + 3), [9], "patches.f16 .*checksum"),
     "caption bit flip": (lambda tar, e: flip(tar, e["caption.txt"][0] + 100), [9], "caption.txt .*checksum"),
     "padding bit flip": (lambda tar, e: flip(tar, e["patches.f16"][0] + 400), [9], "padding"),
     "cut at a member": (lambda tar, e: os.truncate(tar, e["caption.txt"][0] - BLOCK_BYTES), [9, 12, 15], "cut"),
     "cut in a member": (lambda tar, e: os.truncate(tar, e["patches.f16"][0] + 3), [9, 12, 15], "cut"),
-    "hole": (lambda tar, e: overwrite(tar, e["meta.json"][0] - BLOCK_BYTES, bytes(1024)), [9], "the header of meta.json"),
+    "hole": (
+        lambda tar, e: overwrite(tar, e["meta.json"][0] - BLOCK_BYTES, bytes(1024)),
+        [9],
+        "the header of meta.json",
+    ),
     "empty": (lambda tar, e: tar.write_bytes(b""), [0, 3, 6, 9, 12, 15], "cut"),
     "html": (lambda tar, e: tar.write_bytes(HTML), [0, 3, 6, 9, 12, 15], "cut"),
     "html as long": (
@@ -382,7 +402,7 @@ def fault(request, tmp_path):
 
 
 def test_a_damaged_tar_is_an_error_with_its_name_and_the_byte(fault):
-    """Strict: when the split is opened where the length is wrong, else when the clip is read."""
+    """Strict: raised when the split is opened if the length is wrong, else when the clip is read."""
     folder, _, words = fault
     with pytest.raises(DamagedTar, match=f"{words}|has .* bytes, it was written with") as refusal:
         shards = ShardSplit.open(folder, "train")
@@ -399,7 +419,7 @@ def test_a_damaged_tar_is_an_error_with_its_name_and_the_byte(fault):
 
 
 @pytest.mark.parametrize("change", [-1, 512, None], ids=["shorter", "longer", "missing"])
-def test_a_tar_of_another_length_is_refused_before_a_byte_is_read(change, tmp_path):
+def test_a_tar_of_another_length_is_an_error_when_the_split_is_opened(change, tmp_path):
     folder = write(tmp_path / "shards", records())
     size = (folder / TAR).stat().st_size
     if change is None:
@@ -413,8 +433,8 @@ def test_a_tar_of_another_length_is_refused_before_a_byte_is_read(change, tmp_pa
     assert len(ShardSplit.open(folder, "train", strict=False)) == len(records())
 
 
-def test_exactly_the_clips_that_are_hit_cannot_be_read(fault):
-    """Tolerant: the others are whole, and an error names its sample."""
+def test_exactly_the_damaged_clips_cannot_be_read(fault):
+    """Tolerant: the others are read, and each error names its sample."""
     folder, hit, words = fault
     shards, refused = ShardSplit.open(folder, "train", strict=False), []
     for i, record in enumerate(records()):
@@ -427,7 +447,7 @@ def test_exactly_the_clips_that_are_hit_cannot_be_read(fault):
     assert refused == hit
 
 
-def test_verify_names_every_clip_that_is_hit(fault):
+def test_verify_names_every_damaged_clip(fault):
     folder, hit, _ = fault
     found = list(verify(open_folder(folder)))
     if (folder / TAR).exists():
@@ -437,7 +457,7 @@ def test_verify_names_every_clip_that_is_hit(fault):
         assert [(f.file, f.sample_id) for f in found] == [(TAR, None)] and "6 clips" in found[0].problem
 
 
-def test_the_byte_of_a_flipped_bit_lies_in_what_the_error_names(tmp_path):
+def test_the_error_for_a_flipped_bit_names_the_file_that_has_it(tmp_path):
     folder = write(tmp_path / "shards", records(), features=True)
     for member, (offset, size, _) in ShardSplit.open(folder, "train").index[2].members.items():
         flip(folder / TAR, offset + size - 1)
@@ -461,7 +481,7 @@ def test_every_flipped_bit_of_a_tar_is_found(tmp_path):
     assert list(verify(open_folder(folder))) == []
 
 
-def test_verify_reads_every_byte_and_says_how_far_it_is(tmp_path):
+def test_verify_reads_every_byte_and_reports_its_progress(tmp_path):
     folder, steps = write(tmp_path / "shards", records(), max_bytes=6000), []
     assert list(verify(open_folder(folder), steps.append)) == []
     assert sum(steps) == sum(path.stat().st_size for path in folder.glob("*.tar"))
@@ -492,7 +512,7 @@ def test_a_missing_index_is_named_with_the_remedy(strict, tmp_path):
         lambda data: pickle.dumps(["boo"]),
     ],
 )
-def test_an_index_that_was_changed_is_refused_before_it_is_read(change, strict, tmp_path):
+def test_a_changed_index_is_an_error_before_it_is_parsed(change, strict, tmp_path):
     folder = write(tmp_path / "shards", records())
     index = folder / INDEX_FILE
     index.write_bytes(change(index.read_bytes()))
@@ -501,24 +521,24 @@ def test_an_index_that_was_changed_is_refused_before_it_is_read(change, strict, 
     assert [f.file for f in verify(open_folder(folder))] == [INDEX_FILE]
 
 
-def test_an_index_that_does_not_match_its_tar_is_refused(tmp_path):
+def test_the_index_of_another_tar_is_an_error(tmp_path):
     folder = write(tmp_path / "shards", records(), max_bytes=6000)
     a, b = sorted(folder.glob("*.index.npy"))[:2]
-    held = a.read_bytes()
+    data = a.read_bytes()
     a.write_bytes(b.read_bytes())
-    b.write_bytes(held)
+    b.write_bytes(data)
     with pytest.raises(MegaSoraError, match=f"{a.name} is damaged: its checksum"):
         ShardSplit.open(folder, "train")
 
 
 def forge(folder: Path, change) -> None:
-    """Another index, with the checksum that the manifest then gives."""
+    """Replaces the index, and its checksum in the manifest."""
     table = np.load(folder / INDEX_FILE).copy()
     table = change(table)
     data = index_bytes(table) if isinstance(table, np.ndarray) else table
     (folder / INDEX_FILE).write_bytes(data)
     values = json.loads((folder / MANIFEST).read_text())
-    values["splits"]["train"]["shards"][TAR]["index"] = zlib.crc32(data)
+    values["splits"]["train"]["shards"][TAR]["index_crc32"] = zlib.crc32(data)
     (folder / MANIFEST).write_text(json.dumps(values))
 
 
@@ -533,16 +553,16 @@ def set_row(name, row, value):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda table: table[:-1], "hold 5 clips, .*says 6"),
-        (set_row("grid", 0, (1, 2, 4)), "hold 39 tokens, .*says 37"),
-        (set_row("sample_id", 2, 3), "sample 3 is there twice"),
-        (set_row("sample_id", 2, 30), "sample 9 is there twice or out of order"),
+        (lambda table: table[:-1], "have 5 clips, .*says 6"),
+        (set_row("grid", 0, (1, 2, 4)), "have 39 tokens, .*says 37"),
+        (set_row("sample_id", 2, 3), "sample 3 occurs twice"),
+        (set_row("sample_id", 2, 30), "sample 9 occurs twice or out of order"),
         (lambda table: pickle.dumps(["boo"]), "is no index of format 1"),
         (lambda table: index_bytes(table)[:-1], "is no index of format 1"),
         (lambda table: index_bytes(np.zeros(3)), "is no index of format 1"),
     ],
 )
-def test_an_index_that_contradicts_the_manifest_is_refused(change, words, tmp_path):
+def test_an_index_that_contradicts_the_manifest_is_an_error(change, words, tmp_path):
     folder = write(tmp_path / "shards", records())
     forge(folder, change)
     with pytest.raises(MegaSoraError, match=words):
@@ -555,11 +575,11 @@ def test_an_index_that_contradicts_the_manifest_is_refused(change, words, tmp_pa
     [
         (set_row("native_size", 1, (16, 16, 9, 24)), "meta.json says fps"),
         (set_row("grid", 1, (3, 4, 1)), "meta.json says grid"),
-        (set_row("record", 1, (0, 1, 0)), "nobody's"),
+        (set_row("record", 1, (0, 1, 0)), "belong to no record"),
         (set_row("patches", 1, (0, 2, 0)), "patches"),
     ],
 )
-def test_verify_holds_the_index_against_what_lies_in_the_tar(change, words, tmp_path):
+def test_verify_compares_the_index_with_the_contents_of_the_tar(change, words, tmp_path):
     folder = write(tmp_path / "shards", records())
     forge(folder, change)
     assert any(words in fault.problem and fault.sample_id == 3 for fault in verify(open_folder(folder)))
@@ -568,29 +588,32 @@ def test_verify_holds_the_index_against_what_lies_in_the_tar(change, words, tmp_
 @pytest.mark.parametrize(
     ("name", "span"), [("patches", (2560, 60, 0)), ("patches", (8, 120, 0)), ("record", (0, 9, 0))]
 )
-def test_an_index_whose_patches_are_none_of_the_clip_is_refused_when_it_is_read(name, span, tmp_path):
+def test_an_index_whose_patches_do_not_fit_the_clip_is_an_error_when_it_is_read(name, span, tmp_path):
     folder = write(tmp_path / "shards", records())
     forge(folder, set_row(name, 1, span))
     with pytest.raises(MegaSoraError, match="the index says that sample 3 has .* bytes of patches .*ingest again"):
         ShardSplit.open(folder, "train").read(1, count_letters)
 
 
-def test_a_folder_without_manifest_says_how_to_make_one(tmp_path):
+def test_the_error_for_a_folder_without_manifest_says_how_to_make_one(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(MegaSoraError, match=f"no {MANIFEST} in {folder}; .*megasora ingest"):
             ShardSplit.open(folder, "train")
 
 
-SPLIT = '{"clips": 0, "images": 0, "frames": 0, "tokens": 0, "longest": 0, "shards": %s}'
-WHOLE = '{"codec": "", "text": "", "patch": [], "patch_dim": 4, "splits": {"train": %s}, "rejected": {}, "format": 1%s}'
+SPLIT = '{"clips": 0, "images": 0, "frames": 0, "tokens": 0, "max_tokens": 0, "shards": %s}'
+WHOLE = (
+    '{"codec_fingerprint": "", "text_fingerprint": "", "patch": [], "patch_dim": 4, "splits": {"train": %s}, '
+    '"rejected": {}, "format": 1%s}'
+)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ('{"format": 2}', "has format 2, this version reads 1"),
-        ('{"codec": "a"}', "has format None, this version reads 1"),
-        ('{"format": 1, "codec": "a"}', "is damaged"),
+        ('{"codec_fingerprint": "a"}', "has format None, this version reads 1"),
+        ('{"format": 1, "codec_fingerprint": "a"}', "is damaged"),
         ("{", "is damaged"),
         ("[1]", "is damaged"),
         ("\udcff", "is damaged"),
@@ -601,25 +624,25 @@ WHOLE = '{"codec": "", "text": "", "patch": [], "patch_dim": 4, "splits": {"trai
         (WHOLE % ("{}", ""), "is damaged"),
     ],
 )
-def test_another_format_and_a_damaged_manifest_are_refused(text, words, tmp_path):
+def test_another_format_and_a_damaged_manifest_are_errors(text, words, tmp_path):
     (tmp_path / MANIFEST).write_text(text, errors="surrogateescape")
     with pytest.raises(MegaSoraError, match=f"{MANIFEST} {words}.*ingest again"):
         read_manifest(tmp_path)
 
 
-def test_a_split_that_was_never_written_is_empty(tmp_path):
+def test_a_split_without_clips_is_empty(tmp_path):
     assert len(ShardSplit.open(write(tmp_path / "shards", records()), "val")) == 0
 
 
 @pytest.mark.parametrize(
-    ("key", "theirs", "ours"),
+    ("key", "stored", "expected"),
     [("codec", "codec-a", "codec-b"), ("text", "text-a", "text-b"), ("data.patch", "[1, 1, 1]", "[1, 2, 2]")],
 )
-def test_shards_made_for_another_run_are_refused_with_both_values(key, theirs, ours, tmp_path):
+def test_shards_made_with_other_settings_are_an_error_with_both_values(key, stored, expected, tmp_path):
     manifest = Manifest("codec-a", "text-a", [1, 1, 1], PATCH_DIM, {}, {})
     run = {"codec": "codec-a", "text": "text-a", "data.patch": [1, 1, 1]}
     check_fingerprints(manifest, tmp_path, *run.values())
-    run[key] = json.loads(ours) if ours.startswith("[") else ours
+    run[key] = json.loads(expected) if expected.startswith("[") else expected
     with pytest.raises(MegaSoraError) as refusal:
         check_fingerprints(manifest, tmp_path, *run.values())
-    assert f"made with {key} {theirs}, this run has {ours}; ingest again" in str(refusal.value)
+    assert f"made with {key} {stored}, this run has {expected}; ingest again" in str(refusal.value)

@@ -1,4 +1,4 @@
-"""A block is there whole or not at all, whenever its writer dies and whoever else wants to write it."""
+"""Ingest blocks are written atomically: whenever the writer is killed, and whatever other writers do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasora.data.shard_writer import BlockWriter, PatchFile, read_block, write_manifest
 from megasora.data.folder import open_folder
 from megasora.data.pack import Record
 from megasora.data.shard_format import MANIFEST, read_manifest
 from megasora.data.shard_reader import ShardSplit
+from megasora.data.shard_writer import BlockWriter, PatchFile, read_block, write_manifest
 from megasora.data.tar import DamagedTar
 from megasora.data.verify import verify
 from megasora.errors import MegaSoraError
@@ -29,7 +29,7 @@ def record(sample_id: int, width: int = 3, frames: int = 2) -> Record:
     return Record(sample_id, patches, (frames, 1, 2), torch.zeros(2, 4), native, f"clip {sample_id}")
 
 
-def read_meta(sample_id: int) -> dict:
+def meta(sample_id: int) -> dict:
     return {"source": f"{sample_id}.mp4", "sha256": f"{sample_id:064x}"}
 
 
@@ -85,13 +85,14 @@ def test_the_order_in_which_blocks_are_written_changes_nothing(whole, tmp_path):
     assert tree(tmp_path) == whole
 
 
-def test_a_complete_block_says_what_is_in_it(tmp_path):
+def test_a_complete_block_lists_its_contents(tmp_path):
     assert read_block(tmp_path, 1) is None
     write_block(tmp_path, 1)
-    facts = read_block(tmp_path, 1)
-    assert (facts.block, facts.dtype, facts.patch_dim, facts.text_dim) == (1, "f16", 3, 0)
-    assert (facts.first_sample_id, facts.last_sample_id, facts.rejected, facts.details) == (4, 7, {"too dark": 1}, {"seen": 4})
-    assert {split: counts["clips"] for split, counts in facts.splits.items()} == {"train": 2, "val": 1}
+    info = read_block(tmp_path, 1)
+    assert (info.block, info.dtype, info.patch_dim, info.text_dim) == (1, "f16", 3, 0)
+    assert (info.first_sample_id, info.last_sample_id) == (4, 7)
+    assert (info.rejected, info.details) == ({"too dark": 1}, {"seen": 4})
+    assert {split: counts["clips"] for split, counts in info.splits.items()} == {"train": 2, "val": 1}
 
 
 def test_a_block_of_rejected_clips_alone_is_complete(tmp_path):
@@ -145,7 +146,7 @@ def die_at(number: int, late: bool, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_a_kill_at_any_step_leaves_whole_blocks_and_the_next_run_does_the_rest_alone(late, whole, tmp_path):
+def test_a_kill_at_any_step_leaves_complete_blocks_and_the_next_ingest_writes_only_the_others(late, whole, tmp_path):
     number, complete_ever = 1, set()
     while True:
         folder = tmp_path / str(number)
@@ -161,13 +162,15 @@ def test_a_kill_at_any_step_leaves_whole_blocks_and_the_next_run_does_the_rest_a
         if (folder / MANIFEST).exists():
             assert (folder / MANIFEST).read_bytes() == whole[MANIFEST]
         ingest(folder)
-        assert tree(folder) == whole  # nothing lost, nothing left behind
-        assert all((folder / name).stat().st_ino == inode for name, inode in complete.items())  # nothing done twice
+        assert tree(folder) == whole  # nothing is lost, no temporary files remain
+        assert all(
+            (folder / name).stat().st_ino == inode for name, inode in complete.items()
+        )  # complete blocks are not rewritten
         number += 1
     assert number > 40 and complete_ever == set(range(BLOCKS))
 
 
-def test_leaving_without_commit_leaves_nothing(tmp_path):
+def test_without_commit_nothing_is_written(tmp_path):
     write_block(tmp_path, 0)
     before = tree(tmp_path)
     with BlockWriter(tmp_path, 1, 4000) as writer:
@@ -179,7 +182,7 @@ def test_leaving_without_commit_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_full_disk_at_any_step_is_an_error_that_leaves_nothing(step, tmp_path, monkeypatch):
+def test_a_full_disk_at_any_step_is_an_error_and_no_files_remain(step, tmp_path, monkeypatch):
     real, number = getattr(os, step), 0
     write_block(tmp_path, 0)
     before = tree(tmp_path)
@@ -201,12 +204,12 @@ def test_a_full_disk_at_any_step_is_an_error_that_leaves_nothing(step, tmp_path,
                 assert error.errno == 28
         if read_block(tmp_path, 1) is None:
             assert tree(tmp_path) == before
-        else:  # the sign was set: only its flushing failed
+        else:  # the marker was written, only its flush failed
             (tmp_path / "blocks" / "000001.json").unlink()
     assert 6 < number < 50 and list(tree(tmp_path)) != list(before)
 
 
-def test_a_disk_that_gives_back_other_bytes_is_found_before_the_block_is_there(tmp_path, monkeypatch):
+def test_a_disk_that_returns_other_bytes_is_detected_before_the_block_is_complete(tmp_path, monkeypatch):
     real = os.fsync
 
     def corrupt(handle):
@@ -227,14 +230,14 @@ def test_a_disk_that_gives_back_other_bytes_is_found_before_the_block_is_there(t
 # ---------------------------------------------------------------- two writers
 
 
-def test_a_second_writer_of_a_block_is_refused_by_folder_block_and_holder(tmp_path):
+def test_a_second_writer_of_a_block_is_an_error_with_folder_block_and_holder(tmp_path):
     with BlockWriter(tmp_path, 3, 4000) as writer:
         writer.add("train", record(9), meta(9))
         with pytest.raises(MegaSoraError) as refusal, BlockWriter(tmp_path, 3, 4000):
             pass
         for word in (f"block 3 of {tmp_path}", f"process {os.getpid()} on", "wait for it, or stop it"):
             assert word in str(refusal.value)
-        with BlockWriter(tmp_path, 4, 4000) as other:  # another block is another's
+        with BlockWriter(tmp_path, 4, 4000) as other:  # another block has its own lock
             other.commit({}, {})
         writer.commit({}, {})
     assert read_block(tmp_path, 3).splits["train"]["clips"] == 1
@@ -262,10 +265,10 @@ def test_a_killed_writer_leaves_no_lock(tmp_path):
     assert not (tmp_path / ".locks").exists()
 
 
-def test_a_complete_block_is_not_written_again_unasked(tmp_path):
+def test_a_complete_block_is_not_overwritten(tmp_path):
     write_block(tmp_path, 0)
     before = tree(tmp_path)
-    with pytest.raises(MegaSoraError, match="block 0 of .* is complete; to write it anew, remove .*000000.json"):
+    with pytest.raises(MegaSoraError, match="block 0 of .* is complete; to write it again, remove .*000000.json"):
         write_block(tmp_path, 0)
     assert tree(tmp_path) == before
     (tmp_path / "blocks" / "000000.json").unlink()
@@ -295,7 +298,7 @@ def test_blocks_that_differ_in_kind_or_share_a_sample_are_refused_by_name(tmp_pa
     for name, options, words in (
         ("dtype", {"dtype": "bf16"}, "dtype is f16 in block 0 and bf16 in block 1"),
         ("width", {"width": 4}, "patch_dim is 3 in block 0 and 4 in block 1"),
-        ("twice", {"sample_id": 7}, "blocks 0 and 1 both hold sample 7"),
+        ("twice", {"sample_id": 7}, "blocks 0 and 1 both have sample 7"),
     ):
         block(tmp_path / name, 0, 7)
         block(tmp_path / name, 1, **{"sample_id": 8, **options})
@@ -332,9 +335,9 @@ def test_a_record_that_contradicts_itself_is_refused_and_the_block_goes_on(tmp_p
         writer.add("train", good, meta(3))
         for split, bad, facts, words in (
             ("train", record(3), meta(3), "sample_id=3 comes after 3"),
-            ("train", record(9, width=4), meta(9), "patches of 4 numbers in a block of 3"),
+            ("train", record(9, width=4), meta(9), "patches of 4 features in a block of 3"),
             ("train", short, meta(9), "raw has 10 bytes, patches of shape"),
-            ("train", nan, meta(9), "patches_LP has numbers that are not finite in f16"),
+            ("train", nan, meta(9), "patches_LP has values that are not finite in f16"),
             ("train", large, meta(9), "not finite in f16"),
             ("train", grid, meta(9), r"patches of shape \(4, 3\) do not fill a grid of \(1, 1, 2\)"),
             ("test", other, meta(9), "split='test' is none of"),
@@ -343,7 +346,7 @@ def test_a_record_that_contradicts_itself_is_refused_and_the_block_goes_on(tmp_p
         ):
             with pytest.raises(ValueError, match=words):
                 writer.add(split, bad, facts)
-        with pytest.raises(ValueError, match="text_features of 4 numbers in a block of 0"):
+        with pytest.raises(ValueError, match="text_features of 4 features in a block of 0"):
             writer.add("train", other, meta(9), other.text_SE)
         writer.add("train", other, meta(9))
         assert writer.commit({}, {}).splits["train"]["clips"] == 2

@@ -1,4 +1,4 @@
-"""Members come out as they went in, or there is an error with the byte: nothing ends early without a word."""
+"""Tars are read strictly: all members unchanged, or an error with the byte; nothing ends early without an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import tarfile
 import numpy as np
 import pytest
 
-from megasora.data.tar import BLOCK_BYTES, END_OF_ARCHIVE, DamagedTar, Member, group_by_key, padded_size, read_members, write_header
+from megasora.data.tar import (
+    BLOCK_BYTES,
+    END_OF_ARCHIVE,
+    DamagedTar,
+    Member,
+    group_by_key,
+    padded_size,
+    read_members,
+    write_header,
+)
 from megasora.errors import MegaSoraError
 
 TXT = {"txt"}
@@ -24,7 +33,7 @@ NAMES = [
 
 
 def make(names=NAMES, format=tarfile.GNU_FORMAT, size=700) -> tuple[bytes, dict[str, bytes]]:
-    """A tar as Python writes it, and what is in it: bytes without a zero."""
+    """A tar written by Python, and its contents: name -> bytes without a zero."""
     rng, buffer, contents = np.random.default_rng(0), io.BytesIO(), {}
     with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
         for name in names:
@@ -40,7 +49,7 @@ def plain(*files: tuple[str, bytes]) -> bytes:
 
 
 def special(name="a.txt", **attributes) -> bytes:
-    """A header of another kind, and an end."""
+    """A tar of one header with these attributes."""
     info = tarfile.TarInfo(name)
     for key, value in attributes.items():
         setattr(info, key, value)
@@ -57,7 +66,7 @@ def rewritten(data: bytes, at: int, new: bytes) -> bytes:
 
 
 def resealed(block: bytes) -> bytes:
-    """A header with its checksum made right."""
+    """A header with its checksum corrected."""
     block = rewritten(block, 148, b" " * 8)
     return rewritten(block, 148, b"%06o\0 " % sum(block))
 
@@ -74,7 +83,7 @@ def refuse(data: bytes, words: str, at: int | None = None, extensions=TXT) -> Da
     return refusal.value
 
 
-# ---------------------------------------------------------------- what is read
+# ---------------------------------------------------------------- valid tars
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -88,7 +97,7 @@ def test_members_are_those_that_tarfile_wrote(format):
         assert data[offset : offset + size] == contents[name]
 
 
-def test_sizes_of_all_kinds_lie_where_tarfile_finds_them():
+def test_files_of_all_sizes_are_found_at_the_offsets_of_tarfile():
     files = [(f"{size}.txt", b"x" * size) for size in (0, 1, 511, 512, 513, 1024, 5000)]
     data = plain(*files)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
@@ -102,17 +111,23 @@ def test_a_header_is_the_one_of_tarfile_up_to_terabytes():
         assert (info.name, info.size, info.mtime, info.isreg()) == ("000000001.patches.f16", size, 0, True)
 
 
-def test_a_size_in_pax_records_counts():
-    """As it is written for files beyond 8 GiB."""
+def test_a_size_in_pax_records_overrides_the_header():
+    """As for files beyond 8 GiB."""
     record = pax("size", "700")
     info = tarfile.TarInfo("@PaxHeader")
     info.size, info.type = len(record), tarfile.XHDTYPE
     file = rewritten(write_header("a.txt", 0), 124, b"00000000000\0")
-    data = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(BLOCK_BYTES, b"\0") + resealed(file) + b"x" * 1024 + END_OF_ARCHIVE
+    data = (
+        info.tobuf(tarfile.USTAR_FORMAT)
+        + record.ljust(BLOCK_BYTES, b"\0")
+        + resealed(file)
+        + b"x" * 1024
+        + END_OF_ARCHIVE
+    )
     assert members(data) == [Member("a.txt", 3 * BLOCK_BYTES, 700)]
 
 
-def test_folders_are_passed_over_and_leading_dots_are_no_part_of_a_name():
+def test_folders_are_skipped_and_leading_dots_are_removed_from_names():
     folder = special("./deep/", type=tarfile.DIRTYPE)[:BLOCK_BYTES]
     assert [m.name for m in members(folder + plain(("./deep//a.txt", b"x"), ("./b.txt", b"y")))] == [
         "deep/a.txt",
@@ -134,13 +149,13 @@ def test_grouping_is_that_of_webdataset(tmp_path):
 
     data, contents = make(["a.txt", "a.b.txt", "v1.0/a.txt", "with space.txt", "🦊.txt"])
     (tmp_path / "x.tar").write_bytes(data)
-    theirs = {
+    expected = {
         sample["__key__"]: {k: v for k, v in sample.items() if not k.startswith("__")}
         for sample in webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)
     }
-    ours = group_by_key(members(data, {"txt", "b.txt"}))
-    read = {key: {e: data[o : o + s] for e, (o, s) in files.items()} for key, files in ours.items()}
-    assert read == theirs
+    groups = group_by_key(members(data, {"txt", "b.txt"}))
+    read = {key: {e: data[o : o + s] for e, (o, s) in files.items()} for key, files in groups.items()}
+    assert read == expected
 
 
 def test_other_extensions_are_refused_or_skipped():
@@ -157,12 +172,12 @@ def test_the_caller_may_read_between_two_members():
         assert file.read(size) == contents[name]
 
 
-# ---------------------------------------------------------------- what is damaged
+# ---------------------------------------------------------------- damage
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_one_flipped_bit_in_any_header_is_an_error_at_that_header(format):
-    """tarfile takes the rest for the end."""
+    """tarfile takes such a header for the end of the archive."""
     data, _ = make(["a.txt", "狐" * 60 + ".txt", "b.txt"], format)
     headers = [at for at in range(0, len(data), BLOCK_BYTES) if data[at + 257 : at + 262] == b"ustar"]
     assert len(headers) >= 4
@@ -173,7 +188,7 @@ def test_one_flipped_bit_in_any_header_is_an_error_at_that_header(format):
             refuse(rewritten(data, byte, bytes([data[byte] ^ 1 << int(bit) % 8])), "checksum of the header|no tar", at)
 
 
-def test_a_cut_at_any_place_is_an_error():
+def test_a_cut_at_any_byte_is_an_error():
     data = plain(("a.txt", b"x" * 700), ("b.txt", b"y" * 512), ("c.txt", b""))
     whole = members(data)
     for length in range(0, len(data), 128):
@@ -189,7 +204,7 @@ def test_a_zeroed_hole_over_a_header_is_an_error_at_the_hole(size):
     data, _ = make()
     for member in members(data)[:-1]:
         if member.name.startswith("x" * 100):
-            continue  # its header is behind one for the name
+            continue  # its header follows one for the name
         at = member.offset - BLOCK_BYTES
         refuse(rewritten(data, at, bytes(size)), "more from byte .* a hole", at)
 
@@ -200,7 +215,7 @@ def test_a_hole_to_the_end_is_an_error():
     refuse(rewritten(data, at, bytes(len(data) - at)), "zeros for .* bytes, to the end", at)
 
 
-def test_anything_behind_the_end_is_an_error_but_zeros():
+def test_anything_after_the_end_except_zeros_is_an_error():
     data = plain(("a.txt", b"x"))
     assert members(data + bytes(9 * 1024)) == members(data)
     for rest in (b"x", bytes(3000) + b"x", plain(("b.txt", b"y"))):
@@ -218,7 +233,7 @@ def test_anything_behind_the_end_is_an_error_but_zeros():
     ],
     ids=["empty", "html", "short html", "short zeros", "zip"],
 )
-def test_a_file_that_is_no_tar_says_what_it_begins_with(data, words):
+def test_the_error_for_a_file_that_is_no_tar_has_its_first_bytes(data, words):
     refuse(data, words, 0)
 
 
@@ -226,14 +241,16 @@ def test_an_empty_archive_has_no_member():
     assert members(END_OF_ARCHIVE) == members(bytes(10240)) == []
 
 
-def test_a_file_or_a_key_that_comes_twice_is_an_error():
-    refuse(plain(("a.txt", b"1"), ("a.txt", b"2")), "'a.txt' is there twice", 2 * BLOCK_BYTES)
-    refuse(plain(("a.txt", b"1"), ("./a.txt", b"2")), "is there twice")
-    refuse(plain(("a.txt", b"1"), ("a.TXT", b"2")), "is there twice")
-    refuse(plain(("a.txt", b"1"), ("b.txt", b"2"), ("a.png", b"3")), "'a' is there twice", 4 * BLOCK_BYTES, {"txt", "png"})
+def test_a_duplicate_file_or_key_is_an_error():
+    refuse(plain(("a.txt", b"1"), ("a.txt", b"2")), "'a.txt' occurs twice", 2 * BLOCK_BYTES)
+    refuse(plain(("a.txt", b"1"), ("./a.txt", b"2")), "occurs twice")
+    refuse(plain(("a.txt", b"1"), ("a.TXT", b"2")), "occurs twice")
+    refuse(
+        plain(("a.txt", b"1"), ("b.txt", b"2"), ("a.png", b"3")), "'a' occurs twice", 4 * BLOCK_BYTES, {"txt", "png"}
+    )
 
 
-# ---------------------------------------------------------------- what is hostile
+# ---------------------------------------------------------------- hostile tars
 
 
 @pytest.mark.parametrize(
@@ -248,7 +265,10 @@ def test_a_file_or_a_key_that_comes_twice_is_an_error():
         (special(type=tarfile.GNUTYPE_SPARSE), "a sparse file"),
         (special(type=b"V"), "of type b'V'"),
         (special(type=tarfile.SYMTYPE, linkname="l" * 200), "a link with a long name"),
-        (resealed(rewritten(special("d", type=b"5")[:BLOCK_BYTES], 124, b"00000000005\0")) + END_OF_ARCHIVE, "5 bytes of content"),
+        (
+            resealed(rewritten(special("d", type=b"5")[:BLOCK_BYTES], 124, b"00000000005\0")) + END_OF_ARCHIVE,
+            "5 bytes of content",
+        ),
         (special("/etc/a.txt"), "leads out of the archive"),
         (special("../a.txt"), "leads out of the archive"),
         (special("a/../../b.txt"), "leads out of the archive"),
@@ -265,7 +285,7 @@ def test_a_file_or_a_key_that_comes_twice_is_an_error():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_hostile_members_are_refused_by_what_they_are(data, words):
+def test_hostile_members_are_refused_with_their_kind(data, words):
     refuse(data, words)
 
 
@@ -292,12 +312,12 @@ def test_hostile_pax_records_are_refused(records, words, kind):
     refuse(data, words if kind == tarfile.XHDTYPE else f"{words}|one name or size for all")
 
 
-def test_a_name_for_a_file_that_does_not_come_is_an_error():
+def test_a_long_name_without_a_file_is_an_error():
     data = special("n" * 200 + ".txt")
     refuse(data[: 2 * BLOCK_BYTES] + END_OF_ARCHIVE, "the archive ends where the file with this name should be", 0)
 
 
-def test_global_comments_as_git_writes_them_are_passed_over():
+def test_global_comments_as_written_by_git_are_skipped():
     record = pax("comment", "0123456789" * 4)
     info = tarfile.TarInfo("pax_global_header")
     info.size, info.type = len(record), tarfile.XGLTYPE

@@ -1,4 +1,4 @@
-"""Numbers that are not finite are named by tar, clip, byte and count, though every checksum is right."""
+"""`verify` reports patches that are not finite, by tar, clip, byte and count, although every checksum is right."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megasora.data.shard_writer import BlockWriter, PatchFile, write_manifest
 from megasora.data.folder import open_folder
 from megasora.data.pack import Record
 from megasora.data.shard_reader import ShardSplit
+from megasora.data.shard_writer import BlockWriter, PatchFile, write_manifest
 from megasora.data.verify import verify
 
 LENGTH, WIDTH = 6, 4
@@ -21,7 +21,7 @@ LARGEST = {"f16": (0x7BFF, 0xFBFF), "bf16": (0x7F7F, 0xFF7F)}
 
 
 def write(folder: Path, clips: list[np.ndarray], dtype: str) -> Path:
-    """Clips of the given bits, uint16 [LENGTH * WIDTH], as a decoder that checks nothing would hand them over."""
+    """Shards of clips of these bits, uint16 [LENGTH * WIDTH], written without the check for finite values."""
     folder.mkdir()
     with BlockWriter(folder, 0, 1 << 20, dtype) as writer:
         for number, bits in enumerate(clips):
@@ -34,10 +34,10 @@ def write(folder: Path, clips: list[np.ndarray], dtype: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("chunk", [1 << 20, 512, 518])  # 518: pieces end within the patches
+@pytest.mark.parametrize("chunk", [1 << 20, 512, 518])  # 518: chunks end within the patches
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_nan_and_inf_in_patches_are_counted_with_clip_and_place(dtype, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr("megasora.data.verify.CHUNK", chunk)
+def test_nan_and_inf_in_patches_are_counted_with_clip_and_offset(dtype, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr("megasora.data.verify.CHUNK_BYTES", chunk)
     clips = [np.resize(np.array(LARGEST[dtype]), LENGTH * WIDTH) for _ in range(3)]
     clips[1][[5, 9, 22]] = NAN[dtype]
     clips[1][[7, 23]] = INF[dtype]
@@ -49,16 +49,16 @@ def test_nan_and_inf_in_patches_are_counted_with_clip_and_place(dtype, chunk, tm
         ("train-000000-000.tar", starts[1] + 10, 1),
         ("train-000000-000.tar", starts[2], 2),
     ]
-    assert "sample 1: its patches hold 3 NaN and 2 Inf; leave its clip out" in found[0].problem
-    assert "sample 2: its patches hold 0 NaN and 1 Inf" in found[1].problem
+    assert "sample 1: its patches have 3 NaN and 2 Inf; leave its clip out" in found[0].problem
+    assert "sample 2: its patches have 0 NaN and 1 Inf" in found[1].problem
 
 
-def test_the_largest_finite_numbers_are_no_fault(tmp_path):
+def test_the_largest_finite_values_are_no_fault(tmp_path):
     folder = write(tmp_path / "shards", [np.resize(np.array(LARGEST["f16"]), LENGTH * WIDTH)], "f16")
     assert list(verify(open_folder(folder))) == []
 
 
-def test_text_that_reads_as_nan_is_text(tmp_path):
+def test_text_whose_bytes_would_be_nan_is_no_fault(tmp_path):
     """`||` is 0x7C7C."""
     folder = tmp_path / "shards"
     with BlockWriter(folder, 0, 1 << 20) as writer:
@@ -69,7 +69,7 @@ def test_text_that_reads_as_nan_is_text(tmp_path):
     assert list(verify(open_folder(folder))) == []
 
 
-def test_a_damaged_record_is_damaged_and_no_more(tmp_path):
+def test_a_damaged_record_with_inf_is_reported_as_damaged_only(tmp_path):
     clips = [np.full(LENGTH * WIDTH, INF["f16"][0])]
     folder = write(tmp_path / "shards", clips, "f16")
     offset = ShardSplit.open(folder, "train").index[0].members["patches.f16"][0]

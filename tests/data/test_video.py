@@ -1,4 +1,4 @@
-"""Clips of every accepted kind come in whole and at native size; what is not a whole clip is refused, and says why."""
+"""Clips of every supported format are decoded whole, at native size; all others are rejected with a reason."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LIMITS = IngestConfig()
 
 
 def gradient(frames: int, height: int, width: int) -> np.ndarray:
-    """Smooth frames that all differ: red grows to the right, green downwards, blue by 20 levels a frame."""
+    """Smooth, distinct frames: red increases to the right, green downwards, blue by 20 levels per frame."""
     y, x = np.mgrid[0:height, 0:width]
     layers = [[x * 200 // width, y * 200 // height, np.full_like(x, 20 + i * 20)] for i in range(frames)]
     return np.array(layers).transpose(0, 2, 3, 1).astype(np.uint8)
 
 
 def noise(frames: int, height: int, width: int) -> np.ndarray:
-    """Frames that no codec can shrink, so that a cut of the file is a cut of its frames."""
+    """Frames that cannot be compressed, so that cutting the file cuts its frames."""
     return np.random.default_rng(0).integers(0, 255, (frames, height, width, 3), dtype=np.uint8)
 
 
@@ -52,9 +52,9 @@ def encode(
     return path
 
 
-def cut(path: Path, share: float) -> Path:
+def cut(path: Path, fraction: float) -> Path:
     data = path.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
+    path.write_bytes(data[: int(fraction * len(data))])
     return path
 
 
@@ -79,7 +79,7 @@ KINDS = {  # file -> (height, width), frame rate, how it is encoded
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_frame_comes_in_at_native_size_order_and_rate(name, tmp_path):
+def test_every_frame_is_decoded_at_native_size_in_order_and_with_its_rate(name, tmp_path):
     size, rate, how = KINDS[name]
     made = gradient(9, *size)
     clip = read_clip(encode(tmp_path / name, made, rate, **how), LIMITS)
@@ -87,7 +87,7 @@ def test_every_frame_comes_in_at_native_size_order_and_rate(name, tmp_path):
     assert clip.fps == float(rate)
 
 
-def test_lossless_h264_gives_back_the_same_pixels(tmp_path):
+def test_lossless_h264_is_decoded_to_the_same_pixels(tmp_path):
     made = noise(5, 31, 47)
     path = encode(tmp_path / "a.mp4", made, codec="libx264rgb", pixels="rgb24", options={"qp": "0"})
     assert np.array_equal(read_clip(path, LIMITS).frames_FHWC, made)
@@ -116,8 +116,8 @@ def test_a_video_of_one_frame_is_an_image_and_has_no_rate(tmp_path):
 
 
 @pytest.mark.parametrize("key_frames_every", [30, 4])  # 4: the first four frames are not even read
-def test_a_clip_cut_without_reencoding_gives_the_frames_that_a_player_shows(key_frames_every, tmp_path):
-    """As `-ss ... -c copy` does it: 12 frames are in the file, an edit list hides those before the cut."""
+def test_a_clip_cut_without_reencoding_has_the_frames_that_a_player_shows(key_frames_every, tmp_path):
+    """As with `-ss ... -c copy`: the file has 12 frames, and an edit list hides those before the cut."""
     made = gradient(12, 32, 48)
     encode(tmp_path / "whole.mp4", made, options={**FINE, "g": str(key_frames_every), "bf": "0", "sc_threshold": "0"})
     with av.open(str(tmp_path / "whole.mp4")) as source, av.open(str(tmp_path / "part.mp4"), "w") as target:
@@ -132,7 +132,7 @@ def test_a_clip_cut_without_reencoding_gives_the_frames_that_a_player_shows(key_
     assert error_by_frame(clip.frames_FHWC, made[6:]).max() < CODEC_ERROR
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- rejections
 
 
 def text_as_video(folder: Path) -> Path:
@@ -141,7 +141,7 @@ def text_as_video(folder: Path) -> Path:
 
 
 def list_of_files(folder: Path) -> Path:
-    """What a guessing demuxer follows to another file."""
+    """A list that a guessing demuxer follows to another file."""
     encode(folder / "secret.mp4", gradient(9, 32, 48))
     (folder / "a.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
     with av.open(str(folder / "a.mp4")) as guessed:
@@ -171,7 +171,7 @@ def codec_of_the_future(folder: Path) -> Path:
     return path
 
 
-def cut_with_index_behind(folder: Path) -> Path:
+def cut_with_index_at_end(folder: Path) -> Path:
     return cut(encode(folder / "a.mp4", noise(30, 48, 64)), 0.6)
 
 
@@ -259,16 +259,16 @@ def without_a_frame_count(folder: Path) -> Path:
     return encode(folder / "a.mkv", gradient(9, 32, 48), container="matroska")
 
 
-REFUSALS: list[tuple[Callable[[Path], Path], dict, str, list[str]]] = [
+REJECTIONS: list[tuple[Callable[[Path], Path], dict, str, list[str]]] = [
     (text_as_video, {}, "unreadable", ["cannot be decoded"]),
     (list_of_files, {}, "unreadable", ["cannot be decoded"]),
     (zero_bytes, {}, "empty file", ["0 bytes"]),
     (audio_only, {}, "no video stream", ["no video stream"]),
     (codec_of_the_future, {}, "unknown codec", ["no decoder"]),
     (no_index, {}, "unreadable", ["cannot be decoded"]),
-    (no_frame, {}, "no frames", ["holds no frame"]),
+    (no_frame, {}, "no frames", ["has no frame"]),
     (of_16k, {}, "too large", ["16384x16 pixels", "ingest.max_height=4320"]),
-    (cut_with_index_behind, {}, "unreadable", ["cannot be decoded"]),
+    (cut_with_index_at_end, {}, "unreadable", ["cannot be decoded"]),
     (cut_with_index_in_front, {}, "truncated", ["ends within a frame", "of 30"]),
     (cut_between_two_frames, {}, "truncated", ["declares 30 frames, 20 could"]),
     (cut_before_the_last_frame, {}, "truncated", ["declares 30 frames, 29 could"]),
@@ -285,20 +285,20 @@ REFUSALS: list[tuple[Callable[[Path], Path], dict, str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "limits", "reason", "words"), REFUSALS, ids=lambda v: getattr(v, "__name__", None))
-def test_what_is_not_a_whole_clip_within_the_limits_is_refused_with_its_reason(make, limits, reason, words, tmp_path):
+@pytest.mark.parametrize(("make", "limits", "reason", "words"), REJECTIONS, ids=lambda v: getattr(v, "__name__", None))
+def test_incomplete_clips_and_those_beyond_the_limits_are_rejected_with_a_reason(make, limits, reason, words, tmp_path):
     path = make(tmp_path)
-    with pytest.raises(RejectedClip) as refusal:
+    with pytest.raises(RejectedClip) as rejection:
         read_clip(path, IngestConfig(**limits))
-    assert refusal.value.reason == reason
+    assert rejection.value.reason == reason
     for word in [str(path), *words]:
-        assert word in str(refusal.value)
+        assert word in str(rejection.value)
 
 
-def test_in_an_ingest_each_costs_itself_alone_and_is_counted_by_its_reason(tmp_path):
-    """Of bad clips and two good ones, the good ones are in the shards, whole, under their own numbers."""
-    bad = [make for make, limits, *_ in REFUSALS if not limits] + [hole_in_a_frame]
-    reasons = Counter(reason for _, limits, reason, _ in REFUSALS if not limits)
+def test_an_ingest_rejects_each_bad_clip_alone_and_counts_it_by_its_reason(tmp_path):
+    """The two good clips among the bad ones are in the shards, with their own sample ids."""
+    bad = [make for make, limits, *_ in REJECTIONS if not limits] + [hole_in_a_frame]
+    reasons = Counter(reason for _, limits, reason, _ in REJECTIONS if not limits)
     clips = tmp_path / "clips"
     for number, make in enumerate(bad, 1):
         (tmp_path / make.__name__).mkdir()
@@ -325,16 +325,16 @@ def test_the_limits_are_the_last_values_that_pass(make, tmp_path):
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
-def test_a_clip_too_large_for_memory_is_refused_before_that_memory_is_used(container, tmp_path):
+def test_a_clip_too_large_for_memory_is_rejected_before_it_is_decoded(container, tmp_path):
     made = np.zeros((12, 256, 512, 3), np.uint8)  # 4.5 MiB decoded
     path = encode(tmp_path / ("a.mp4" if container == "mp4" else "a.mkv"), made, container=container)
     assert len(read_clip(path, IngestConfig(max_clip_mib=5)).frames_FHWC) == 12
-    with pytest.raises(RejectedClip, match="ingest.max_clip_mib=4") as refusal:
+    with pytest.raises(RejectedClip, match="ingest.max_clip_mib=4") as rejection:
         read_clip(path, IngestConfig(max_clip_mib=4))
-    assert refusal.value.reason == "too many pixels"
+    assert rejection.value.reason == "too many pixels"
 
 
-def test_a_file_name_is_never_read_as_a_protocol(tmp_path, monkeypatch):
+def test_a_file_name_is_never_taken_for_a_protocol(tmp_path, monkeypatch):
     encode(tmp_path / "secret.mp4", gradient(9, 32, 48))
     encode(tmp_path / "concat:secret.mp4", gradient(3, 16, 16))
     monkeypatch.chdir(tmp_path)
@@ -343,7 +343,7 @@ def test_a_file_name_is_never_read_as_a_protocol(tmp_path, monkeypatch):
     assert read_clip(Path("part 1: red.mp4"), LIMITS).frames_FHWC.shape == (3, 16, 16, 3)
 
 
-def test_clips_are_told_by_their_suffix():
+def test_clips_are_recognised_by_their_suffix():
     assert all(is_clip(Path(f"a.{s}")) for s in "mp4 m4v mov mkv webm avi png jpg jpeg webp MP4 Jpg".split())
     assert not any(is_clip(Path(name)) for name in ("a.txt", "a.json", "a.m3u8", "mp4", "a.mp4.txt"))
 
@@ -351,7 +351,7 @@ def test_clips_are_told_by_their_suffix():
 # ---------------------------------------------------------------- writing
 
 
-def test_a_written_video_is_what_browsers_play_and_carries_its_comment(tmp_path):
+def test_a_written_video_plays_in_browsers_and_has_its_comment(tmp_path):
     made, path = gradient(9, 32, 48), tmp_path / "a.mp4"
     comment = json.dumps({"ai_generated": True, "prompt": "ein roter Kreis — 红色"})
     write_video(made, 12.5, path, comment)
@@ -366,7 +366,7 @@ def test_a_written_video_is_what_browsers_play_and_carries_its_comment(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_a_video_can_be_written_without_any_loss(tmp_path):
+def test_a_video_can_be_written_losslessly(tmp_path):
     write_video(noise(5, 30, 46), 12, tmp_path / "a.mp4", codec="libx264rgb")
     assert np.array_equal(read_clip(tmp_path / "a.mp4", LIMITS).frames_FHWC, noise(5, 30, 46))
 
@@ -379,25 +379,25 @@ def test_the_same_frames_make_the_same_bytes(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "b.mp4").read_bytes()
 
 
-class Torn(np.ndarray):
-    """Frames that end in an error, long after the first were written."""
+class FailingFrames(np.ndarray):
+    """Frames whose iteration ends in an error."""
 
     def __iter__(self):
         yield from np.asarray(self)
         raise OSError("no more frames")
 
 
-def test_a_video_that_cannot_be_encoded_leaves_the_folder_as_it_was(tmp_path):
+def test_a_video_that_cannot_be_encoded_leaves_the_folder_unchanged(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"the one before")
     with pytest.raises(av.error.FFmpegError):
         write_video(gradient(3, 31, 47), 12, tmp_path / "a.mp4")  # H.264 4:2:0 has even sides
     with pytest.raises(OSError, match="no more frames"):
-        write_video(noise(200, 32, 48).view(Torn), 12, tmp_path / "a.mp4")
+        write_video(noise(200, 32, 48).view(FailingFrames), 12, tmp_path / "a.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == b"the one before"
 
 
-def test_a_written_image_has_the_same_pixels_and_carries_its_comment(tmp_path):
+def test_a_written_image_has_the_same_pixels_and_its_comment(tmp_path):
     pixels = noise(1, 31, 47)[0]
     write_image(pixels, tmp_path / "a.png", "generated")
     with Image.open(tmp_path / "a.png") as image:
@@ -408,7 +408,7 @@ def test_a_written_image_has_the_same_pixels_and_carries_its_comment(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-# ---------------------------------------------------------------- as they are shown
+# ---------------------------------------------------------------- orientation
 
 
 def shown(path: Path, **limits) -> np.ndarray:
@@ -416,7 +416,7 @@ def shown(path: Path, **limits) -> np.ndarray:
 
 
 def with_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
-    """The track is shown with pixel (x, y) at (a x + c y, b x + d y)."""
+    """Sets the display matrix of a track: pixel (x, y) is displayed at (a x + c y, b x + d y)."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4 + 40
     one = 1 << 16
@@ -425,7 +425,7 @@ def with_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
     return path
 
 
-TURNS = {  # display matrix -> what a player does to [H, W]
+ORIENTATIONS = {  # display matrix -> what a player does to [H, W]
     (1, 0, 0, 1): lambda x: x,
     (0, 1, -1, 0): lambda x: np.rot90(x, -1),  # a phone held upright: a quarter clockwise
     (-1, 0, 0, -1): lambda x: np.rot90(x, 2),
@@ -437,15 +437,15 @@ TURNS = {  # display matrix -> what a player does to [H, W]
 }
 
 
-@pytest.mark.parametrize("matrix", TURNS, ids=str)
-def test_a_turned_clip_comes_as_a_player_shows_it(matrix, tmp_path):
+@pytest.mark.parametrize("matrix", ORIENTATIONS, ids=str)
+def test_a_rotated_or_mirrored_clip_is_decoded_as_a_player_shows_it(matrix, tmp_path):
     made = noise(2, 16, 24)
     path = encode(tmp_path / "a.mp4", made, codec="libx264rgb", pixels="rgb24", options={"qp": "0"})
-    expected = np.stack([TURNS[matrix](frame) for frame in made])
+    expected = np.stack([ORIENTATIONS[matrix](frame) for frame in made])
     assert np.array_equal(shown(with_display_matrix(path, *matrix)), expected)
 
 
-def test_the_turn_is_that_of_the_container_library(tmp_path):
+def test_the_rotation_is_that_of_the_container_library(tmp_path):
     path = encode(tmp_path / "a.mp4", gradient(2, 16, 24))
     with av.open(str(path)) as source, av.open(str(tmp_path / "b.mp4"), "w") as target:
         copy = target.add_stream_from_template(source.streams.video[0])
@@ -457,14 +457,14 @@ def test_the_turn_is_that_of_the_container_library(tmp_path):
     assert np.array_equal(shown(tmp_path / "b.mp4"), np.rot90(shown(path), -1, (1, 2)))
 
 
-def test_a_clip_shown_at_a_slant_is_refused(tmp_path):
+def test_a_clip_displayed_at_an_angle_is_rejected(tmp_path):
     path = with_display_matrix(encode(tmp_path / "a.mp4", gradient(2, 16, 24)), 1, 1, -1, 1)
-    with pytest.raises(RejectedClip, match="only quarter turns are") as refusal:
+    with pytest.raises(RejectedClip, match="only quarter turns are") as rejection:
         read_clip(path, LIMITS)
-    assert refusal.value.reason == "tilted"
+    assert rejection.value.reason == "tilted"
 
 
-def test_an_image_is_turned_as_its_exif_says(tmp_path):
+def test_an_image_is_rotated_as_its_exif_says(tmp_path):
     pixels = gradient(1, 16, 24)[0]
     image = Image.fromarray(pixels)
     exif = image.getexif()
@@ -476,40 +476,40 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path):
 # ---------------------------------------------------------------- parts of a file, rate and size
 
 
-def moments(path: Path, start: float = 0.0, end: float | None = None, **limits) -> np.ndarray:
+def excerpt(path: Path, start: float = 0.0, end: float | None = None, **limits) -> np.ndarray:
     with open_clip(Media(path, start=start, end=end), IngestConfig(**limits)) as clip:
         return np.stack(list(clip.frames))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
 @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (1.0, 2.0), (1.75, 2.5), (0.5, None), (2.0, None)])
-def test_parts_of_a_clip_are_the_frames_of_the_whole_between_two_moments(name, start, end, tmp_path):
+def test_excerpts_are_the_frames_of_the_clip_between_two_times(name, start, end, tmp_path):
     how = {"a.mp4": {}, "a.mkv": {"container": "matroska"}, "a.avi": {"codec": "mpeg4", "container": "avi"}}[name]
     path = encode(tmp_path / name, noise(30, 32, 48), options={"g": "8"}, **how)  # 12 a second, B-frames
     whole = shown(path)
     last = len(whole) if end is None else round(end * 12)
-    assert np.array_equal(moments(path, start, end), whole[round(start * 12) : last])
+    assert np.array_equal(excerpt(path, start, end), whole[round(start * 12) : last])
 
 
-def test_a_part_beyond_the_end_is_refused(tmp_path):
+def test_an_excerpt_beyond_the_end_is_rejected(tmp_path):
     path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
     for start, end, reason in ((2.0, 3.0, "truncated"), (5.0, None, "no frames"), (5.0, 6.0, "no frames")):
-        with pytest.raises(RejectedClip) as refusal:
-            moments(path, start, end)
-        assert refusal.value.reason == reason
+        with pytest.raises(RejectedClip) as rejection:
+            excerpt(path, start, end)
+        assert rejection.value.reason == reason
 
 
-def test_a_part_may_be_taken_of_a_clip_beyond_the_limits_of_length(tmp_path):
+def test_excerpts_of_a_clip_longer_than_the_limit_are_allowed(tmp_path):
     path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
-    assert len(moments(path, 1.0, 1.5, max_frames=6)) == 6
+    assert len(excerpt(path, 1.0, 1.5, max_frames=6)) == 6
     with pytest.raises(RejectedClip, match="max_frames"):
-        moments(path, 1.0, 2.0, max_frames=6)
+        excerpt(path, 1.0, 2.0, max_frames=6)
 
 
 @pytest.mark.parametrize(
     ("fps", "kept"), [(6.0, range(0, 30, 2)), (4.0, range(0, 30, 3)), (8.0, None), (24.0, range(30))]
 )
-def test_a_lower_rate_leaves_frames_out_evenly_and_a_higher_one_adds_none(fps, kept, tmp_path):
+def test_a_lower_rate_skips_frames_evenly_and_a_higher_one_adds_none(fps, kept, tmp_path):
     path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
     clip = read_clip(path, IngestConfig(max_fps=fps))
     assert clip.fps == min(fps, 12.0)
@@ -519,7 +519,7 @@ def test_a_lower_rate_leaves_frames_out_evenly_and_a_higher_one_adds_none(fps, k
     assert np.array_equal(clip.frames_FHWC, shown(path)[numbers])
 
 
-def test_clips_are_scaled_down_in_their_aspect_only_where_a_size_is_set_and_exceeded(tmp_path):
+def test_clips_are_scaled_down_in_their_aspect_ratio_only_to_a_size_that_is_set(tmp_path):
     path = encode(tmp_path / "a.mp4", gradient(3, 64, 96), options=FINE)
     assert shown(path).shape == shown(path, fit_height=64, fit_width=96).shape == (3, 64, 96, 3)
     assert shown(path, fit_height=32).shape == shown(path, fit_width=48).shape == (3, 32, 48, 3)
@@ -551,14 +551,14 @@ def test_a_clip_within_another_file_is_read_from_its_own_bytes(tmp_path):
 
 
 def frames_region(path: Path) -> tuple[bytes, int, int]:
-    """The file's bytes, and where those of its frames begin, behind the encoder's own words, and end."""
+    """(bytes of the file, start and end of its frames, without the text that the encoder writes in front)."""
     data = path.read_bytes()
     start = data.index(b"mdat") + 4
     return data, start + 700, start + int.from_bytes(data[start - 8 : start - 4], "big") - 8
 
 
-def test_a_flipped_bit_loses_no_frame_and_is_noticed_where_the_stream_breaks(tmp_path):
-    """A flip that leaves a legal stream of other pixels cannot be told from what was meant."""
+def test_a_flipped_bit_loses_no_frame_and_is_detected_if_the_stream_becomes_invalid(tmp_path):
+    """A flip that leaves a valid stream of other pixels cannot be detected."""
     path = encode(tmp_path / "a.mp4", noise(12, 48, 64), options={"crf": "30"})
     (data, start, end), reasons = frames_region(path), []
     for place in np.random.default_rng(0).integers(start, end, 40):
@@ -572,17 +572,17 @@ def test_a_flipped_bit_loses_no_frame_and_is_noticed_where_the_stream_breaks(tmp
     assert len(reasons) >= 5 and set(reasons) <= {"damaged", "unreadable", "truncated"}
 
 
-def test_a_hole_in_the_frames_is_refused(tmp_path):
+def test_a_hole_in_the_frames_is_rejected(tmp_path):
     path = encode(tmp_path / "a.mp4", noise(12, 48, 64), options={"crf": "30"})
     data, start, end = frames_region(path)
     for place in np.random.default_rng(0).integers(start, end - 1024, 10):
         path.write_bytes(data[:place] + bytes(1024) + data[place + 1024 :])
-        with pytest.raises(RejectedClip) as refusal:
+        with pytest.raises(RejectedClip) as rejection:
             shown(path)
-        assert refusal.value.reason in ("damaged", "unreadable", "truncated")
+        assert rejection.value.reason in ("damaged", "unreadable", "truncated")
 
 
-def test_a_header_of_16k_by_16k_is_refused_before_a_pixel_is_decoded(tmp_path):
+def test_a_header_of_16k_by_16k_is_rejected_before_decoding(tmp_path):
     Image.fromarray(noise(1, 16, 16)[0]).save(tmp_path / "a.png")
     data = bytearray((tmp_path / "a.png").read_bytes())
     data[16:24] = struct.pack(">2I", 16384, 16384)
@@ -590,15 +590,15 @@ def test_a_header_of_16k_by_16k_is_refused_before_a_pixel_is_decoded(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     path = encode(tmp_path / "a.mkv", np.zeros((1, 16384, 16, 3), np.uint8), container="matroska")
     for file, words in ((tmp_path / "a.png", "268435456 pixels"), (path, "16384x16 pixels; ingest.max_height=4320")):
-        with pytest.raises(RejectedClip, match=words) as refusal:
+        with pytest.raises(RejectedClip, match=words) as rejection:
             read_clip(file, LIMITS)
-        assert refusal.value.reason == "too large"
+        assert rejection.value.reason == "too large"
 
 
-def test_a_matroska_file_without_a_frame_is_refused(tmp_path):
+def test_a_matroska_file_without_a_frame_is_rejected(tmp_path):
     encode(tmp_path / "a.mkv", noise(3, 48, 64), container="matroska")
     data = (tmp_path / "a.mkv").read_bytes()
     (tmp_path / "a.mkv").write_bytes(data[: data.index(b"\x1f\x43\xb6\x75")])  # up to the first cluster
-    with pytest.raises(RejectedClip, match="a.mkv") as refusal:
+    with pytest.raises(RejectedClip, match="a.mkv") as rejection:
         shown(tmp_path / "a.mkv")
-    assert refusal.value.reason in ("no frames", "unreadable")
+    assert rejection.value.reason in ("no frames", "unreadable")

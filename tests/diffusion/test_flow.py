@@ -1,4 +1,4 @@
-"""The objective: what is noised and what is kept clean, and that nothing depends on where a clip lies."""
+"""The objective: which tokens are noised and which stay clean, independent of where a clip is in a pack."""
 
 import dataclasses
 from collections import Counter
@@ -10,7 +10,7 @@ from megasora.batch import segment_ids
 from megasora.config import FrameConditioningConfig, ObjectiveConfig
 from megasora.data.pack import Record, make_batch
 from megasora.diffusion import noise
-from megasora.diffusion.flow import FlowMatching, draw_clean_frames, noise_batch, build_rows, velocity_error
+from megasora.diffusion.flow import FlowMatching, build_rows, draw_clean_frames, noise_batch, velocity_error
 from megasora.diffusion.timesteps import shift_factor
 
 PATCH_DIM = 7  # odd, so that the noise's pairs do not divide it
@@ -18,8 +18,8 @@ GRIDS = [(1, 2, 3), (2, 2, 2), (5, 1, 2), (3, 3, 1), (9, 1, 1)]
 EVEN = FrameConditioningConfig(none=1, first=1, last=1, head=1, tail=1, both=1)
 
 
-def unpacked(ids):
-    """Clip `i` has the same content wherever it stands."""
+def make_records(ids):
+    """The content of clip `i` depends only on `i`."""
     records = []
     for i in ids:
         grid = GRIDS[i % len(GRIDS)]
@@ -31,7 +31,7 @@ def unpacked(ids):
 
 
 def make_pack(ids, padding=0):
-    records = unpacked(ids)
+    records = make_records(ids)
     return make_batch(records, sum(len(r.patches_LP) for r in records) + padding)
 
 
@@ -53,7 +53,7 @@ def grid_points(n):
     return [(i + 0.5) / n for i in range(n)]
 
 
-def counts_of(frames, config, n=10_000):
+def fractions_of(frames, config, n=10_000):
     counts = Counter(draw_clean_frames(frames, u, 0.0, config) for u in grid_points(n))
     return {drawn: count / n for drawn, count in counts.items()}
 
@@ -61,16 +61,16 @@ def counts_of(frames, config, n=10_000):
 # ---- which frames are clean
 
 
-def test_conditions_are_drawn_with_the_configured_probabilities():
+def test_kinds_of_frame_conditioning_have_the_configured_probabilities():
     config = FrameConditioningConfig(none=3.0, first=1.5, last=0.5, head=2.0, tail=1.0, both=2.0)
-    kinds = {(0, 0): 0.3, (1, 0): 0.15 + 0.2, (0, 1): 0.05 + 0.1, (1, 1): 0.2}  # of length_u = 0, k is the least
-    measured = counts_of(9, config)
+    kinds = {(0, 0): 0.3, (1, 0): 0.15 + 0.2, (0, 1): 0.05 + 0.1, (1, 1): 0.2}  # length_u = 0: the smallest k
+    measured = fractions_of(9, config)
     assert measured.keys() == kinds.keys()
-    for drawn, share in kinds.items():
-        assert measured[drawn] == pytest.approx(share, abs=2e-4)
+    for drawn, fraction in kinds.items():
+        assert measured[drawn] == pytest.approx(fraction, abs=2e-4)
 
 
-def test_lengths_of_clean_ends_are_drawn_evenly():
+def test_numbers_of_clean_frames_are_uniform():
     for kind, expected in (
         ("head", [(k, 0) for k in (1, 2, 3, 4)]),
         ("tail", [(0, k) for k in (1, 2, 3, 4)]),
@@ -90,40 +90,42 @@ def test_at_least_one_frame_stays_noised(frames, only):
         assert head >= 0 and tail >= 0 and head + tail < frames
 
 
-def test_an_image_is_never_given_away_and_two_frames_have_no_both_ends():
-    assert counts_of(1, EVEN) == {(0, 0): 1.0}
-    both_is_left_out = counts_of(2, EVEN)
-    assert both_is_left_out.keys() == {(0, 0), (1, 0), (0, 1)}
-    assert both_is_left_out[0, 0] == pytest.approx(0.2, abs=2e-4)
+def test_an_image_is_never_clean_and_two_frames_are_never_clean_at_both_ends():
+    assert fractions_of(1, EVEN) == {(0, 0): 1.0}
+    fractions = fractions_of(2, EVEN)
+    assert fractions.keys() == {(0, 0), (1, 0), (0, 1)}
+    assert fractions[0, 0] == pytest.approx(0.2, abs=2e-4)
 
 
-def test_conditions_and_caption_dropout_of_the_objective_follow_the_probabilities():
+def test_frame_conditioning_and_caption_dropout_of_the_objective_have_the_configured_probabilities():
     n = 3000
-    condition = FrameConditioningConfig(none=0.5, first=0.3, last=0.2, head=0, tail=0, both=0)
-    objective = make_objective(frame_conditioning=condition, caption_dropout=0.25)
+    conditioning = FrameConditioningConfig(none=0.5, first=0.3, last=0.2, head=0, tail=0, both=0)
+    objective = make_objective(frame_conditioning=conditioning, caption_dropout=0.25)
     ids = [2 + 5 * i for i in range(n)]  # all of 5 latent frames
     noised, _, _ = objective.add_noise(make_pack(ids), step=0)
     clean = noised.timesteps_R == 0
     rows = torch.bincount(noised.row_segment_R, minlength=n)
     first_row = torch.searchsorted(noised.row_segment_R, torch.arange(n))
-    shares = [(rows == 1), (rows == 2) & clean[first_row], (rows == 2) & ~clean[first_row]]
-    for measured, share in zip(shares, (0.5, 0.3, 0.2), strict=True):
-        assert float(measured.double().mean()) == pytest.approx(share, abs=4 * (share * (1 - share) / n) ** 0.5)
+    kinds = [(rows == 1), (rows == 2) & clean[first_row], (rows == 2) & ~clean[first_row]]
+    for measured, fraction in zip(kinds, (0.5, 0.3, 0.2), strict=True):
+        assert float(measured.double().mean()) == pytest.approx(
+            fraction, abs=4 * (fraction * (1 - fraction) / n) ** 0.5
+        )
     assert float(noised.drop_text_G.double().mean()) == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / n) ** 0.5)
 
 
 # ---- rows
 
 
-def test_rows_part_a_segment_at_its_clean_frames():
+def test_a_segment_is_split_into_rows_at_its_clean_frames():
     batch = make_pack([2, 0, 4])  # grids (5, 1, 2), (1, 2, 3), (9, 1, 1)
-    cu_rows, timesteps, owner = build_rows(batch, torch.tensor([0.5, 0.6, 0.7]), [(1, 0), (0, 0), (2, 3)])
+    cu_rows, timesteps, segments = build_rows(batch, torch.tensor([0.5, 0.6, 0.7]), [(1, 0), (0, 0), (2, 3)])
     assert cu_rows.tolist() == [0, 2, 10, 16, 18, 22, 25]
     assert timesteps.tolist() == pytest.approx([0, 0.5, 0.6, 0, 0.7, 0])
-    assert owner.tolist() == [0, 0, 1, 2, 2, 2]
+    assert segments.tolist() == [0, 0, 1, 2, 2, 2]
 
 
-def test_every_segment_is_whole_rows():
+def test_every_row_is_within_one_segment():
     noised, _, _ = make_objective().add_noise(make_pack(range(40), padding=3), step=1)
     assert set(noised.cu_segments.tolist()) <= set(noised.cu_rows.tolist())
     starts = noised.cu_rows[:-1]
@@ -133,15 +135,15 @@ def test_every_segment_is_whole_rows():
 # ---- the noised pack
 
 
-def corrupt_known(padding=0):
+def noise_known(padding=0):
     batch = make_pack([2, 0, 4], padding)
     keys = noise.clip_keys(0, 0, batch.sample_ids_G, 0)
     clean = [(1, 0), (0, 0), (2, 3)]
     return batch, *noise_batch(batch, torch.tensor([0.5, 0.6, 0.7]), clean, keys, torch.tensor([False, True, False]))
 
 
-def test_clean_frames_are_kept_bit_for_bit_at_time_zero_without_weight():
-    batch, noised, _, weight_L = corrupt_known(padding=4)
+def test_clean_frames_are_unchanged_with_timestep_zero_and_loss_weight_zero():
+    batch, noised, _, weight_L = noise_known(padding=4)
     clean_L = torch.tensor([1] * 2 + [0] * 8 + [0] * 6 + [1] * 2 + [0] * 4 + [1] * 3 + [0] * 4).bool()
     assert torch.equal(noised.patches_LP[clean_L], batch.patches_LP[clean_L])
     noised_L = ~clean_L & (torch.arange(29) < 25)
@@ -151,7 +153,7 @@ def test_clean_frames_are_kept_bit_for_bit_at_time_zero_without_weight():
     assert (t_L[clean_L] == 0).all() and (t_L[noised_L] > 0.4).all()
 
 
-def test_noised_minus_time_times_target_is_the_clean_pack():
+def test_noised_minus_timestep_times_target_is_the_clean_pack():
     batch = make_pack(range(60))
     noised, target_LP, _ = make_objective().add_noise(batch, step=3)
     t_L1 = noised.timesteps_R[segment_ids(noised.cu_rows, len(target_LP)), None]
@@ -161,30 +163,30 @@ def test_noised_minus_time_times_target_is_the_clean_pack():
     assert abs(float(noise_LP.mean())) < 0.05 and float(noise_LP.std()) == pytest.approx(1, abs=0.05)
 
 
-def test_only_what_is_noised_changes():
-    batch, noised, _, _ = corrupt_known()
-    untouched = ("coords_L3", "grids_G3", "cu_segments", "text_SE", "cu_text", "native_size_G4", "sample_ids_G")
-    for name in untouched:
+def test_fields_without_noise_are_unchanged():
+    batch, noised, _, _ = noise_known()
+    unchanged = ("coords_L3", "grids_G3", "cu_segments", "text_SE", "cu_text", "native_size_G4", "sample_ids_G")
+    for name in unchanged:
         assert torch.equal(getattr(batch, name), getattr(noised, name)), name
     assert noised.drop_text_G.tolist() == [False, True, False]
 
 
-def test_a_caption_that_is_missing_stays_hidden():
+def test_an_empty_caption_stays_hidden():
     batch = dataclasses.replace(make_pack(range(30)), drop_text_G=torch.tensor([True, *[False] * 29]))
     noised, _, _ = make_objective(caption_dropout=0.0).add_noise(batch, step=0)
     assert noised.drop_text_G.tolist() == [True] + [False] * 29
 
 
-def test_timesteps_are_moved_by_the_size_of_the_clip():
+def test_timesteps_are_shifted_by_the_size_of_the_clip():
     ids = range(4000)
-    plain, _, _ = make_objective(frame_conditioning=FrameConditioningConfig(1, 0, 0, 0, 0, 0), shift_tokens=10**9).add_noise(
-        make_pack(ids), 0
-    )
-    moved, _, _ = make_objective(frame_conditioning=FrameConditioningConfig(1, 0, 0, 0, 0, 0), shift=4.0, shift_tokens=8).add_noise(
-        make_pack(ids), 0
-    )
+    plain, _, _ = make_objective(
+        frame_conditioning=FrameConditioningConfig(1, 0, 0, 0, 0, 0), shift_tokens=10**9
+    ).add_noise(make_pack(ids), 0)
+    shifted, _, _ = make_objective(
+        frame_conditioning=FrameConditioningConfig(1, 0, 0, 0, 0, 0), shift=4.0, shift_tokens=8
+    ).add_noise(make_pack(ids), 0)
     factor = shift_factor(plain.cu_segments.diff(), ObjectiveConfig(shift=4.0, shift_tokens=8))
-    odds = [t / (1 - t) for t in (plain.timesteps_R.double(), moved.timesteps_R.double())]
+    odds = [t / (1 - t) for t in (plain.timesteps_R.double(), shifted.timesteps_R.double())]
     torch.testing.assert_close(odds[1], factor * odds[0], rtol=1e-4, atol=0)
     assert float(odds[0].log().mean()) == pytest.approx(0, abs=0.07)
     assert float(odds[0].log().std()) == pytest.approx(1, abs=0.07)
@@ -193,8 +195,8 @@ def test_timesteps_are_moved_by_the_size_of_the_clip():
 # ---- keyed by (seed, step, sample id)
 
 
-def everything(objective, ids, step, padding=0):
-    """What each clip got: noised patches, target, weight, level of each token, and whether its caption is hidden."""
+def noise_by_clip(objective, ids, step, padding=0):
+    """Of each clip: [noised patches, target, weight, timestep of each token], and whether its caption is hidden."""
     noised, target, weight = objective.add_noise(make_pack(ids, padding), step)
     t_L = noised.timesteps_R[segment_ids(noised.cu_rows, len(weight))]
     clips = [by_clip(noised, values) for values in (noised.patches_LP, target, weight, t_L)]
@@ -202,28 +204,28 @@ def everything(objective, ids, step, padding=0):
     return {i: ([clip[i] for clip in clips], hidden[i]) for i in ids}
 
 
-def same(a, b):
+def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True)) and a[1] == b[1]
 
 
-def test_a_clip_is_noised_alike_in_any_place_and_company():
+def test_noise_of_a_clip_does_not_depend_on_its_position_or_the_other_clips():
     objective = make_objective(caption_dropout=0.5)
-    whole = everything(objective, list(range(20)), step=4, padding=6)
+    every = noise_by_clip(objective, list(range(20)), step=4, padding=6)
     for ids in ([19, 3, 8, 11], [3], [8, 3], list(range(19, -1, -1))):
-        part = everything(objective, ids, step=4)
-        assert all(same(part[i], whole[i]) for i in ids)
+        fewer = noise_by_clip(objective, ids, step=4)
+        assert all(equal(fewer[i], every[i]) for i in ids)
 
 
 @pytest.mark.parametrize(("seed", "step"), [(1, 4), (0, 5)])
-def test_another_seed_or_step_noises_every_clip_otherwise(seed, step):
+def test_another_seed_or_step_changes_the_noise_of_every_clip(seed, step):
     ids = list(range(20))
-    ours, theirs = everything(make_objective(), ids, 4), everything(make_objective(seed), ids, step)
+    first, second = noise_by_clip(make_objective(), ids, 4), noise_by_clip(make_objective(seed), ids, step)
     for i in ids:
-        assert not torch.isclose(ours[i][0][1], theirs[i][0][1]).any()
-    assert sum(torch.equal(ours[i][0][3], theirs[i][0][3]) for i in ids) == 0
+        assert not torch.isclose(first[i][0][1], second[i][0][1]).any()
+    assert sum(torch.equal(first[i][0][3], second[i][0][3]) for i in ids) == 0
 
 
-def test_clips_of_one_content_get_noise_of_their_own():
+def test_clips_of_equal_content_get_different_noise():
     records = [Record(i, torch.zeros(6, PATCH_DIM), (1, 2, 3), torch.zeros(1, 4), (8, 8, 1, 0)) for i in range(3)]
     _, target, _ = make_objective().add_noise(make_batch(records, 18), 0)
     assert not torch.isclose(target[:6], target[6:12]).any() and not torch.isclose(target[6:12], target[12:]).any()
@@ -232,7 +234,7 @@ def test_clips_of_one_content_get_noise_of_their_own():
 # ---- validation
 
 
-def test_validation_noises_whole_clips_to_one_level_and_shows_every_caption():
+def test_validation_noises_all_frames_to_one_timestep_and_hides_no_caption():
     objective, batch = make_objective(caption_dropout=0.9), make_pack(range(12), padding=5)
     noised, target, weight = objective.noise_to(batch, 0.3, stream=100)
     assert torch.equal(noised.cu_rows, batch.cu_segments) and not noised.drop_text_G.any()
@@ -241,21 +243,21 @@ def test_validation_noises_whole_clips_to_one_level_and_shows_every_caption():
     torch.testing.assert_close(noised.patches_LP - 0.3 * target, batch.patches_LP, rtol=1e-5, atol=1e-5)
 
 
-def test_validation_noise_is_fixed_by_seed_stream_and_sample_id():
+def test_validation_noise_is_a_function_of_seed_stream_and_sample_id():
     batch = make_pack([3, 5, 4])
     _, target, _ = make_objective().noise_to(batch, 0.3, stream=100)
-    alone, other_level = (make_objective().noise_to(make_pack([5]), t, 100)[1] for t in (0.3, 0.9))
-    assert torch.equal(by_clip(batch, target)[5], alone) and torch.equal(alone, other_level)
+    alone, other_timestep = (make_objective().noise_to(make_pack([5]), t, 100)[1] for t in (0.3, 0.9))
+    assert torch.equal(by_clip(batch, target)[5], alone) and torch.equal(alone, other_timestep)
     for objective, stream in ((make_objective(seed=1), 100), (make_objective(), 101)):
         assert not torch.isclose(objective.noise_to(make_pack([5]), 0.3, stream)[1], alone).any()
-    for step in range(50):  # no training step sees it
+    for step in range(50):  # no training step uses it
         assert not torch.isclose(make_objective().add_noise(make_pack([5]), step)[1], alone).all(-1).any()
 
 
-def test_no_number_of_noise_is_used_twice():
+def test_no_element_of_the_noise_is_used_twice():
     batch = make_pack(range(5))
-    records_of_zeros = dataclasses.replace(batch, patches_LP=torch.zeros_like(batch.patches_LP))
-    _, noise_LP, _ = make_objective().add_noise(records_of_zeros, 0)
+    zeros = dataclasses.replace(batch, patches_LP=torch.zeros_like(batch.patches_LP))
+    _, noise_LP, _ = make_objective().add_noise(zeros, 0)
     assert len(noise_LP.unique()) == noise_LP.numel()
 
 
@@ -269,19 +271,23 @@ def test_loss_is_the_mean_square_over_the_noised_tokens():
     by_hand = ((prediction - target)[[0, 2, 3]] ** 2).sum() / PATCH_DIM
     torch.testing.assert_close(loss.squared_error_sum, by_hand)
     assert loss.tokens == 3 and isinstance(loss.tokens, int)
-    assert (loss.squared_error_L[[1, 4, 5]] == 0).all() and float(loss.squared_error_L.sum()) == pytest.approx(float(by_hand))
+    assert (loss.squared_error_L[[1, 4, 5]] == 0).all() and float(loss.squared_error_L.sum()) == pytest.approx(
+        float(by_hand)
+    )
 
 
-def test_a_model_that_knows_the_velocity_has_no_loss():
+def test_the_exact_velocity_has_zero_loss():
     objective, batch = make_objective(), make_pack(range(30), padding=11)
     _, target, weight = objective.add_noise(batch, 2)
-    loss = velocity_error(target + 1e6 * (1 - weight[:, None]), target, weight)  # wrong where there is no weight
+    loss = velocity_error(target + 1e6 * (1 - weight[:, None]), target, weight)  # wrong where the weight is 0
     assert float(loss.squared_error_sum) == 0 and loss.tokens == int(weight.sum())
     zero = velocity_error(torch.zeros_like(target), target, weight)
-    assert float(zero.squared_error_sum / zero.tokens) == pytest.approx(float(target[weight > 0].square().mean()), rel=1e-5)
+    assert float(zero.squared_error_sum / zero.tokens) == pytest.approx(
+        float(target[weight > 0].square().mean()), rel=1e-5
+    )
 
 
-def test_gradient_is_twice_the_error_where_there_is_weight_and_zero_elsewhere():
+def test_gradient_is_twice_the_error_at_noised_tokens_and_zero_elsewhere():
     objective, batch = make_objective(), make_pack(range(10), padding=3)
     _, target, weight = objective.add_noise(batch, 0)
     prediction = torch.zeros_like(target).requires_grad_()
@@ -289,22 +295,22 @@ def test_gradient_is_twice_the_error_where_there_is_weight_and_zero_elsewhere():
     torch.testing.assert_close(prediction.grad, -2 * target * weight[:, None] / PATCH_DIM)
 
 
-def test_a_kept_token_is_noised_as_in_the_whole_clip():
-    """Token dropping: rows, levels, noise and weight of what is left are those of the whole clip, token by token."""
+def test_token_dropping_does_not_change_the_noise_of_the_remaining_tokens():
+    """Timestep, noise, target and weight of each remaining token are those in the whole clip."""
     ids, objective = list(range(40)), make_objective(3)
     whole, target, weight = objective.add_noise(make_pack(ids), 5)
-    draw, records, kept = torch.Generator().manual_seed(1), [], []
-    for record in unpacked(ids):
+    generator, records, positions = torch.Generator().manual_seed(1), [], []
+    for record in make_records(ids):
         tokens = len(record.patches_LP)
-        places = torch.randperm(tokens, generator=draw)[: max(1, tokens // 3)].sort().values
-        records.append(dataclasses.replace(record, patches_LP=record.patches_LP[places], positions_L=places))
-        kept.append(places)
-    fewer, fewer_target, fewer_weight = objective.add_noise(make_batch(records, sum(map(len, kept)) + 3), 5)
-    here = torch.cat([places + first for places, first in zip(kept, whole.cu_segments.tolist(), strict=False)])
+        positions_l = torch.randperm(tokens, generator=generator)[: max(1, tokens // 3)].sort().values
+        records.append(dataclasses.replace(record, patches_LP=record.patches_LP[positions_l], positions_L=positions_l))
+        positions.append(positions_l)
+    fewer, fewer_target, fewer_weight = objective.add_noise(make_batch(records, sum(map(len, positions)) + 3), 5)
+    index_L = torch.cat([p + first for p, first in zip(positions, whole.cu_segments.tolist(), strict=False)])
     count = fewer.num_tokens
-    assert count == len(here) and bool((fewer.cu_rows.diff() > 0).all())
-    assert torch.equal(fewer.patches_LP[:count], whole.patches_LP[here])
-    assert torch.equal(fewer_target[:count], target[here])
-    assert torch.equal(fewer_weight[:count], weight[here]) and not fewer_weight[count:].any()
-    levels = [batch.timesteps_R.repeat_interleave(batch.cu_rows.diff()) for batch in (fewer, whole)]
-    assert torch.equal(levels[0], levels[1][here]) and len(levels[0].unique()) > 10
+    assert count == len(index_L) and bool((fewer.cu_rows.diff() > 0).all())
+    assert torch.equal(fewer.patches_LP[:count], whole.patches_LP[index_L])
+    assert torch.equal(fewer_target[:count], target[index_L])
+    assert torch.equal(fewer_weight[:count], weight[index_L]) and not fewer_weight[count:].any()
+    timesteps = [batch.timesteps_R.repeat_interleave(batch.cu_rows.diff()) for batch in (fewer, whole)]
+    assert torch.equal(timesteps[0], timesteps[1][index_L]) and len(timesteps[0].unique()) > 10

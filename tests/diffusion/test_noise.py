@@ -1,4 +1,4 @@
-"""Counter-based random numbers: SplitMix64 to the bit, normal in the mass, and any slice without the rest."""
+"""Counter-based random numbers: bit-exact SplitMix64, statistics of a normal, and any slice without the rest."""
 
 import pytest
 import torch
@@ -26,24 +26,24 @@ def unsigned(values: torch.Tensor) -> list[int]:
 
 
 def elements(seed=0, step=0, sample=0, stream=0, count=N):
-    """`count` normals of one clip, as one row."""
+    """The first `count` normals of one clip."""
     keys = noise.clip_keys(seed, step, torch.tensor([sample]), stream)
     return noise.normal(keys, torch.zeros(1, dtype=torch.int64), count)[0]
 
 
-def test_finaliser_equals_the_published_one_on_every_kind_of_integer():
+def test_finaliser_equals_the_published_one():
     generator = torch.Generator().manual_seed(0)
-    some = torch.randint(-(2**63), 2**63 - 1, (500,), generator=generator).tolist()
-    values = [0, 1, -1, 2**63 - 1, -(2**63), 2**62, *some]
+    random = torch.randint(-(2**63), 2**63 - 1, (500,), generator=generator).tolist()
+    values = [0, 1, -1, 2**63 - 1, -(2**63), 2**62, *random]
     assert unsigned(noise.mix(torch.tensor(values))) == [splitmix(v & MASK) for v in values]
 
 
-def test_stream_of_state_zero_is_the_published_sequence():
+def test_sequence_of_state_zero_is_the_published_one():
     states = torch.tensor([signed((i * GOLDEN) & MASK) for i in (1, 2, 3)])
     assert unsigned(noise.mix(states)) == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
-def test_keys_and_uniforms_equal_a_computation_on_unbounded_integers():
+def test_keys_and_uniforms_equal_a_computation_with_unbounded_integers():
     seed, step, stream, samples = 5, -2, 3, [0, 7, 2**40]
     keys = noise.clip_keys(seed, step, torch.tensor(samples), stream)
     for key, u, sample in zip(unsigned(keys), noise.uniform(keys).tolist(), samples, strict=True):
@@ -60,7 +60,7 @@ def test_keys_of_different_uses_differ():
     assert len(keys) == len(parts)
 
 
-def test_uniforms_fill_the_open_interval_evenly():
+def test_uniforms_are_uniform_on_the_open_interval():
     u = noise.uniform(noise.clip_keys(0, 0, torch.arange(N), 1))
     assert u.dtype == torch.float64 and 0 < float(u.min()) < 1e-4 and 1 - 1e-4 < float(u.max()) < 1
     counts = torch.histc(u, 20, 0, 1)
@@ -95,7 +95,7 @@ def test_neighbouring_elements_are_independent():
         assert abs(float(((x[lag:] ** 2 - 1) * (x[:-lag] ** 2 - 1)).mean())) < 4 * 2 / N**0.5
 
 
-def test_any_slice_of_a_clip_equals_the_slice_of_the_whole():
+def test_a_slice_drawn_alone_equals_the_slice_of_the_whole():
     dim, tokens = 10, 37
     key = noise.clip_keys(0, 3, torch.tensor([11]), 0)
     whole = noise.normal(key, torch.zeros(1, dtype=torch.int64), tokens * dim)[0]
@@ -107,14 +107,14 @@ def test_any_slice_of_a_clip_equals_the_slice_of_the_whole():
     assert torch.equal(noise.normal(key, torch.tensor([6]), 4)[0], whole[6:10])
 
 
-def test_an_odd_number_of_elements_is_the_even_one_cut():
+def test_an_odd_number_of_elements_is_a_prefix_of_the_even_one():
     key = noise.clip_keys(0, 0, torch.tensor([1, 2]), 0)
     first = torch.tensor([0, 40])
     assert torch.equal(noise.normal(key, first, 7), noise.normal(key, first, 8)[:, :7])
 
 
-def test_noise_is_finite_at_the_ends_of_the_integers(monkeypatch):
-    # 64 bits that are all zeros, all ones, and their halves: the extremes of Box-Muller
+def test_noise_is_finite_for_extreme_random_bits(monkeypatch):
+    # halves of all zeros and all ones: the extremes of Box-Muller
     monkeypatch.setattr(noise, "mix", lambda z: torch.tensor([[0, -1, 0xFFFFFFFF, -(1 << 32)]]))
     x = noise.normal(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 8)
     assert torch.isfinite(x).all() and float(x.abs().max()) < 6.8

@@ -1,4 +1,4 @@
-"""Noise levels: known answers of the shift, the distribution of the logit-normal."""
+"""Timesteps: known values of the shift, distribution of the logit-normal."""
 
 import pytest
 import torch
@@ -6,30 +6,30 @@ import torch
 from megasora.config import ObjectiveConfig
 from megasora.diffusion.timesteps import logit_normal, shift, shift_factor
 
-LEVELS = torch.linspace(0, 1, 101, dtype=torch.float64)
+TIMESTEPS = torch.linspace(0, 1, 101, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.7, 3.0, 12.0])
-def test_shift_keeps_clean_and_noise_and_the_order_between(factor):
-    shifted = shift(LEVELS, factor)
+def test_shift_fixes_zero_and_one_and_is_increasing(factor):
+    shifted = shift(TIMESTEPS, factor)
     assert shifted[0] == 0 and shifted[-1] == pytest.approx(1, abs=1e-15)
     assert (shifted.diff() > 0).all()
-    assert (shifted >= LEVELS - 1e-15).all()  # towards noise
+    assert (shifted >= TIMESTEPS - 1e-15).all()  # towards noise
 
 
-def test_shift_by_one_is_nothing_and_by_three_moves_the_middle_to_three_quarters():
-    assert torch.equal(shift(LEVELS, 1.0), LEVELS)
+def test_shift_by_one_is_the_identity_and_by_three_moves_one_half_to_three_quarters():
+    assert torch.equal(shift(TIMESTEPS, 1.0), TIMESTEPS)
     assert float(shift(torch.tensor(0.5), 3.0)) == pytest.approx(0.75)
     assert float(shift(torch.tensor(0.2), 4.0)) == pytest.approx(0.5)
 
 
 def test_shifts_compose_and_invert():
-    torch.testing.assert_close(shift(shift(LEVELS, 2.0), 3.0), shift(LEVELS, 6.0))
-    torch.testing.assert_close(shift(shift(LEVELS, 5.0), 1 / 5.0), LEVELS)
+    torch.testing.assert_close(shift(shift(TIMESTEPS, 2.0), 3.0), shift(TIMESTEPS, 6.0))
+    torch.testing.assert_close(shift(shift(TIMESTEPS, 5.0), 1 / 5.0), TIMESTEPS)
 
 
 def test_shift_scales_the_ratio_of_noise_to_signal():
-    t = LEVELS[1:-1]
+    t = TIMESTEPS[1:-1]
     shifted = shift(t, 3.0)
     torch.testing.assert_close(shifted / (1 - shifted), 3.0 * t / (1 - t))
 
@@ -52,5 +52,5 @@ def test_logit_of_the_timestep_is_normal_with_the_configured_mean_and_std(mean, 
     assert float(logit.mean()) == pytest.approx(mean, abs=1e-6)
     assert float(logit.std()) == pytest.approx(std, rel=1e-3)
     assert float(t[n // 2]) == pytest.approx(float(torch.sigmoid(torch.tensor(mean))), abs=1e-4)
-    # 84.13 % of a normal lie below one standard deviation
+    # 84.13 % of a normal distribution are below one standard deviation
     assert float((logit < mean + std).double().mean()) == pytest.approx(0.8413447, abs=1e-4)

@@ -1,4 +1,4 @@
-"""A whole ingest: the same shards however it is divided, stopped and started again, in bounded memory."""
+"""The ingest driver: the same shards for any parts, stops and restarts; captions, sources, filters; bounded memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ids(folder: Path, split: str = "train") -> list[int]:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Eleven clips in four blocks of three: two broken, one held out, one with a caption that is too long."""
+    """Eleven clips in four blocks of three: two damaged, one for validation, one with a caption that is too long."""
     folder = tmp_path_factory.mktemp("source") / "clips"
     (folder / "val").mkdir(parents=True)
     for number in range(10):
@@ -59,53 +59,53 @@ def clips(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(clips) -> Path:
-    """The clips ingested by one process in one go."""
-    ingest(clips, clips.parent / "whole", settings())
-    return clips.parent / "whole"
+def reference(clips) -> Path:
+    """The clips ingested by one process without interruption."""
+    ingest(clips, clips.parent / "reference", settings())
+    return clips.parent / "reference"
 
 
-def test_blocks_hold_their_clips_and_reasons(whole):
-    manifest = json.loads((whole / MANIFEST).read_text())
+def test_blocks_hold_their_clips_and_rejections(reference):
+    manifest = json.loads((reference / MANIFEST).read_text())
     assert list(manifest["splits"]["train"]["shards"]) == [f"train-00000{b}-000.tar" for b in range(4)]
     assert list(manifest["splits"]["val"]["shards"]) == ["val-000003-000.tar"]
     assert manifest["rejected"] == {"caption too long": 1, "empty file": 1, "unreadable": 1}
-    assert ids(whole) == [0, 1, 2, 3, 6, 8, 9] and ids(whole, "val") == [10]
-    assert not list(whole.glob(".*"))
+    assert ids(reference) == [0, 1, 2, 3, 6, 8, 9] and ids(reference, "val") == [10]
+    assert not list(reference.glob(".*"))
 
 
-def test_three_parts_in_any_order_make_the_bytes_of_one_process(clips, whole, tmp_path):
+def test_three_parts_in_any_order_write_the_bytes_of_one_process(clips, reference, tmp_path):
     results = [ingest(clips, tmp_path / "parts", settings(), Part(index, 3)) for index in (2, 0, 1)]
     assert [manifest is not None for manifest in results] == [False, False, True]
-    assert contents(tmp_path / "parts") == contents(whole)
+    assert contents(tmp_path / "parts") == contents(reference)
 
 
-def test_started_again_it_redoes_nothing_and_changes_nothing(clips, whole, tmp_path, monkeypatch):
-    out = shutil.copytree(whole, tmp_path / "out")
+def test_a_complete_ingest_that_is_repeated_decodes_and_writes_nothing(clips, reference, tmp_path, monkeypatch):
+    out = shutil.copytree(reference, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
-    monkeypatch.setattr("megasora.ingest.driver.WorkerPool", None)  # nobody decodes
+    monkeypatch.setattr("megasora.ingest.driver.WorkerPool", None)  # nothing may be decoded
     assert ingest(clips, out, settings()).splits["train"]["clips"] == 7
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(reference)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
 
 
-def test_a_block_that_is_gone_is_made_again_with_the_same_bytes(clips, whole, tmp_path):
-    out = shutil.copytree(whole, tmp_path / "out")
+def test_a_removed_block_is_written_again_with_the_same_bytes(clips, reference, tmp_path):
+    out = shutil.copytree(reference, tmp_path / "out")
     (out / "blocks" / "000002.json").unlink()
     (out / "train-000002-000.tar").unlink()
     ingest(clips, out, settings())
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(reference)
 
 
-def test_killed_at_any_moment_and_started_again_it_makes_the_same_bytes(clips, whole, tmp_path):
-    """kill -9 of the command after each of several delays, then as often as it takes."""
+def test_an_ingest_killed_at_any_time_resumes_to_the_same_bytes(clips, reference, tmp_path):
+    """The command is killed with SIGKILL at each of several points, then runs to its end."""
     arguments = ["ingest", str(clips), "--out", str(tmp_path / "out"), "codec.channels=24", "ingest.workers=1"]
     command = [sys.executable, "-m", "megasora.cli", *arguments, BLOCKS_OF_3]
     killed = 0
-    for goal in ("ingest.json", ".parts/000000", "blocks/000000.json", "blocks/000002.json"):
+    for file in ("ingest.json", ".parts/000000", "blocks/000000.json", "blocks/000002.json"):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 60
-            while process.poll() is None and not (tmp_path / "out" / goal).exists():
+            while process.poll() is None and not (tmp_path / "out" / file).exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
@@ -114,7 +114,7 @@ def test_killed_at_any_moment_and_started_again_it_makes_the_same_bytes(clips, w
     assert killed >= 2
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(whole)
+    assert contents(tmp_path / "out") == contents(reference)
     assert not list((tmp_path / "out").glob(".*"))
     assert all(path.stat().st_mtime_ns == made for path, made in complete.items())
 
@@ -131,31 +131,31 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("overrides", "files", "words"), CHANGES)
-def test_another_ingest_into_the_same_folder_is_refused_with_what_differs(
-    overrides, files, words, clips, whole, tmp_path
+def test_another_ingest_into_the_same_folder_is_an_error_with_the_keys_that_differ(
+    overrides, files, words, clips, reference, tmp_path
 ):
-    out, source = shutil.copytree(whole, tmp_path / "out"), shutil.copytree(clips, tmp_path / "clips")
+    out, source = shutil.copytree(reference, tmp_path / "out"), shutil.copytree(clips, tmp_path / "clips")
     for name, text in files.items():
         (source / name).write_text(text)
     with pytest.raises(MegaSoraError, match=f"out holds another ingest: {words}.*another --out"):
         ingest(source, out, settings(*overrides))
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(reference)
 
 
-def test_what_changes_only_the_speed_is_no_other_ingest(clips, whole, tmp_path):
-    out = shutil.copytree(whole, tmp_path / "out")
+def test_settings_that_change_only_the_speed_may_differ(clips, reference, tmp_path):
+    out = shutil.copytree(reference, tmp_path / "out")
     ingest(clips, out, settings("ingest.workers=2", "ingest.worker_memory_mib=5000", "ingest.decode_timeout_seconds=7"))
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(reference)
 
 
-def test_a_damaged_charter_is_named(clips, tmp_path):
+def test_a_damaged_ingest_json_is_an_error_with_its_name(clips, tmp_path):
     for text in ("{", "[]", "\udcff"):
         (tmp_path / SPEC_FILE).write_text(text, errors="surrogateescape")
         with pytest.raises(MegaSoraError, match=f"{SPEC_FILE} is damaged"):
             ingest(clips, tmp_path, settings())
 
 
-def test_an_error_after_the_first_block_keeps_what_is_complete(clips, whole, tmp_path, monkeypatch):
+def test_an_error_after_the_first_block_preserves_complete_blocks(clips, reference, tmp_path, monkeypatch):
     from megasora.data.shard_writer import BlockWriter
 
     commit = BlockWriter.commit
@@ -174,64 +174,25 @@ def test_an_error_after_the_first_block_keeps_what_is_complete(clips, whole, tmp
     with pytest.raises(MegaSoraError, match=f"no {MANIFEST}"):
         ShardSplit.open(tmp_path / "out", "train")
     ingest(clips, tmp_path / "out", settings())
-    assert contents(tmp_path / "out") == contents(whole)
+    assert contents(tmp_path / "out") == contents(reference)
 
 
-def test_a_refused_destination_keeps_its_own_files(clips, tmp_path):
+def test_an_output_folder_that_is_not_an_ingest_is_not_changed(clips, tmp_path):
     for name in ("blocks", ".parts", ".spool"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "mine").write_text("mine")
+        (tmp_path / name / "other").write_text("other")
     before = contents(tmp_path)
     with pytest.raises(MegaSoraError, match="is not empty"):
         ingest(clips, tmp_path, settings())
     assert contents(tmp_path) == before
 
 
-# ---------------------------------------------------------------- who does what
-
-ENVIRONMENTS = [
-    ({}, (0, 1)),
-    ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
-    ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}, (2, 4)),
-    ({"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_STEP": "4"}, (2, 3)),
-    ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "2", "WORLD_SIZE": "4"}, (6, 8)),
-]
-
-
-@pytest.mark.parametrize(("variables", "expected"), ENVIRONMENTS)
-def test_the_part_of_a_process_is_what_torchrun_and_slurm_say(variables, expected):
-    assert Part.from_environment(variables) == Part(*expected)
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"RANK": "8", "WORLD_SIZE": "8"},
-        {"RANK": "x"},
-        {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "2"},  # an array with gaps
-    ],
-)
-def test_an_impossible_part_of_the_environment_is_refused(variables):
-    with pytest.raises(MegaSoraError, match="--part"):
-        Part.from_environment(variables)
-
-
-def test_parts_are_given_from_1_to_n_and_cover_every_block_once():
-    assert Part.parse("1/8") == Part(0, 8) and Part.parse("8/8") == Part(7, 8)
-    for wrong in ("0/8", "9/8", "1", "1/", "a/b", "-1/2", "1/0"):
-        with pytest.raises(MegaSoraError, match=f"--part {wrong} is not I/N"):
-            Part.parse(wrong)
-    for parts in (1, 2, 5, 30):
-        taken = [block for index in range(parts) for block in Part(index, parts).blocks(23)]
-        assert sorted(taken) == list(range(23))
-
-
-def test_a_part_that_somebody_else_is_doing_is_refused(clips, tmp_path):
-    from megasora.data.shard_writer import LOCKS
+def test_a_part_that_another_process_is_writing_is_an_error(clips, tmp_path):
+    from megasora.data.shard_writer import LOCK_DIR
     from megasora.files import locked
 
     with (
-        locked(tmp_path / LOCKS / "part-1-of-1", "the part"),
+        locked(tmp_path / LOCK_DIR / "part-1-of-1", "the part"),
         pytest.raises(MegaSoraError, match=f"part 1/1 of {tmp_path} is being written by process {os.getpid()}"),
     ):
         ingest(clips, tmp_path, settings())
@@ -241,24 +202,25 @@ def test_a_part_that_somebody_else_is_doing_is_refused(clips, tmp_path):
 
 
 class Encoder:
-    """Features that are the caption's bytes; up to ten are taken, and it remembers what it was given at once."""
+    """A fake encoder: features are the bytes of the caption, at most ten; records the captions of each call."""
 
     precomputed, fingerprint = True, "bytes as features"
 
-    def __init__(self, wrong: str = ""):
-        self.calls, self.wrong = [], wrong
+    def __init__(self, overflowing: str = ""):
+        """`overflowing`: a caption whose features are Inf."""
+        self.calls, self.overflowing = [], overflowing
 
     def encode(self, captions: list[str]) -> list[torch.Tensor]:
         self.calls.append(captions)
         if long := [caption for caption in captions if len(caption) > 10]:
             raise MegaSoraError(f"{long[0]} is too long")
-        numbers = [[float("inf")] if caption == self.wrong else list(caption.encode()) or [0] for caption in captions]
-        return [torch.tensor(n, dtype=torch.float32)[:, None] for n in numbers]
+        values = [[float("inf")] if c == self.overflowing else list(c.encode()) or [0] for c in captions]
+        return [torch.tensor(v, dtype=torch.float32)[:, None] for v in values]
 
 
 @pytest.fixture
 def stills(tmp_path) -> Path:
-    """Seventy images in blocks of 48, of which 11 and 57 have captions that are too long, and 20 has none."""
+    """Seventy images for blocks of 48; 11 and 57 have captions that are too long, and 20 has none."""
     (tmp_path / "clips").mkdir()
     for number in range(70):
         write_image(np.full((8, 8, 3), number, np.uint8), tmp_path / "clips" / f"{number:02d}.png")
@@ -272,12 +234,12 @@ def ingest_encoded(source: Path, out: Path, encoder: Encoder, monkeypatch, part:
     return ingest(source, out, settings("ingest.clips_per_block=48", "ingest.missing_caption=skip"), part)
 
 
-def test_captions_of_a_block_are_encoded_together_and_stored_with_their_clips(stills, tmp_path, monkeypatch):
+def test_captions_of_a_block_are_encoded_in_batches_and_stored_with_their_clips(stills, tmp_path, monkeypatch):
     encoder = Encoder()
     manifest = ingest_encoded(stills, tmp_path / "out", encoder, monkeypatch)
     assert manifest.rejected == {"caption too long": 2, "no caption": 1}
-    whole = [call for call in encoder.calls if len(call) > 16]
-    assert [(call[0], call[-1], len(call)) for call in whole] == [
+    batches = [call for call in encoder.calls if len(call) > 16]
+    assert [(batch[0], batch[-1], len(batch)) for batch in batches] == [
         ("clip 00", "clip 31", 31),
         ("clip 48", "clip 69", 22),
     ]
@@ -289,7 +251,7 @@ def test_captions_of_a_block_are_encoded_together_and_stored_with_their_clips(st
         assert bytes(record.text_SE[:, 0].int().tolist()).decode() == record.caption == f"clip {record.sample_id:02d}"
 
 
-def test_parts_and_stops_encode_the_same_captions_together(stills, tmp_path, monkeypatch):
+def test_caption_batches_do_not_depend_on_parts_and_restarts(stills, tmp_path, monkeypatch):
     one, parts, again = Encoder(), Encoder(), Encoder()
     ingest_encoded(stills, tmp_path / "one", one, monkeypatch)
     for index in (1, 0):
@@ -304,8 +266,8 @@ def test_parts_and_stops_encode_the_same_captions_together(stills, tmp_path, mon
     assert again.calls == [[""], *(call for call in one.calls if of_block_1.issuperset(call))]
 
 
-def test_features_that_half_precision_cannot_hold_reject_their_clip_alone(stills, tmp_path, monkeypatch):
-    manifest = ingest_encoded(stills, tmp_path / "out", Encoder(wrong="clip 30"), monkeypatch)
+def test_features_that_are_not_finite_in_float16_reject_only_their_clip(stills, tmp_path, monkeypatch):
+    manifest = ingest_encoded(stills, tmp_path / "out", Encoder(overflowing="clip 30"), monkeypatch)
     assert manifest.rejected == {"caption too long": 2, "features not finite": 1, "no caption": 1}
     assert ids(tmp_path / "out") == [n for n in range(70) if n not in (11, 20, 30, 57)]
 
@@ -321,10 +283,10 @@ def test_an_encoder_that_cannot_be_loaded_is_an_error_and_rejects_no_clip(stills
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- sources, stages and memory
+# ---------------------------------------------------------------- sources, filters and memory
 
 
-def test_a_list_and_tars_give_the_records_of_the_files(tmp_path):
+def test_lists_and_tars_give_the_same_records_as_files(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (24, 16, 24, 3), dtype=np.uint8)
     write_video(frames, 12, tmp_path / "a.mp4")
     table = tmp_path / "list.jsonl"
@@ -358,7 +320,7 @@ def test_a_list_and_tars_give_the_records_of_the_files(tmp_path):
     assert metas[2]["quality"]["brightness"] == pytest.approx(127, abs=8) and "quality" not in metas[0]
 
 
-def test_what_each_stage_keeps_and_drops_is_shown_with_its_reasons(tmp_path, capsys):
+def test_the_summary_shows_accepted_and_rejected_clips_per_filter(tmp_path, capsys):
     folder = tmp_path / "clips"
     folder.mkdir()
     for name, level in (("black", 0), ("grey", 128)):
@@ -373,7 +335,7 @@ def test_what_each_stage_keeps_and_drops_is_shown_with_its_reasons(tmp_path, cap
     manifest = ingest(folder, tmp_path / "out", settings("ingest.missing_caption=empty", *filters))
     assert manifest.rejected == {"blank": 2, "static": 1, "too few seconds": 1, "unreadable": 1}
     out = ShardSplit.open(tmp_path / "out", "train")
-    assert [out.meta(i)["source"] for i in range(len(out))] == ["moving.mp4", "ramp.png"]
+    assert [out.read_meta(i)["source"] for i in range(len(out))] == ["moving.mp4", "ramp.png"]
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in capsys.readouterr().out.splitlines()]
     assert ["decode", "7", "6", "1", "unreadable: 1"] in rows
     assert ["duration", "6", "5", "1", "too few seconds: 1"] in rows
@@ -381,7 +343,7 @@ def test_what_each_stage_keeps_and_drops_is_shown_with_its_reasons(tmp_path, cap
 
 
 def test_memory_does_not_grow_with_the_length_of_a_clip(tmp_path):
-    """80 more frames of 1080p are 480 MiB decoded; parent and worker together take little more for them."""
+    """80 more frames of 1080p are 480 MiB decoded; parent and worker together use less than 150 MiB more."""
     still = np.random.default_rng(0).integers(0, 256, (68, 120, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)[:1080]
 
     def peak_of(frames: int) -> int:
@@ -402,7 +364,7 @@ def test_memory_does_not_grow_with_the_length_of_a_clip(tmp_path):
 
 
 def resident(pid: int) -> int:
-    """MiB."""
+    """Resident memory of a process, MiB; 0 when it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
     except (FileNotFoundError, ProcessLookupError, IndexError):
@@ -410,7 +372,10 @@ def resident(pid: int) -> int:
 
 
 def children(pid: int) -> list[int]:
+    """Child processes; not those between fork and exec, which share the memory of their parent."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return [int(child) for child in pids if Path(f"/proc/{child}/cmdline").read_bytes() != command]
     except (FileNotFoundError, ProcessLookupError):
         return []

@@ -1,4 +1,4 @@
-"""Child processes that decode: the same patches as in one process, and whatever a clip does to them costs that clip."""
+"""Worker processes: the patches they write; a clip that crashes or blocks one is rejected and no other clip is lost."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SCORES = """
 import os, signal, time
 import numpy as np
 
-def trouble(frames_FHWC, fps):
-    what = int(frames_FHWC[0, 0, 0, 0])
-    if what == 10:
+def misbehave(frames_FHWC, fps):
+    level = int(frames_FHWC[0, 0, 0, 0])
+    if level == 10:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if what == 20:
+    if level == 20:
         time.sleep(60)
-    if what == 30:
+    if level == 30:
         np.ones(1 << 33)
-    if what == 40:
-        print("this is no answer")
-    if what == 50:
+    if level == 40:
+        print("this is not a result")
+    if level == 50:
         os._exit(3)
-    return what
+    return level
 """
 
 
@@ -48,37 +48,37 @@ def noise(frames: int, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("patch", [[1, 1, 1], [1, 2, 2]])
 @pytest.mark.parametrize("size", [(5, 32, 48), (6, 30, 46)])
-def test_a_worker_writes_the_patches_of_the_whole_clip(patch, size, tmp_path):
+def test_a_worker_writes_the_patches_that_the_codec_gives_for_the_whole_clip(patch, size, tmp_path):
     write_video(noise(*size), 12, tmp_path / "a.mp4")
     config = CodecConfig(channels=24)
-    answer = Worker(config, IngestConfig(), patch).run_job(encode_job(Media(tmp_path / "a.mp4"), tmp_path / "spool"))
+    result = Worker(config, IngestConfig(), patch).run_job(encode_job(Media(tmp_path / "a.mp4"), tmp_path / "spool"))
     frames = frames_to_float(torch.from_numpy(read_clip(tmp_path / "a.mp4", IngestConfig()).frames_FHWC))
     frames = pad_frames(frames, (8 * patch[1], 8 * patch[2]))
     expected, grid = patchify(build_codec(config).encode(frames), tuple(patch))
-    written = np.fromfile(tmp_path / "spool", "<f2").reshape(-1, answer["patch_dim"])
-    assert tuple(answer["grid"]) == grid and (answer["height"], answer["width"]) == size[1:]
-    assert (answer["frames"], answer["fps"]) == (size[0], 12.0)
+    written = np.fromfile(tmp_path / "spool", "<f2").reshape(-1, result["patch_dim"])
+    assert tuple(result["grid"]) == grid and (result["height"], result["width"]) == size[1:]
+    assert (result["frames"], result["fps"]) == (size[0], 12.0)
     assert written.shape == expected.shape
     torch.testing.assert_close(torch.from_numpy(written).float(), expected.half().float(), rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -65520.0])
-def test_latents_that_half_precision_cannot_hold_refuse_their_clip_with_a_reason(value, tmp_path):
+def test_latents_that_are_not_finite_in_float16_reject_their_clip(value, tmp_path):
     write_image(np.full((16, 16, 3), 7, np.uint8), tmp_path / "a.png")
     worker = Worker(CodecConfig(), IngestConfig(), [1, 1, 1])
-    whole = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "spool"))
+    valid = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "spool"))
     encode = worker.encoder.encode
 
-    def broken(frames):
+    def overflowing(frames):
         for latent in encode(frames):
             latent[1, 0, 3] = value
             yield latent
 
-    worker.encoder.encode = broken
-    answer = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "spool"))
-    assert (answer["filter"], answer["reason"]) == ("codec", "not finite") and whole["grid"] == [1, 2, 2]
-    for word in ("a.png: latent frame 1", "1 of 192 values are not finite in float16"):
-        assert word in answer["message"]
+    worker.encoder.encode = overflowing
+    rejection = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "spool"))
+    assert (rejection["filter"], rejection["reason"]) == ("codec", "not finite") and valid["grid"] == [1, 2, 2]
+    for words in ("a.png: latent frame 1", "1 of 192 values are not finite in float16"):
+        assert words in rejection["message"]
 
 
 def stills(folder: Path, *levels: int) -> list[Path]:
@@ -97,32 +97,32 @@ def run(paths: list[Path | None], folder: Path, workers: int = 2, **limits) -> l
 def scores(tmp_path, monkeypatch) -> list[str]:
     (tmp_path / "my_scores.py").write_text(SCORES)
     monkeypatch.syspath_prepend(tmp_path)
-    return ["my_scores:trouble"]
+    return ["my_scores:misbehave"]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_answers_come_in_the_order_of_the_jobs(workers, scores, tmp_path):
+def test_results_come_in_the_order_of_the_jobs(workers, scores, tmp_path):
     levels = [101 + i for i in range(12)]
     paths: list[Path | None] = [*stills(tmp_path, *levels)]
     paths.insert(5, None)
-    answers = run(paths, tmp_path, workers, scores=scores)
-    assert answers.pop(5) is None
-    assert [a["quality"]["trouble"] for a in answers] == levels
+    results = run(paths, tmp_path, workers, scores=scores)
+    assert results.pop(5) is None
+    assert [result["quality"]["misbehave"] for result in results] == levels
 
 
-def test_a_decoder_that_crashes_hangs_or_grows_costs_its_clip_alone(scores, tmp_path, capfd):
+def test_a_worker_that_crashes_hangs_or_exceeds_its_memory_rejects_only_its_clip(scores, tmp_path, capfd):
     levels = [0, 10, 1, 2, 20, 3, 30, 40, 50, 4, 10, 10, 5]
-    answers = run(stills(tmp_path, *levels), tmp_path, scores=scores, decode_timeout_seconds=1.5)
-    reasons = [answer.get("reason") for answer in answers]
-    crash, late, large = "crash", "timeout", "too large in memory"
-    assert reasons == [None, crash, None, None, late, None, large, None, crash, None, crash, crash, None]
-    assert "1.png" in answers[1]["message"] and "SIGSEGV" in answers[1]["message"]
-    assert "ingest.decode_timeout_seconds=1.5" in answers[4]["message"] and "exit code 3" in answers[8]["message"]
-    assert "ingest.worker_memory_mib=4096" in answers[6]["message"]
-    assert {answer.get("filter") for answer in answers} == {None, "decode"}
+    results = run(stills(tmp_path, *levels), tmp_path, scores=scores, decode_timeout_seconds=1.5)
+    reasons = [result.get("reason") for result in results]
+    crash, timeout, large = "crash", "timeout", "too large in memory"
+    assert reasons == [None, crash, None, None, timeout, None, large, None, crash, None, crash, crash, None]
+    assert "1.png" in results[1]["message"] and "SIGSEGV" in results[1]["message"]
+    assert "ingest.decode_timeout_seconds=1.5" in results[4]["message"] and "exit code 3" in results[8]["message"]
+    assert "ingest.worker_memory_mib=4096" in results[6]["message"]
+    assert {result.get("filter") for result in results} == {None, "decode"}
 
 
-def test_a_worker_that_cannot_start_is_an_error_and_no_rejection(scores, tmp_path):
+def test_a_worker_that_cannot_start_is_an_error_and_rejects_no_clip(scores, tmp_path):
     paths = stills(tmp_path, 1)
     with pytest.raises(MegaSoraError, match="ingest.scores: my_scores:nothing"):
         run(paths, tmp_path, scores=["my_scores:nothing"])
@@ -131,7 +131,7 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_rejection(scores, tmp_pat
         run(paths, tmp_path, scores=scores)
 
 
-def test_a_full_disk_is_an_error_and_no_rejection(tmp_path):
+def test_a_full_disk_is_an_error_and_rejects_no_clip(tmp_path):
     with pytest.raises(MegaSoraError, match="No space left on device"):
         settings = worker_settings(CodecConfig(), IngestConfig(), [1, 1, 1])
         with WorkerPool(settings, 1) as pool:
@@ -139,7 +139,7 @@ def test_a_full_disk_is_an_error_and_no_rejection(tmp_path):
             list(pool.run(iter([encode_job(Media(tmp_path / "a.mp4"), Path("/dev/full"))])))
 
 
-def test_workers_are_gone_with_their_parent_however_it_ends(scores, tmp_path):
+def test_workers_die_with_their_parent(scores, tmp_path):
     stills(tmp_path, 20)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
@@ -149,24 +149,25 @@ def test_workers_are_gone_with_their_parent_however_it_ends(scores, tmp_path):
         "from megasora.ingest.pool import WorkerPool\n"
         "from megasora.ingest.worker import encode_job, worker_settings\n"
         "folder = Path(sys.argv[1])\n"
-        "pool = WorkerPool(worker_settings(CodecConfig(), IngestConfig(scores=['my_scores:trouble']), [1, 1, 1]), 1)\n"
-        "child = pool.available_worker()\n"
-        "print(child.process.pid, flush=True)\n"
+        "limits = IngestConfig(scores=['my_scores:misbehave'])\n"
+        "pool = WorkerPool(worker_settings(CodecConfig(), limits, [1, 1, 1]), 1)\n"
+        "worker = pool.available_worker()\n"
+        "print(worker.process.pid, flush=True)\n"
         "list(pool.run(iter([encode_job(Media(folder / '0.png'), folder / 'spool')])))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
-        child = int(parent.stdout.readline())
+        worker = int(parent.stdout.readline())
         deadline = time.monotonic() + 20
-        while not (tmp_path / "spool").exists():  # the clip is at hand
+        while not (tmp_path / "spool").exists():  # the job is running
             assert time.monotonic() < deadline and parent.poll() is None
             time.sleep(0.02)
         os.kill(parent.pid, signal.SIGKILL)
-    while is_running(child):
+    while is_running(worker):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def test_a_worker_loads_no_torch(tmp_path):
+def test_a_worker_does_not_import_torch(tmp_path):
     code = (
         "import sys, megasora.ingest.worker, megasora.codec; from megasora.config import CodecConfig; "
         "megasora.codec.build_stream_encoder(CodecConfig()); print('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""SceneDetector begin where the picture changes at once; clips that look alike are found whatever their size."""
+"""Scene detection, frame hashes and near-duplicates, and the tool that lists scenes."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def texture(seed: int, height: int = 96, width: int = 160) -> np.ndarray:
 
 
 def pan(seed: int, count: int, step: int) -> list[np.ndarray]:
-    """A camera that moves over a picture."""
+    """A camera that pans over a picture by `step` pixels per frame."""
     wide = texture(seed, 96, 160 + count * step)
     return [wide[:, i * step : i * step + 160].astype(np.uint8) for i in range(count)]
 
 
-def spans(frames: list[np.ndarray], threshold: float = 20.0, least: int = 4) -> list[tuple[int, int]]:
-    scenes = SceneDetector(threshold, least)
+def detect_scenes(frames: list[np.ndarray], threshold: float = 20.0, min_frames: int = 4) -> list[tuple[int, int]]:
+    detector = SceneDetector(threshold, min_frames)
     for frame in frames:
-        scenes.add_frame(color_cells(frame))
-    return scenes.scenes()
+        detector.add_frame(color_cells(frame))
+    return detector.scenes()
 
 
-def test_cells_are_the_mean_colours_of_their_places():
+def test_cells_are_mean_colours():
     frame = np.zeros((160, 320, 3), np.uint8)
     frame[:10, 300:] = (10, 20, 30)
     cells = color_cells(frame)
@@ -51,33 +51,33 @@ def test_cells_are_the_mean_colours_of_their_places():
     assert color_cells(np.full((1, 3, 3), 7, np.uint8)).tolist() == np.full((16, 16, 3), 7).tolist()
 
 
-def test_a_scene_begins_at_every_cut_and_nowhere_else():
+def test_scenes_begin_exactly_at_the_cuts():
     frames = [*pan(0, 12, 1), *pan(1, 9, 3), *pan(2, 20, 0)]
-    assert spans(frames) == [(0, 12), (12, 21), (21, 41)]
+    assert detect_scenes(frames) == [(0, 12), (12, 21), (21, 41)]
 
 
-def test_fast_motion_noise_and_light_that_changes_slowly_are_no_cuts():
+def test_fast_motion_noise_and_fades_are_not_cuts():
     g = np.random.default_rng(0)
     noisy = [np.clip(f + g.normal(0, 20, f.shape), 0, 255).astype(np.uint8) for f in pan(0, 20, 2)]
     fading = [(f * (i / 40)).astype(np.uint8) for i, f in enumerate(pan(1, 40, 0))]
     for frames in (pan(0, 30, 16), noisy, fading):
-        assert spans(frames) == [(0, len(frames))]
+        assert detect_scenes(frames) == [(0, len(frames))]
 
 
-def test_a_flash_is_no_scene_and_a_short_end_stays_with_the_scene_before():
+def test_a_flash_is_not_a_scene_and_a_short_end_joins_the_previous_scene():
     still, other = pan(0, 20, 0), pan(1, 1, 0)
-    assert spans([*still[:10], *other, *still[10:]]) != [(0, 10), (10, 11), (11, 21)]
-    assert all(end - first >= 4 for first, end in spans([*still[:10], *other, *still[10:]]))
-    assert spans([*still, *pan(1, 3, 0)]) == [(0, 23)]
-    assert spans([*still, *pan(1, 4, 0)]) == [(0, 20), (20, 24)]
-    assert spans(still[:1]) == [(0, 1)]
+    assert detect_scenes([*still[:10], *other, *still[10:]]) != [(0, 10), (10, 11), (11, 21)]
+    assert all(end - first >= 4 for first, end in detect_scenes([*still[:10], *other, *still[10:]]))
+    assert detect_scenes([*still, *pan(1, 3, 0)]) == [(0, 23)]
+    assert detect_scenes([*still, *pan(1, 4, 0)]) == [(0, 20), (20, 24)]
+    assert detect_scenes(still[:1]) == [(0, 1)]
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> int:
     return (frame_hash(color_cells(a)) ^ frame_hash(color_cells(b))).bit_count()
 
 
-def test_a_hash_knows_a_picture_at_another_size_light_and_grain_and_no_other_picture():
+def test_hashes_are_close_under_size_brightness_and_grain_and_far_for_other_pictures():
     for seed in range(6):
         one = texture(seed)
         brighter = one * 0.8 + 40
@@ -88,7 +88,7 @@ def test_a_hash_knows_a_picture_at_another_size_light_and_grain_and_no_other_pic
 
 
 @pytest.mark.parametrize("bits", [0, 1, 4, 16])
-def test_what_is_alike_is_found_as_by_comparing_all_pairs(bits):
+def test_near_duplicates_are_those_of_an_all_pairs_comparison(bits):
     g = np.random.default_rng(bits)
     pairs: list[tuple[int, int]] = []
     for _ in range(300):
@@ -98,17 +98,17 @@ def test_what_is_alike_is_found_as_by_comparing_all_pairs(bits):
                 value ^ sum(1 << int(b) for b in set(g.integers(0, 64, g.integers(0, bits + 2)))) for value in pairs[-1]
             ]
         pairs.append((pair[0], pair[1]))
-    seen, kept = DuplicateIndex(bits), []
+    index, distinct = DuplicateIndex(bits), []
     for pair in pairs:
         expected = [
-            n for n, k in enumerate(kept) if all((a ^ b).bit_count() <= bits for a, b in zip(pair, k, strict=True))
+            n for n, d in enumerate(distinct) if all((a ^ b).bit_count() <= bits for a, b in zip(pair, d, strict=True))
         ]
-        assert seen.find_or_add(pair) == (expected[0] if expected else None)
-        kept += [] if expected else [pair]
-    assert 0 < len(kept) < len(pairs)
+        assert index.find_or_add(pair) == (expected[0] if expected else None)
+        distinct += [] if expected else [pair]
+    assert 0 < len(distinct) < len(pairs)
 
 
-def test_a_list_of_scenes_is_ingested_as_the_frames_between_the_cuts(tmp_path, capsys):
+def test_an_ingested_list_of_scenes_has_the_frames_between_the_cuts(tmp_path, capsys):
     frames = [*pan(0, 15, 1), *pan(1, 13, 1), *pan(2, 14, 1)]
     clips = tmp_path / "clips"
     clips.mkdir()
@@ -134,12 +134,13 @@ def test_a_list_of_scenes_is_ingested_as_the_frames_between_the_cuts(tmp_path, c
     shards = ShardSplit.open(tmp_path / "out", "train")
     assert [entry.native_size[2] for entry in shards.index] == [15, 13, 14, 1]
     means = [shards.read(i, lambda text: torch.zeros(1, 1)).patches_LP.float()[0, 0] for i in range(3)]
-    whole = read_clip(clips / "a.mp4", IngestConfig()).frames_FHWC.astype(float)
-    expected = [(whole[i][:8, :8].mean() / 127.5 - 1) / 0.5 for i in (0, 15, 28)]  # of the first block, first frame
+    frames_FHWC = read_clip(clips / "a.mp4", IngestConfig()).frames_FHWC.astype(float)
+    # the first coefficient of the first block of the first frame of each scene
+    expected = [(frames_FHWC[i][:8, :8].mean() / 127.5 - 1) / 0.5 for i in (0, 15, 28)]
     assert np.allclose(means, expected, atol=5e-3)
 
 
-def test_a_list_of_scenes_in_tars_is_ingested_as_that_of_the_files_is(tmp_path):
+def test_a_list_of_scenes_in_tars_gives_the_records_of_the_files(tmp_path):
     frames = [*pan(0, 15, 1), *pan(1, 13, 1)]
     clips, tars = tmp_path / "clips", tmp_path / "tars"
     clips.mkdir()
@@ -163,10 +164,11 @@ def test_a_list_of_scenes_in_tars_is_ingested_as_that_of_the_files_is(tmp_path):
         ingest(table, tmp_path / f"of {source.name}", load(None, ["ingest.workers=1", "codec.channels=24"]))
         shards = ShardSplit.open(tmp_path / f"of {source.name}", "train")
         assert shards.manifest.rejected == {"unreadable": 1}
-        records[source.name] = [
-            (r.caption, r.native_size, r.grid, r.patches_LP.tolist(), shards.read_meta(i)["sha256"], shards.read_meta(i).get("start"))
-            for i, r in ((i, shards.read(i, lambda text: torch.zeros(1, 1))) for i in range(len(shards)))
-        ]
+        records[source.name] = []
+        for i in range(len(shards)):
+            r, meta = shards.read(i, lambda text: torch.zeros(1, 1)), shards.read_meta(i)
+            facts = (r.caption, r.native_size, r.grid, r.patches_LP.tolist(), meta["sha256"], meta.get("start"))
+            records[source.name].append(facts)
     assert records["clips"] == records["tars"] and len(records["tars"]) == 3
     line = json.loads((tmp_path / "tars.jsonl").read_text().splitlines()[1])
     assert line == {

@@ -1,4 +1,4 @@
-"""Where clips are listed: folders, lists and raw tars; every clip has one number, whatever its name and caption."""
+"""Listing the clips of folders, lists and raw tars, with their captions, splits and excerpts."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def write_list(path: Path, *lines: dict) -> Path:
     return path
 
 
-def names(source: Path) -> list[tuple[str, str, str | None]]:
+def listing(source: Path) -> list[tuple[str, str, str | None]]:
     return [(clip.name, clip.split, clip.caption) for clip in find_clips(source)]
 
 
 # ---------------------------------------------------------------- lists
 
 
-def test_a_text_list_names_a_clip_a_line_with_captions_beside(tmp_path):
+def test_a_text_list_has_one_clip_per_line_with_captions_in_files_beside_it(tmp_path):
     odd = 'b "quoted" 🦊 it\'s.mp4'
     touch(tmp_path, "z.mp4", f"in a folder/{odd}", "val/c.png", "not listed.mp4")
     (tmp_path / "z.txt").write_text("the last  one")
     (tmp_path / "list.txt").write_text(f"z.mp4\n\nin a folder/{odd}\r\nval/c.png\n", encoding="utf-8")
-    assert names(tmp_path / "list.txt") == [
+    assert listing(tmp_path / "list.txt") == [
         (f"in a folder/{odd}", "train", None),
         ("val/c.png", "val", None),
         ("z.mp4", "train", "the last one"),
     ]
 
 
-def test_a_list_of_lines_has_captions_splits_and_parts_of_files_in_the_order_of_time(tmp_path):
+def test_a_json_list_has_captions_splits_and_excerpts_sorted_by_start(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "b.txt").write_text("beside")
     table = write_list(
@@ -64,8 +64,8 @@ def test_a_list_of_lines_has_captions_splits_and_parts_of_files_in_the_order_of_
         {"file": "a.mp4", "caption": "", "start": 2.5, "end": 10},
         {"file": str(tmp_path / "a.mp4"), "caption": None, "start": 0, "end": 2.5, "other": [1]},
     )
-    found = find_clips(table)
-    assert [(c.caption, c.split, c.media.start, c.media.end) for c in found] == [
+    clips = find_clips(table)
+    assert [(c.caption, c.split, c.media.start, c.media.end) for c in clips] == [
         (None, "train", 0.0, 2.5),
         ("", "train", 2.5, 10.0),
         ("二つ目 の場面", "train", 10.0, 12.5),
@@ -73,7 +73,7 @@ def test_a_list_of_lines_has_captions_splits_and_parts_of_files_in_the_order_of_
     ]
 
 
-def test_the_order_of_the_lines_of_a_list_is_no_other_listing(tmp_path):
+def test_the_order_of_the_lines_does_not_change_the_listing(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     lines = [{"file": "a.mp4", "caption": "a"}, {"file": "b.mp4", "caption": "b"}]
     hashes = {listing_hash(find_clips(write_list(tmp_path / f"{i}.jsonl", *lines[:: 1 - 2 * i]))) for i in (0, 1)}
@@ -113,7 +113,7 @@ LINES = [
 
 
 @pytest.mark.parametrize(("text", "words"), LINES)
-def test_a_line_that_cannot_be_used_is_named(text, words, tmp_path):
+def test_a_line_that_cannot_be_used_is_an_error_with_its_number(text, words, tmp_path):
     touch(tmp_path, "a.mp4")
     write_tar(tmp_path / "t.tar", {"in.mp4": b"video", "in.txt": b"caption"})
     (tmp_path / "list.jsonl").write_bytes(text.encode("latin-1"))
@@ -124,7 +124,7 @@ def test_a_line_that_cannot_be_used_is_named(text, words, tmp_path):
 # ---------------------------------------------------------------- tars
 
 
-def test_clips_of_tars_have_the_caption_of_their_key_and_know_where_they_lie(tmp_path):
+def test_clips_of_tars_have_the_caption_of_their_key_and_their_byte_range(tmp_path):
     write_tar(
         tmp_path / "train-01.tar",
         {
@@ -135,23 +135,23 @@ def test_clips_of_tars_have_the_caption_of_their_key_and_know_where_they_lie(tmp
     )  # fmt: skip
     write_tar(tmp_path / "val-00.tar", {"v.webm": b"held out"})
     write_tar(tmp_path / "val" / "w.tar", {"w.webm": b"held out"})
-    found = find_clips(tmp_path)
-    assert [(c.name, c.split, c.caption) for c in found] == [
+    clips = find_clips(tmp_path)
+    assert [(c.name, c.split, c.caption) for c in clips] == [
         ("train-01.tar/x.mp4", "train", "ein Hund"),
         ("train-01.tar/deep/a.b.MP4", "train", "a cat"),
         ("train-01.tar/z.png", "train", None),
         ("val/w.tar/w.webm", "val", None),
         ("val-00.tar/v.webm", "val", None),
     ]
-    for clip in found:
+    for clip in clips:
         data = clip.media.path.read_bytes()[clip.media.offset :][: clip.media.size]
         assert data in (b"video x", b"video y", b"image", b"held out") and clip.size == len(data)
-    assert names(tmp_path / "train-01.tar") == names(tmp_path / "train-*.tar")
-    assert len(names(tmp_path / "train-01.tar")) == 3
+    assert listing(tmp_path / "train-01.tar") == listing(tmp_path / "train-*.tar")
+    assert len(listing(tmp_path / "train-01.tar")) == 3
 
 
-def test_a_list_names_clips_in_tars_as_it_names_files(tmp_path):
-    """By member; the caption is that of the line, else that of the tar; parts come in the order of time."""
+def test_a_list_may_name_clips_in_tars(tmp_path):
+    """By member; the caption is that of the line, else that of the tar; excerpts are sorted by start."""
     write_tar(
         tmp_path / "in here" / "t 🦊.tar",
         {"z.mp4": b"video z", "z.txt": b"of z", "deep/a.mp4": b"video a", "b.png": b"image", "b.json": b"{"},
@@ -168,8 +168,8 @@ def test_a_list_names_clips_in_tars_as_it_names_files(tmp_path):
         {"file": "val/v.tar", "member": "v.mp4", "caption": None},
         {"file": "a.mp4"},
     )
-    found = find_clips(table)
-    assert [(c.name, c.caption, c.split, c.media.start, c.media.end) for c in found] == [
+    clips = find_clips(table)
+    assert [(c.name, c.caption, c.split, c.media.start, c.media.end) for c in clips] == [
         ("a.mp4", None, "train", 0.0, None),
         ("in here/t 🦊.tar/z.mp4", "of z", "train", 0.0, None),
         ("in here/t 🦊.tar/deep/a.mp4", "early", "val", 0.0, 3.0),
@@ -177,29 +177,29 @@ def test_a_list_names_clips_in_tars_as_it_names_files(tmp_path):
         ("in here/t 🦊.tar/b.png", None, "train", 0.0, None),
         ("val/v.tar/v.mp4", None, "val", 0.0, None),
     ]
-    assert "the caption of b.png" in found[4].caption_error and not any(c.caption_error for c in found[:4])
-    data = [c.media.path.read_bytes()[c.media.offset :][: c.media.size] for c in found[1:4]]
-    assert data == [b"video z", b"video a", b"video a"] and [c.size for c in found[1:4]] == [7, 7, 7]
+    assert "the caption of b.png" in clips[4].caption_error and not any(c.caption_error for c in clips[:4])
+    data = [c.media.path.read_bytes()[c.media.offset :][: c.media.size] for c in clips[1:4]]
+    assert data == [b"video z", b"video a", b"video a"] and [c.size for c in clips[1:4]] == [7, 7, 7]
 
 
 @pytest.mark.parametrize(
     ("name", "data"), [("a.txt", b"\xff"), ("a.json", b"{"), ("a.json", b"[]"), ("a.json", b'{"caption": 3}')]
 )
-def test_a_caption_in_a_tar_that_is_no_text_is_a_fault_of_its_clip_alone(name, data, tmp_path):
+def test_a_caption_in_a_tar_that_is_not_text_is_an_error_of_its_clip_only(name, data, tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"a.mp4": b"video", name: data, "b.mp4": b"video", "b.txt": b"fine"})
     first, second = find_clips(tar)
     assert "a.mp4" in first.caption_error and "cannot be read" in first.caption_error and first.caption is None
     assert not second.caption_error and second.caption == "fine"
 
 
-def a_link(path: Path) -> None:
+def with_link(path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         info = tarfile.TarInfo("a.mp4")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
 
 
-def a_device(path: Path) -> None:
+def with_device(path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         info = tarfile.TarInfo("a.mp4")
         info.type = tarfile.CHRTYPE
@@ -212,33 +212,33 @@ def of_8_tib(path: Path) -> None:
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
 
 
-def a_cut(path: Path) -> None:
+def truncated(path: Path) -> None:
     write_tar(path, {"a.mp4": bytes(5000), "b.mp4": bytes(5000)})
     path.write_bytes(path.read_bytes()[: 512 + 5120])
 
 
 HOSTILE = {
-    "a link": a_link,
-    "a device": a_device,
+    "a link": with_link,
+    "a device": with_device,
     "8 TiB": of_8_tib,
-    "cut between two members": a_cut,
-    "leads out": lambda path: write_tar(path, {"../a.mp4": b"x"}),
-    "absolute": lambda path: write_tar(path, {"/tmp/a.mp4": b"x"}),
-    "no tar": lambda path: path.write_text("<html>"),
-    "twice": lambda path: write_tar(path, {"a.mp4": b"x", "b.mp4": b"x", "a.txt": b"x"}),
+    "truncated between two members": truncated,
+    "path outside": lambda path: write_tar(path, {"../a.mp4": b"x"}),
+    "absolute path": lambda path: write_tar(path, {"/tmp/a.mp4": b"x"}),
+    "not a tar": lambda path: path.write_text("<html>"),
+    "duplicate key": lambda path: write_tar(path, {"a.mp4": b"x", "b.mp4": b"x", "a.txt": b"x"}),
     "two clips": lambda path: write_tar(path, {"a.mp4": b"x", "a.webm": b"x"}),
-    "pickle alone": lambda path: write_tar(path, {"a.pkl": b"x"}),
+    "only a pickle": lambda path: write_tar(path, {"a.pkl": b"x"}),
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_tar_that_is_not_whole_and_plain_is_refused_by_name(what, tmp_path):
-    HOSTILE[what](tmp_path / "bad.tar")
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_or_damaged_tar_is_an_error_with_its_name(case, tmp_path):
+    HOSTILE[case](tmp_path / "bad.tar")
     with pytest.raises(MegaSoraError, match="bad.tar"):
         find_clips(tmp_path / "bad.tar")
 
 
-def test_a_folder_of_tars_and_clips_and_what_matches_nothing_are_refused(tmp_path):
+def test_a_folder_of_both_tars_and_clips_and_a_pattern_without_match_are_errors(tmp_path):
     touch(tmp_path / "both", "a.mp4")
     write_tar(tmp_path / "both" / "b.tar", {"b.mp4": b"x"})
     with pytest.raises(MegaSoraError, match="holds both tars and clips"):
@@ -250,7 +250,7 @@ def test_a_folder_of_tars_and_clips_and_what_matches_nothing_are_refused(tmp_pat
         find_clips(tmp_path / "clip.mp4")
 
 
-def test_a_caption_of_100_kb_in_any_script_is_a_caption(tmp_path):
+def test_a_caption_may_have_100_kb_in_any_script(tmp_path):
     text = "狐 🦊 العربية " * 5000
     clips = touch(tmp_path / "clips", "a.mp4")
     (clips / "a.txt").write_text(text, encoding="utf-8")

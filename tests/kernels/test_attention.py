@@ -424,13 +424,13 @@ def test_gradients_of_parts_of_the_keys_add_up_to_those_of_the_whole(way):
 def test_a_second_run_of_the_same_forward_computes_nothing(monkeypatch):
     q, k, v, segments = make([5, 9], padding=1)
     out, expected = output_and_gradients(attention, q, k, v, segments)
-    kept = []
-    first = attention(q, k, v, segments, kept)
+    saved_output = []
+    first = attention(q, k, v, segments, saved_output)
     monkeypatch.setattr("megasora.kernels.attention.attention_forward", None)
     for _ in range(2):
-        replayed, gradients = output_and_gradients(lambda *args: attention(*args, kept), q, k, v, segments)
+        replayed, gradients = output_and_gradients(lambda *args: attention(*args, saved_output), q, k, v, segments)
         assert torch.equal(replayed, out) and all(map(torch.equal, gradients, expected))
-    assert first.requires_grad and not any(x.requires_grad for x in kept)
+    assert first.requires_grad and not any(x.requires_grad for x in saved_output)
 
 
 def test_recomputed_activations_take_the_attention_from_the_first_run(monkeypatch):
@@ -440,10 +440,10 @@ def test_recomputed_activations_take_the_attention_from_the_first_run(monkeypatc
         "megasora.kernels.attention.attention_forward", lambda *args: runs.append(args) or attention_forward(*args)
     )
     _, expected = output_and_gradients(lambda *args: attention(*args).sin(), q, k, v, segments)
-    kept = []
+    saved_output = []
 
     def recomputed(*args):
-        return checkpoint(lambda *inner: attention(*inner, kept).sin(), *args, use_reentrant=False)
+        return checkpoint(lambda *inner: attention(*inner, saved_output).sin(), *args, use_reentrant=False)
 
     _, gradients = output_and_gradients(recomputed, q, k, v, segments)
     assert len(runs) == 2 and all(map(torch.equal, gradients, expected))

@@ -236,17 +236,17 @@ def test_meta_tensors_pass_through(norm, via):
 
 def test_input_that_does_not_fit_is_refused():
     qkv, weight, rope = torch.zeros(5, 3, 2, 12), torch.zeros(12), rope_of(5, 12)
-    with pytest.raises(ValueError, match="norm='layer' must be one of head, width, none"):
+    with pytest.raises(ValueError, match="norm='layer' must be one of per_head, across_heads, none"):
         qk_norm_rope3d(qkv, weight, weight, rope, EPS, "layer")
     with pytest.raises(ValueError, match=r"qkv \(5, 2, 2, 12\) of torch.float32 must be \[L, 3, N, K\]"):
         qk_norm_rope3d(qkv[:, :2], weight, weight, rope, EPS)
     with pytest.raises(ValueError, match=r"qkv \(5, 3, 2, 12\) of torch.int64 must be"):
         qk_norm_rope3d(qkv.long(), weight, weight, rope, EPS)
     with pytest.raises(
-        ValueError, match=r"q_weight \(12,\) must be \(24,\) for norm='width', as qkv is \(5, 3, 2, 12\)"
+        ValueError, match=r"q_weight \(12,\) must be \(24,\) for norm='across_heads', as qkv is \(5, 3, 2, 12\)"
     ):
         qk_norm_rope3d(qkv, weight, weight, rope, EPS, "across_heads")
-    with pytest.raises(ValueError, match=r"k_weight None must be \(12,\) for norm='head'"):
+    with pytest.raises(ValueError, match=r"k_weight None must be \(12,\) for norm='per_head'"):
         qk_norm_rope3d(qkv, weight, None, rope, EPS)
     with pytest.raises(ValueError, match=r"q_weight \(12,\) must be None for norm='none'"):
         qk_norm_rope3d(qkv, weight, weight, rope, EPS, "none")

@@ -1,4 +1,4 @@
-"""VideoDiT: what a clip's output depends on, and what it must not depend on."""
+"""VideoDiT: what the output of a clip depends on, and what it must not depend on."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def make_model(modulation="block", random=True, **options) -> VideoDiT:
-    """A small float64 model; `random`: with no zero left from the initialisation."""
+    """A small float64 model; `random`: all weights random, none zero as at step 0."""
     config = ModelConfig(width=24, depth=2, heads=2, modulation=modulation, **options)
     torch.manual_seed(0)
     model = VideoDiT(config, PATCH_DIM, build_text_encoder(TextConfig()).build_embedder(24, config.text_depth, 2))
@@ -37,22 +37,22 @@ def make_model(modulation="block", random=True, **options) -> VideoDiT:
 
 
 def make_pack(clips=CLIPS, padding=0, hide=()):
-    """Clips at their own timesteps, some frames clean; a clip's content follows from its place in CLIPS."""
+    """Clips at their own timesteps, some frames clean; the content of a clip depends only on its index in CLIPS."""
     records = []
     for grid, caption, _, _ in clips:
-        number = next(i for i, clip in enumerate(CLIPS) if clip[0] == grid)
+        index = next(i for i, clip in enumerate(CLIPS) if clip[0] == grid)
         tokens = grid[0] * grid[1] * grid[2]
-        patches = torch.randn(tokens, PATCH_DIM, generator=torch.Generator().manual_seed(number))
+        patches = torch.randn(tokens, PATCH_DIM, generator=torch.Generator().manual_seed(index))
         text = build_text_encoder(TextConfig()).encode([caption])[0]
-        native = (8.0 * grid[1], 8.0 * grid[2], 4.0 * grid[0] - 3, 8.0 + number)
-        records.append(Record(number, patches, grid, text, native, caption))
+        native = (8.0 * grid[1], 8.0 * grid[2], 4.0 * grid[0] - 3, 8.0 + index)
+        records.append(Record(index, patches, grid, text, native, caption))
     batch = make_batch(records, sum(len(r.patches_LP) for r in records) + padding)
-    cu_rows, timesteps, owner = build_rows(
+    cu_rows, timesteps, segments = build_rows(
         batch, torch.tensor([t for *_, t in clips]), [clean for _, _, clean, _ in clips]
     )
     drop = batch.drop_text_G | torch.tensor([i in hide for i in range(len(clips))])
     return dataclasses.replace(
-        batch, cu_rows=cu_rows, timesteps_R=timesteps.float(), row_segment_R=owner, drop_text_G=drop
+        batch, cu_rows=cu_rows, timesteps_R=timesteps.float(), row_segment_R=segments, drop_text_G=drop
     )
 
 
@@ -61,8 +61,8 @@ def outputs(model, batch):
     return model(batch)[: batch.num_tokens].split(batch.cu_segments.diff().tolist())
 
 
-def loss_of(out, number):
-    return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(100 + number), dtype=out.dtype)).sum()
+def loss_of(out, index):
+    return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(100 + index), dtype=out.dtype)).sum()
 
 
 def gradients(model, batches):
@@ -73,7 +73,7 @@ def gradients(model, batches):
 
 
 @BOTH
-def test_output_is_zero_and_every_block_the_identity_at_the_start(modulation):
+def test_at_step_0_the_output_is_zero_and_every_block_the_identity(modulation):
     model = make_model(modulation, random=False)
     seen = []
     for block in model.blocks.values():
@@ -86,22 +86,22 @@ def test_output_is_zero_and_every_block_the_identity_at_the_start(modulation):
 
 
 @BOTH
-def test_the_first_step_reaches_the_output_layer_and_then_everything(modulation):
+def test_at_step_0_only_the_output_layer_has_a_gradient_and_later_all_parameters(modulation):
     model = make_model(modulation, random=False)
     first = {name for name, g in gradients(model, [make_pack()]).items() if g.abs().max() > 0}
     assert first == {"patch_out.weight", "patch_out.bias"}
-    reached = {name for name, g in gradients(make_model(modulation), [make_pack()]).items() if g.abs().max() > 0}
-    assert reached == {name for name, _ in model.named_parameters()}
+    later = {name for name, g in gradients(make_model(modulation), [make_pack()]).items() if g.abs().max() > 0}
+    assert later == {name for name, _ in model.named_parameters()}
 
 
 @BOTH
 @pytest.mark.parametrize("qk_norm", ["per_head", "none"])
-def test_a_clip_in_a_pack_is_the_clip_alone(modulation, qk_norm):
+def test_outputs_and_gradients_of_a_pack_equal_those_of_its_clips_alone(modulation, qk_norm):
     model = make_model(modulation, qk_norm=qk_norm)
-    together, alone = make_pack(padding=5), [make_pack([clip]) for clip in CLIPS]
-    for packed, batch in zip(outputs(model, together), alone, strict=True):
+    pack, alone = make_pack(padding=5), [make_pack([clip]) for clip in CLIPS]
+    for packed, batch in zip(outputs(model, pack), alone, strict=True):
         torch.testing.assert_close(packed, outputs(model, batch)[0], **EXACT)
-    packed, separate = gradients(model, [together]), gradients(model, alone)
+    packed, separate = gradients(model, [pack]), gradients(model, alone)
     assert packed.keys() == separate.keys()
     for name in packed:
         torch.testing.assert_close(
@@ -110,7 +110,7 @@ def test_a_clip_in_a_pack_is_the_clip_alone(modulation, qk_norm):
 
 
 @BOTH
-def test_a_clip_does_not_see_its_neighbours_at_all(modulation):
+def test_a_clip_does_not_depend_on_its_neighbours(modulation):
     model, batch = make_model(modulation), make_pack()
     before = outputs(model, batch)
     changed = batch.patches_LP.clone()
@@ -124,13 +124,13 @@ def test_a_clip_does_not_see_its_neighbours_at_all(modulation):
 @BOTH
 def test_permuting_the_segments_permutes_the_output(modulation):
     model, order = make_model(modulation), [3, 0, 4, 2, 1]
-    straight, permuted = outputs(model, make_pack()), outputs(model, make_pack([CLIPS[i] for i in order]))
-    for place, i in enumerate(order):
-        torch.testing.assert_close(permuted[place], straight[i], **EXACT)
+    original, permuted = outputs(model, make_pack()), outputs(model, make_pack([CLIPS[i] for i in order]))
+    for position, i in enumerate(order):
+        torch.testing.assert_close(permuted[position], original[i], **EXACT)
 
 
 @pytest.mark.parametrize("padding", [1, 3, 64])
-def test_padding_does_not_matter(padding):
+def test_output_does_not_depend_on_the_amount_of_padding(padding):
     model = make_model()
     short, long = make_pack(), make_pack(padding=padding)
     assert len(model(long)) == len(model(short)) + padding
@@ -141,7 +141,7 @@ def test_padding_does_not_matter(padding):
         torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_what_stands_in_the_padding_does_not_matter():
+def test_output_does_not_depend_on_the_content_of_padding():
     model, batch = make_model(), make_pack(padding=9)
     filled = batch.patches_LP.clone()
     filled[batch.num_tokens :] = 1e3
@@ -149,12 +149,12 @@ def test_what_stands_in_the_padding_does_not_matter():
         torch.testing.assert_close(a, b, **EXACT)
 
 
-def test_output_is_independent_of_a_hidden_caption():
+def test_output_does_not_depend_on_a_hidden_caption():
     model = make_model()
-    other = [(grid, "quite another caption of more words", clean, t) for grid, _, clean, t in CLIPS]
-    everyone = range(len(CLIPS))
+    other = [(grid, "a different caption of more words", clean, t) for grid, _, clean, t in CLIPS]
+    every_clip = range(len(CLIPS))
     for a, b in zip(
-        outputs(model, make_pack(hide=everyone)), outputs(model, make_pack(other, hide=everyone)), strict=True
+        outputs(model, make_pack(hide=every_clip)), outputs(model, make_pack(other, hide=every_clip)), strict=True
     ):
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -168,26 +168,27 @@ def test_output_depends_on_its_own_caption_unless_hidden():
         assert torch.allclose(a, b, **EXACT) is (i != 1)
 
 
-def test_each_part_of_the_tokens_has_its_rows():
-    """As tensor-parallel ranks cut them: the rows of the parts, one after the other, are those of the pack."""
+def test_rows_of_token_shards_concatenate_to_the_rows_of_the_pack():
+    """Tokens are sharded as over tensor-parallel ranks."""
     model, batch = make_model(), make_pack()
     length = len(batch.patches_LP)
-    whole, parts = model.local_rows(batch), []
-    assert whole.num_real == batch.num_tokens
-    assert torch.equal(whole.row_L, segment_ids(batch.cu_rows, length)[: batch.num_tokens].int())
-    for part in torch.arange(length).tensor_split(3):
-        model.scatter_tokens = lambda x, part=part: x[part]
-        parts.append(model.local_rows(batch))
-    assert torch.cat([rows.row_L for rows in parts]).tolist() == whole.row_L.tolist()
-    assert {rows.num_rows for rows in parts} == {whole.num_rows} and sum(rows.num_tokens for rows in parts) == length
+    pack_rows, shard_rows = model.local_rows(batch), []
+    assert pack_rows.num_real == batch.num_tokens
+    assert torch.equal(pack_rows.row_L, segment_ids(batch.cu_rows, length)[: batch.num_tokens].int())
+    for shard in torch.arange(length).tensor_split(3):
+        model.scatter_tokens = lambda x, shard=shard: x[shard]
+        shard_rows.append(model.local_rows(batch))
+    assert torch.cat([rows.row_L for rows in shard_rows]).tolist() == pack_rows.row_L.tolist()
+    assert {rows.num_rows for rows in shard_rows} == {pack_rows.num_rows}
+    assert sum(rows.num_tokens for rows in shard_rows) == length
 
 
 @BOTH
-def test_the_timestep_of_a_row_reaches_the_rest_of_its_clip_by_attention_alone(modulation):
+def test_the_timestep_of_a_row_reaches_the_rest_of_its_clip_only_by_attention(modulation):
     model, batch = make_model(modulation), make_pack()
-    rows = batch.timesteps_R.clone()
-    rows[1] = 0.1  # the noised frames of the first clip, whose first frame is clean
-    changed = dataclasses.replace(batch, timesteps_R=rows)
+    timesteps_R = batch.timesteps_R.clone()
+    timesteps_R[1] = 0.1  # the noised frames of the first clip, whose first frame is clean
+    changed = dataclasses.replace(batch, timesteps_R=timesteps_R)
     for i, (a, b) in enumerate(zip(outputs(model, batch), outputs(model, changed), strict=True)):
         assert torch.allclose(a, b, **EXACT) is (i != 0)
     for block in model.blocks.values():
@@ -198,7 +199,7 @@ def test_the_timestep_of_a_row_reaches_the_rest_of_its_clip_by_attention_alone(m
 
 
 @pytest.mark.parametrize("column", range(4))
-def test_output_depends_on_native_size_frames_and_rate(column):
+def test_output_depends_on_native_size_frames_and_fps(column):
     model, batch = make_model(), make_pack()
     native = batch.native_size_G4.clone()
     native[2, column] *= 2
@@ -208,65 +209,65 @@ def test_output_depends_on_native_size_frames_and_rate(column):
         assert torch.allclose(a, b, **EXACT) is (i != 2)
 
 
-def moved(batch, t=0, h=0, w=0):
+def shifted(batch, t=0, h=0, w=0):
     return dataclasses.replace(batch, coords_L3=batch.coords_L3 + torch.tensor([t, h, w]))
 
 
-def test_output_depends_on_differences_of_coords_and_on_which_frame_is_the_first():
+def test_output_depends_only_on_differences_of_coords_and_on_which_frame_is_first():
     model, batch = make_model(), make_pack()
-    near = {"rtol": 1e-4, "atol": 1e-4}  # angles are fp32
-    torch.testing.assert_close(model(batch), model(moved(batch, h=2, w=7)), **near)
-    torch.testing.assert_close(model(moved(batch, t=1)), model(moved(batch, t=6, h=1)), **near)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}  # angles are fp32
+    torch.testing.assert_close(model(batch), model(shifted(batch, h=2, w=7)), **tolerance)
+    torch.testing.assert_close(model(shifted(batch, t=1)), model(shifted(batch, t=6, h=1)), **tolerance)
     mirrored = dataclasses.replace(batch, coords_L3=batch.coords_L3 * torch.tensor([1, -1, -1]))
     assert not torch.allclose(model(batch), model(mirrored), rtol=1e-2, atol=1e-2)
-    assert not torch.allclose(model(batch), model(moved(batch, t=1)), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(model(batch), model(shifted(batch, t=1)), rtol=1e-2, atol=1e-2)
     torch.nn.init.zeros_(model.first_frame)
-    torch.testing.assert_close(model(batch), model(moved(batch, t=1)), **near)
+    torch.testing.assert_close(model(batch), model(shifted(batch, t=1)), **tolerance)
 
 
 @BOTH
-def test_recomputing_gives_equal_gradients(modulation):
-    kept, recomputed = (gradients(make_model(modulation, recompute=r), [make_pack()]) for r in ("none", "full"))
-    assert kept.keys() == recomputed.keys()
-    for name in kept:
-        assert torch.equal(kept[name], recomputed[name]), name
+def test_recompute_does_not_change_gradients(modulation):
+    expected, recomputed = (gradients(make_model(modulation, recompute=r), [make_pack()]) for r in ("none", "full"))
+    assert expected.keys() == recomputed.keys()
+    for name in expected:
+        assert torch.equal(expected[name], recomputed[name]), name
 
 
-def test_recomputing_keeps_less_in_memory():
-    def kept_bytes(recompute):
+def test_recompute_saves_fewer_bytes_for_the_backward_pass():
+    def saved_bytes(recompute):
         model, batch = make_model(recompute=recompute), make_pack()
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        seen = {}
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes = {}
 
-        def keep(tensor):
+        def record(tensor):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                seen[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in parameters:
+                sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             out = model(batch)
-        return sum(seen.values()), out
+        return sum(sizes.values()), out
 
-    (all_of_it, _), (less, _) = kept_bytes("none"), kept_bytes("full")
-    assert less < 0.6 * all_of_it
+    (without, _), (with_recompute, _) = saved_bytes("none"), saved_bytes("full")
+    assert with_recompute < 0.6 * without
 
 
-def test_shared_modulation_has_one_projection_and_a_table_a_block():
+def test_shared_modulation_has_one_projection_and_a_table_per_block():
     block, shared = make_model("block"), make_model("shared")
     assert block.shared_modulation is None and shared.shared_modulation.weight.shape == (6 * 24, 24)
     assert [b.modulation.table.shape for b in shared.blocks.values()] == [(6, 24)] * 2
     assert [b.modulation.proj.weight.shape for b in block.blocks.values()] == [(6 * 24, 24)] * 2
 
 
-def test_a_float32_model_takes_and_gives_float32():
+def test_a_float32_model_returns_float32():
     model, batch = make_model().float(), make_pack()
     out = model(batch)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, make_model()(batch).float(), rtol=1e-3, atol=1e-3)
 
 
-def test_a_bfloat16_model_gives_float32_near_the_exact_output():
+def test_a_bfloat16_model_returns_float32_near_the_exact_output():
     model, batch = make_model(random=False), make_pack()
     for name, p in model.named_parameters():
         if name.startswith(("patch_out", "final")):

@@ -1,4 +1,4 @@
-"""A model trained on Triton's kernels, in the interpreter where there is no GPU, against one trained in PyTorch."""
+"""Training with the Triton kernels (in the interpreter without a GPU) compared with training in PyTorch."""
 
 import pytest
 import torch
@@ -19,37 +19,37 @@ DIALECTS = {
 
 
 def make_pack():
-    """An image, two clips and some padding."""
+    """An image, two videos and some padding."""
     records = []
-    for number, (grid, caption) in enumerate([((1, 3, 2), "an image"), ((3, 2, 2), "a red circle"), ((2, 2, 2), "")]):
-        draw = torch.Generator().manual_seed(number)
+    for index, (grid, caption) in enumerate([((1, 3, 2), "an image"), ((3, 2, 2), "a red circle"), ((2, 2, 2), "")]):
+        draw = torch.Generator().manual_seed(index)
         patches = torch.randn(grid[0] * grid[1] * grid[2], PATCH_DIM, generator=draw)
         text = build_text_encoder(TextConfig()).encode([caption])[0]
-        records.append(Record(number, patches, grid, text, (16.0, 16.0, 4.0 * grid[0] - 3, 8.0), caption))
+        records.append(Record(index, patches, grid, text, (16.0, 16.0, 4.0 * grid[0] - 3, 8.0), caption))
     return make_batch(records, 30)
 
 
-def losses(kernels, dialect):
-    options = ModelConfig(width=24, depth=1, heads=2, kernel_backend=kernels, **DIALECTS[dialect])
+def losses(kernel_backend, dialect):
+    options = ModelConfig(width=24, depth=1, heads=2, kernel_backend=kernel_backend, **DIALECTS[dialect])
     embedder = build_text_encoder(TextConfig()).build_embedder(24, options.text_depth, 2)
     model = VideoDiT(options, PATCH_DIM, embedder)
     model.initialise(0)
     model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
-    objective, pack, found = FlowMatching(Config().objective, seed=0), make_pack().to(DEVICE), []
+    objective, pack, values = FlowMatching(Config().objective, seed=0), make_pack().to(DEVICE), []
     for step in range(STEPS):
         noised, target, weight = objective.add_noise(pack, step)
-        error = velocity_error(model(noised), target, weight)
-        loss = error.squared_error_sum / error.tokens
+        sums = velocity_error(model(noised), target, weight)
+        loss = sums.squared_error_sum / sums.tokens
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(float(loss.detach()))
-    return found
+        values.append(float(loss.detach()))
+    return values
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_losses_of_ten_steps_are_those_of_the_maths_in_pytorch(dialect):
+def test_losses_of_ten_steps_equal_those_in_pytorch(dialect):
     expected = losses("torch", dialect)
     assert losses("triton", dialect) == pytest.approx(expected, rel=1e-4)
-    assert expected[-1] < 0.9 * expected[0]  # it does learn something in them
+    assert expected[-1] < 0.9 * expected[0]  # the model learns

@@ -102,13 +102,13 @@ def test_wrong_counts_and_a_wrong_codec_in_the_manifest_are_faults(damaged, fold
     path = damaged / MANIFEST
     values = json.loads((folder / MANIFEST).read_text())
     values["splits"]["train"]["frames"] += 1
-    values["splits"]["train"]["histogram"][1] += 1
-    values["codec"] = values["codec"].replace("96", "95")
+    values["splits"]["train"]["token_histogram"][1] += 1
+    values["codec_fingerprint"] = values["codec_fingerprint"].replace("96", "95")
     path.write_text(json.dumps(values))
     assert main(["shards", str(damaged), "--verify"]) == 2
     shown = capsys.readouterr().out
-    for words in ("says frames 58 of train, its indices 57", "says histogram", "says codec dct-4x8x8-95", "4 faults"):
-        assert words in shown
+    assert "says frames 58 of train, its indices 57" in shown and "says token_histogram" in shown
+    assert "says codec dct-4x8x8-95" in shown and "4 faults" in shown
 
 
 def test_a_folder_without_shards_is_an_error(tmp_path, capsys):

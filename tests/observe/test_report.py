@@ -112,17 +112,17 @@ class Elements(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.open: list[str] = []
-        self.found: list[tuple[str, dict]] = []
+        self.elements: list[tuple[str, dict]] = []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
         if tag not in TAKES_NO_END_TAG:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -155,7 +155,7 @@ def test_page_refers_to_nothing_outside_itself(page):
     assert not re.search(r"https?:|//\w|url\((?!#)|@import", without_media)
     references = [
         value
-        for _, attributes in Elements(page).found
+        for _, attributes in Elements(page).elements
         for key, value in attributes.items()
         if key in ("src", "href", "srcset", "poster", "action", "data")
     ]
@@ -163,7 +163,7 @@ def test_page_refers_to_nothing_outside_itself(page):
 
 
 def test_videos_play_and_are_embedded_byte_for_byte(run_dir, page):
-    videos = [attributes for tag, attributes in Elements(page).found if tag == "video"]
+    videos = [attributes for tag, attributes in Elements(page).elements if tag == "video"]
     assert len(videos) == 5
     assert all({"autoplay", "loop", "muted", "playsinline"} <= set(video) for video in videos)
     assert all(video["class"] == "pixels" for video in videos)
@@ -173,7 +173,7 @@ def test_videos_play_and_are_embedded_byte_for_byte(run_dir, page):
 
 
 def test_words_from_captions_and_settings_are_escaped(page):
-    assert sum(tag == "script" for tag, _ in Elements(page).found) == 1  # our own
+    assert sum(tag == "script" for tag, _ in Elements(page).elements) == 1  # our own
     assert "&lt;script&gt;alert(&quot;red&quot;)&lt;/script&gt; &amp; a &quot;circle&quot;" in page
     assert "a &lt;i&gt;green&lt;/i&gt; square" in page
     assert "runs/&lt;b&gt;bold&lt;/b&gt;" in page and "<b>bold" not in page

@@ -1,4 +1,4 @@
-"""Averaged weights: the recurrence by hand, and that slices over ranks and a resume do not change it."""
+"""EMA weights: the recurrence in float64, and that sharding and a resume do not change it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def walk(steps: int, size: int = 12, seed: int = 0) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.9999])
-def test_the_average_is_the_recurrence_with_a_decay_that_grows_to_its_limit(decay):
+def test_ema_is_the_recurrence_with_a_decay_that_grows_to_its_limit(decay):
     weights = torch.zeros(12)
     ema = ShardedEMA([weights], decay)
     expected = torch.zeros(12, dtype=torch.float64)
@@ -30,8 +30,7 @@ def test_the_average_is_the_recurrence_with_a_decay_that_grows_to_its_limit(deca
     assert ema.updates == 50
 
 
-def test_the_weights_of_an_average_sum_to_one():
-    """A constant is its own average, bit for bit, whatever the decay."""
+def test_the_ema_of_constant_weights_is_these_weights_bit_for_bit():
     weights = torch.randn(100)
     ema = ShardedEMA([weights], 0.999)
     for _ in range(30):
@@ -39,8 +38,8 @@ def test_the_weights_of_an_average_sum_to_one():
     assert torch.equal(ema.ema_weights[0], weights)
 
 
-def test_the_start_fades_instead_of_holding_the_average_back():
-    """From 0 to 1 in one step: after 50 updates the average has arrived, where a decay of 0.9999 would be at 0.005."""
+def test_initial_weights_lose_their_influence_early():
+    """Weights jump from 0 to 1: after 50 updates the EMA is above 0.99; a constant decay of 0.9999 would give 0.005."""
     weights = torch.zeros(1)
     ema = ShardedEMA([weights], 0.9999)
     weights.fill_(1.0)
@@ -49,7 +48,7 @@ def test_the_start_fades_instead_of_holding_the_average_back():
     assert float(ema.ema_weights[0]) > 0.99
 
 
-def test_averages_change_only_at_an_update_and_weights_never():
+def test_ema_weights_change_only_in_update_and_weights_never():
     weights = torch.ones(3)
     ema = ShardedEMA([weights], 0.9)
     weights.mul_(5.0)
@@ -59,19 +58,19 @@ def test_averages_change_only_at_an_update_and_weights_never():
     torch.testing.assert_close(ema.ema_weights[0], torch.full((3,), 0.1 * 1 + 0.9 * 5))
 
 
-def test_slices_average_to_the_slices_of_the_average():
-    whole, parts = torch.zeros(12), [torch.zeros(5), torch.zeros(0), torch.zeros(7)]
-    one, many = ShardedEMA([whole], 0.95), ShardedEMA(parts, 0.95)
+def test_the_ema_of_shards_is_the_shards_of_the_ema():
+    full, shards = torch.zeros(12), [torch.zeros(5), torch.zeros(0), torch.zeros(7)]
+    one, many = ShardedEMA([full], 0.95), ShardedEMA(shards, 0.95)
     for point in walk(20):
-        whole.copy_(point)
-        for part, piece in zip(parts, point.split([5, 0, 7]), strict=True):
-            part.copy_(piece)
+        full.copy_(point)
+        for shard, values in zip(shards, point.split([5, 0, 7]), strict=True):
+            shard.copy_(values)
         one.update()
         many.update()
     assert torch.equal(torch.cat(many.ema_weights), one.ema_weights[0])
 
 
-def test_a_resume_from_averages_and_their_count_continues_bit_for_bit():
+def test_a_resume_from_ema_weights_and_their_number_of_updates_is_bit_exact():
     points, weights = walk(20), torch.zeros(12)
     ema = ShardedEMA([weights], 0.95)
     for n, point in enumerate(points):
@@ -79,17 +78,17 @@ def test_a_resume_from_averages_and_their_count_continues_bit_for_bit():
             saved, updates = copy.deepcopy(ema.ema_weights), ema.updates
         weights.copy_(point)
         ema.update()
-    again = torch.zeros(12)
-    resumed = ShardedEMA([again], 0.95)
+    resumed_weights = torch.zeros(12)
+    resumed = ShardedEMA([resumed_weights], 0.95)
     resumed.ema_weights[0].copy_(saved[0])
     resumed.updates = updates
     for point in points[8:]:
-        again.copy_(point)
+        resumed_weights.copy_(point)
         resumed.update()
     assert torch.equal(resumed.ema_weights[0], ema.ema_weights[0])
 
 
-def test_averaging_keeps_no_graph():
+def test_ema_weights_have_no_autograd_graph():
     weights = torch.ones(3, requires_grad=True)
     ema = ShardedEMA([weights], 0.9)
     ema.update()

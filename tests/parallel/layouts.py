@@ -1,7 +1,8 @@
-"""One table of layouts, one global batch, one model: what every layout must train alike, and the single process itself.
+"""The table of layouts, one global batch and one model that every layout must train alike, and the single-process
+reference.
 
-The batch is several packs with segments of very different lengths, an image of 4 tokens next to a clip of 1,000. All
-weights are random, so that nothing is zero that could hide an error.
+The batch has several packs with segments of very different lengths, an image of 4 tokens next to a clip of 1,000. All
+weights are random, so that no zero can hide an error.
 """
 
 from __future__ import annotations
@@ -14,11 +15,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasora import parallelize
 from megasora.batch import VideoBatch
+from megasora.build import build_model
 from megasora.config import Config, load
+from megasora.data.loader import StepBatch
 from megasora.data.pack import Record, make_batch
+from megasora.data.packing_plan import Cursor
 from megasora.diffusion.flow import FlowMatching, velocity_error
 from megasora.optim.schedule import lr_at
+from megasora.parallel.mesh import Mesh, build_mesh
+from megasora.parallel.replica_check import check_replicas
+from megasora.parallel.share import share_pack
+from megasora.parallel.world import World
+from megasora.parallel.zero import ZeroEngine
+from megasora.parallelize import LocalModel
+from megasora.tasks.dit import DiTTask
 
 PATCH_DIM = 6
 STEPS = 3
@@ -31,7 +43,7 @@ BASE = [
     "data.tokens_per_pack=1066", "optim.lr=0.01", "optim.warmup_steps=2", "optim.max_grad_norm=0.1",
     "run.steps=100", "run.device=cpu", "run.dtype=float32", "optim.eps=1e-5", "optim.weight_decay=0.1",
 ]  # fmt: skip
-GRIDS = [  # of each pack: latent frames, rows, columns of tokens; some are part-full
+GRIDS = [  # of the clips of each pack: latent frames, rows, columns of tokens; some packs have padding
     [(10, 10, 10), (1, 2, 2), (3, 4, 5)],
     [(1, 2, 2), (5, 9, 9), (4, 4, 8), (2, 16, 16)],
     [(1, 8, 8), (1, 1, 1), (7, 5, 6), (1, 2, 2), (2, 3, 4)],
@@ -51,10 +63,10 @@ class Layout:
 
 
 def layout(processes: int, **axes: int | str) -> Layout:
-    """Keyword `packs` is data.packs_per_step, `depth` model.depth, all others are of `parallel`."""
+    """Keywords: `packs` (data.packs_per_step), `depth`, `recompute` (of `model`), and keys of `parallel`."""
     data = processes // (axes.get("tensor", 1) * axes.get("context", 1) * axes.get("pipeline", 1))
     name = ",".join(f"{key}={value}" for key, value in {"data": data, **axes}.items())
-    axes.setdefault("packs", 4 if data > 1 or "pipeline" in axes else 2)  # where ranks take or pass several
+    axes.setdefault("packs", 4 if data > 1 or "pipeline" in axes else 2)
     section = {"packs": "data.packs_per_step", "depth": "model.depth", "recompute": "model.recompute"}
     return Layout(name, processes, tuple(f"{section.get(k, f'parallel.{k}')}={v}" for k, v in axes.items()))
 
@@ -113,10 +125,10 @@ def global_batch(config: Config) -> list[VideoBatch]:
 
 
 def random_weight(name: str, shape: torch.Size) -> Tensor:
-    """A weight with nothing special about it, from its name alone."""
+    """A random weight that depends on its name and shape only."""
     draw = torch.Generator().manual_seed(sum(map(ord, name)) * 7919 + len(name))
-    spread = 0.25 if len(shape) > 1 else 0.1
-    return torch.randn(shape, generator=draw) * spread + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    std = 0.25 if len(shape) > 1 else 0.1
+    return torch.randn(shape, generator=draw) * std + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
 def objective_of(config: Config) -> FlowMatching:
@@ -124,36 +136,32 @@ def objective_of(config: Config) -> FlowMatching:
 
 
 def single_process(config: Config, dtype: torch.dtype, steps: int) -> dict:
-    """Plain torch, whole packs, one after the other: loss, gradients and norm of each step, weights and Adam's mean of
-    gradients after `steps` steps."""
-    from megasora.build import build_model
-
+    """The reference, in plain PyTorch with whole packs: loss and gradient norm of each step, gradients of the first,
+    weights after the last."""
     model = build_model(config, PATCH_DIM)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(random_weight(name, parameter.shape))
     model.to(dtype)
-    whole_matrix = {
-        n: p.ndim > 1 and not n.startswith("patch_") and "table" not in n for n, p in model.named_parameters()
-    }
-    decayed = [p for n, p in model.named_parameters() if whole_matrix[n]]
-    others = [p for n, p in model.named_parameters() if not whole_matrix[n]]
+    decays = {n: p.ndim > 1 and not n.startswith("patch_") and "table" not in n for n, p in model.named_parameters()}
+    with_decay = [p for n, p in model.named_parameters() if decays[n]]
+    without_decay = [p for n, p in model.named_parameters() if not decays[n]]
     o, objective = config.optim, objective_of(config)
     adam = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        [{"params": with_decay}, {"params": without_decay, "weight_decay": 0.0}],
         betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
     )  # fmt: skip
-    losses, norms, first = [], [], {}
+    losses, norms, gradients = [], [], {}
     for step in range(steps):
-        problems = [objective.add_noise(pack, step) for pack in global_batch(config)]
-        tokens = sum(int(weight.sum()) for _, _, weight in problems)
+        noised_packs = [objective.add_noise(pack, step) for pack in global_batch(config)]
+        tokens = sum(int(weight.sum()) for _, _, weight in noised_packs)
         loss = torch.zeros((), dtype=torch.float64)
-        for noised, target, weight in problems:
+        for noised, target, weight in noised_packs:
             error = velocity_error(model(noised), target.to(dtype), weight).squared_error_sum / tokens
             error.backward()
             loss += error.detach()
         for name, parameter in model.named_parameters() if step == 0 else ():
-            first[name] = parameter.grad.clone()
+            gradients[name] = parameter.grad.clone()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)))
         losses.append(float(loss))
         for group in adam.param_groups:
@@ -161,86 +169,84 @@ def single_process(config: Config, dtype: torch.dtype, steps: int) -> dict:
         adam.step()
         adam.zero_grad()
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "gradients": first, "weights": weights}
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 
-def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """(the largest over all tensors of max |a - b| / max |b|, its name). Raises where names or shapes differ."""
-    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+def relative_error(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """(largest max |a - b| / max |b| of all tensors, name of that tensor). AssertionError if names or shapes differ."""
+    assert tensors.keys() == expected.keys(), sorted(tensors.keys() ^ expected.keys())
     worst = (0.0, "")
     for name, b in expected.items():
-        a = found[name].to(torch.float64)
+        a = tensors[name].to(torch.float64)
         assert a.shape == b.shape, (name, a.shape, b.shape)
-        assert float(b.abs().max()) > 0, f"{name} is all zero and proves nothing"
-        assert bool(a.isfinite().all()), f"{name} is not finite"  # a maximum would pass over a NaN
+        assert float(b.abs().max()) > 0, f"{name} is all zero: the comparison would be empty"
+        assert bool(a.isfinite().all()), f"{name} is not finite"  # max() ignores NaN
         worst = max(worst, (float((a - b.double()).abs().max() / b.double().abs().max()), name))
     return worst
 
 
-def off(found: float, expected: float) -> float:
-    return abs(found - expected) / abs(expected)
+def relative_difference(value: float, expected: float) -> float:
+    return abs(value - expected) / abs(expected)
 
 
 def module_errors(results: list[dict], exact: dict) -> dict[str, float]:
-    """How far off are the ranks' `train_modules`, relative to the single process: {what: error}."""
-    error, name = relative_error(whole(results), exact["gradients"])
+    """{quantity: error of the ranks' `train_modules`, relative to the single process}."""
+    error, name = relative_error(full_gradients(results), exact["gradients"])
     return {
-        "loss": off(results[0]["loss"], exact["losses"][0]),
-        "norm of the gradient": off(results[0]["norm"], exact["norms"][0]),
+        "loss": relative_difference(results[0]["loss"], exact["losses"][0]),
+        "norm of the gradient": relative_difference(results[0]["norm"], exact["norms"][0]),
         f"gradient of {name}": error,
     }
 
 
-def step_errors(found: dict, single: dict, config: Config) -> dict[str, float]:
-    """The same of `train_steps`. Adam's mean after the first step is the clipped gradient, but for a factor."""
+def step_errors(trained: dict, single: dict, config: Config) -> dict[str, float]:
+    """The same for `train_steps`. After the first step Adam's exp_avg is the clipped gradient times 1 - beta."""
     clip, beta = config.optim.max_grad_norm / single["norms"][0], config.optim.betas[0]
     assert clip < 1, "clipping must be active"
-    means = {name: (1 - beta) * clip * gradient for name, gradient in single["gradients"].items()}
-    mean_error, mean_name = relative_error(found["means"], means)
-    weight_error, weight_name = relative_error(found["weights"], single["weights"])
-    numbers = {
-        f"{what} of step {step}": off(a, b)
+    exp_avg = {name: (1 - beta) * clip * gradient for name, gradient in single["gradients"].items()}
+    gradient_error, gradient_name = relative_error(trained["exp_avg"], exp_avg)
+    weight_error, weight_name = relative_error(trained["weights"], single["weights"])
+    scalars = {
+        f"{what} of step {step}": relative_difference(a, b)
         for what, key in (("loss", "losses"), ("norm", "norms"))
-        for step, (a, b) in enumerate(zip(found[key], single[key], strict=True))
+        for step, (a, b) in enumerate(zip(trained[key], single[key], strict=True))
     }
     return {
-        **numbers,
-        f"clipped gradient of {mean_name}": mean_error,
+        **scalars,
+        f"clipped gradient of {gradient_name}": gradient_error,
         f"{weight_name} after {len(single['losses'])} steps": weight_error,
     }
 
 
-# ---------------------------------------------------------------------- what the ranks of a layout run
+# ---------------------------------------------------------------------- run by the ranks of a layout
 
 
 def train_modules(config: Config) -> dict | None:
-    """One forward and backward in float64, without DeepSpeed: loss and whole gradients, on rank 0."""
-    from megasora.parallel.mesh import build_mesh
-    from megasora.parallel.share import share_pack
-    from megasora.parallelize import build_pipeline
-
+    """One forward and backward pass in float64, without DeepSpeed: loss, norm and this rank's gradients."""
     mesh = build_mesh(config.parallel, "cpu")
     local = random_local_model(config, mesh)
     for stage in local.stages.values():
         stage.double()
     packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
-    problems = [objective_of(config).add_noise(share_pack(p, config, mesh), 0) for p in packs]
-    noised, targets, weights = zip(*problems, strict=True)
+    noised_shares = [objective_of(config).add_noise(share_pack(p, config, mesh), 0) for p in packs]
+    noised, targets, weights = zip(*noised_shares, strict=True)
     tokens = torch.tensor(sum(float(w.sum()) for w in weights), dtype=torch.float64)
     dist.all_reduce(tokens, group=mesh.data_context.group)
     loss_sum = torch.zeros((), dtype=torch.float64)
 
-    def loss(prediction: Tensor, number: int) -> Tensor:
-        error = velocity_error(prediction, targets[number].double(), weights[number]).squared_error_sum / tokens
+    def loss(prediction: Tensor, index: int) -> Tensor:
+        error = velocity_error(prediction, targets[index].double(), weights[index]).squared_error_sum / tokens
         loss_sum.add_(error.detach())
         return error
 
     if mesh.pipeline.is_split:
-        pipeline = build_pipeline(local.stages, config, mesh, torch.device("cpu"), torch.float64, lambda stage: None)
+        pipeline = parallelize.build_pipeline(
+            local.stages, config, mesh, torch.device("cpu"), torch.float64, lambda stage: None
+        )
         pipeline.forward_backward(list(noised), loss)
     else:
-        for number, pack in enumerate(noised):
-            loss(local.stages[0](pack), number).backward()
+        for index, pack in enumerate(noised):
+            loss(local.stages[0](pack), index).backward()
     parameters = {name: p for stage in local.stages.values() for name, p in stage.named_parameters()}
     gradients = {}
     for name, parameter in parameters.items():
@@ -254,85 +260,92 @@ def train_modules(config: Config) -> dict | None:
     dist.all_reduce(square, group=mesh.model.group)
     dist.all_reduce(loss_sum)
     sent = local.attention.pop_bytes_sent() if local.attention is not None else 0
-    here = [(name, local.placements[name], gradients[name]) for name in primary]
+    local_gradients = [(name, local.placements[name], gradients[name]) for name in primary]
     return {
         "loss": float(loss_sum) / mesh.tensor.size, "norm": float(square.sqrt()), "sent": sent,
-        "parts": here if mesh.data_context.rank == 0 else [],
+        "gradients": local_gradients if mesh.data_context.rank == 0 else [],
     }  # fmt: skip
 
 
 def train_steps(config: Config, steps: int = STEPS) -> dict | None:
-    """Whole steps through DeepSpeed: losses, norms, Adam's means after the first, weights after the last."""
-    from megasora import parallelize as seam
-    from megasora.parallel.collectives import all_reduce_sum
-    from megasora.parallel.replica_check import check_replicas
-    from megasora.parallel.mesh import build_mesh
-    from megasora.parallel.share import share_pack
-    from megasora.parallel.world import World
-
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    mesh = build_mesh(config.parallel, "cpu")
-    seam.initial_weights = lambda config: random_weight
-    engine, objective = seam.parallelize(config, world, mesh), objective_of(config)
-    losses, norms, means = [], [], None
+    """Steps of `DiTTask` through DeepSpeed: losses, norms, Adam's exp_avg after the first step, weights after the last;
+    on rank 0. Checks all replicas after each step."""
+    task = build_task(config)
+    engine, world, mesh = task.engine, task.world, task.mesh
+    losses, norms, exp_avg = [], [], None
     for step in range(steps):
-        packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
-        problems = [objective.add_noise(share_pack(p, config, mesh), step) for p in packs]
-        noised, targets, weights = zip(*problems, strict=True)
-        tokens = float(all_reduce_sum(torch.tensor(sum(float(w.sum()) for w in weights)), mesh.data_context))
-        loss_sum = torch.zeros((), dtype=torch.float64)
-
-        def loss(prediction, number, targets=targets, weights=weights, tokens=tokens, loss_sum=loss_sum):
-            error = velocity_error(prediction, targets[number], weights[number]).squared_error_sum / tokens
-            loss_sum.add_(error.detach())
-            return error
-
-        norms.append(engine.train_step(list(noised), loss, lr_at(step, config.run.steps, config.optim)))
-        losses.append(float(world.all_reduce_sum(loss_sum)) / mesh.tensor.size)
+        lr = lr_at(step, config.run.steps, config.optim)
+        output = task.train_step(build_step_batch(config, mesh), step, lr, lambda phase: None)
+        norms.append(output.grad_norm)
+        error_sum = float(world.all_reduce_sum(output.sums["squared_error"]))
+        losses.append(error_sum / mesh.tensor.size / output.num_targets)
         if step == 0:
-            means = put_together(engine, world, "exp_avg")
-        sliced = config.parallel.zero_stage == 3
-        check_replicas(engine.compute_weights(), engine.placements, mesh, world, step, sliced)
-    weights = put_together(engine, world, "weights")
-    return {"losses": losses, "norms": norms, "means": means, "weights": weights} if world.is_main else None
+            exp_avg = gather_full_tensors(engine, world, "exp_avg")
+        is_partitioned = config.parallel.zero_stage == 3
+        check_replicas(engine.compute_weights(), engine.placements, mesh, world, step, is_partitioned)
+    weights = gather_full_tensors(engine, world, "weights")
+    return {"losses": losses, "norms": norms, "exp_avg": exp_avg, "weights": weights} if world.is_main else None
 
 
-def random_local_model(config: Config, mesh):
-    from megasora import parallelize as seam
+class TaskWithoutData(DiTTask):
+    """A DiTTask with random weights, whose packs come from `build_step_batch`."""
 
-    seam.initial_weights = lambda config: random_weight
-    return seam.build_local_model(config, torch.device("cpu"), mesh)
+    def __init__(self, config: Config, world: World, mesh: Mesh):
+        self.config, self.world, self.mesh = config, world, mesh
+        self.objective, self.reports_packs = objective_of(config), False
+        parallelize.initial_weights = lambda config: random_weight
+        self.engine = parallelize.parallelize(config, world, mesh)
 
 
-def put_together(engine, world, kind: str) -> dict[str, Tensor] | None:
-    """What the ranks own of one kind, as full tensors on the main one."""
-    here = [
+def build_task(config: Config) -> TaskWithoutData:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, local_rank=rank, local_size=size, device=torch.device("cpu"))
+    return TaskWithoutData(config, world, build_mesh(config.parallel, "cpu"))
+
+
+def build_step_batch(config: Config, mesh: Mesh) -> StepBatch:
+    """This rank's packs of the global batch."""
+    packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
+    shares = [share_pack(pack, config, mesh) for pack in packs]
+    return StepBatch(packs, shares, real_tokens=1, dropped_fraction=0.0, next_cursor=Cursor(), damaged=[])
+
+
+def random_local_model(config: Config, mesh: Mesh) -> LocalModel:
+    parallelize.initial_weights = lambda config: random_weight
+    return parallelize.build_local_model(config, torch.device("cpu"), mesh)
+
+
+def gather_full_tensors(engine: ZeroEngine, world: World, kind: str) -> dict[str, Tensor] | None:
+    """The full tensors of one kind of the ranks' fragments, on rank 0."""
+    local = [
         dataclasses.replace(f, values={kind: f.values[kind].clone()})
         for f in engine.fragments()
         if f.placement.is_primary_replica(engine.mesh.pipeline.rank, engine.mesh.tensor.rank)
     ]
-    everyone = world.gather_objects(here)
-    if everyone is None:
+    fragments_by_rank = world.gather_objects(local)
+    if fragments_by_rank is None:
         return None
-    parts, placements = {}, {}  # name: tensor rank: its part
-    for f in chain(*everyone):
+    shards, placements = {}, {}  # name: tensor rank: shard
+    for f in chain(*fragments_by_rank):
         shape = f.placement.local_shape(f.shape, f.tensor_size)
-        part = parts.setdefault(f.name, {}).setdefault(f.tensor_rank, torch.zeros(shape))
-        part.view(-1)[f.start : f.start + f.count] = f.values[kind]
+        shard = shards.setdefault(f.name, {}).setdefault(f.tensor_rank, torch.zeros(shape))
+        shard.view(-1)[f.start : f.start + f.count] = f.values[kind]
         placements[f.name] = f.placement
-    return {name: placements[name].full([p for _, p in sorted(parts[name].items())]) for name in sorted(parts)}
+    return {
+        name: placements[name].full([shard for _, shard in sorted(shards[name].items())]) for name in sorted(shards)
+    }
 
 
 def train_both(configs: list[Config]) -> list[tuple[dict, dict | None]]:
     return [(train_modules(config), train_steps(config)) for config in configs]
 
 
-def whole(results: list[dict]) -> dict[str, Tensor]:
-    """Gradients of all ranks' parts put together."""
-    parts: dict[str, list[Tensor]] = {}
+def full_gradients(results: list[dict]) -> dict[str, Tensor]:
+    """The full gradients, from the results of `train_modules` on all ranks."""
+    shards: dict[str, list[Tensor]] = {}
     placements = {}
     for result in results:  # in the order of ranks: tensor innermost
-        for name, placement, value in result["parts"]:
-            parts.setdefault(name, []).append(value)
+        for name, placement, gradient in result["gradients"]:
+            shards.setdefault(name, []).append(gradient)
             placements[name] = placement
-    return {name: placements[name].full(found) for name, found in parts.items()}
+    return {name: placements[name].full(shards[name]) for name in shards}

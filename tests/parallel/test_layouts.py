@@ -1,4 +1,4 @@
-"""Every layout trains the same model: against the single process, on the same global batch."""
+"""Every layout trains the model that one process trains on the same global batch."""
 
 from functools import cache
 
@@ -24,19 +24,17 @@ def expected(dialect: str, depth: int, packs: int, dtype: torch.dtype, steps: in
 def test_a_layout_trains_the_same_model(layout):
     configs = [configure(layout, dialect) for dialect in DIALECTS]
     results = run_ranks(train_both, layout.processes, configs)
-    for number, (dialect, config) in enumerate(zip(DIALECTS, configs, strict=True)):
+    for i, (dialect, config) in enumerate(zip(DIALECTS, configs, strict=True)):
         size = (dialect, config.model.depth, config.data.packs_per_step)
-        modules, steps = [rank[number][0] for rank in results], results[0][number][1]
+        modules, steps = [rank[i][0] for rank in results], results[0][i][1]
 
-        found = module_errors(modules, expected(*size, torch.float64, 1))
-        for what, error in found.items():
-            assert error <= MODULES_FLOAT64, f"{dialect}, float64: {what} is {error:.1e} off"
-        found = step_errors(steps, expected(*size, torch.float32, layouts.STEPS), config)
-        for what, error in found.items():
-            assert error <= STEPS_FLOAT32, f"{dialect}, float32 steps: {what} is {error:.1e} off"
+        for what, error in module_errors(modules, expected(*size, torch.float64, 1)).items():
+            assert error <= MODULES_FLOAT64, f"{dialect}, float64: {what} has error {error:.1e}"
+        for what, error in step_errors(steps, expected(*size, torch.float32, layouts.STEPS), config).items():
+            assert error <= STEPS_FLOAT32, f"{dialect}, float32 steps: {what} has error {error:.1e}"
 
 
-IN_BFLOAT16 = [  # ways of DeepSpeed to keep gradients in fp32, with a sum over the tensor and the pipeline axis
+IN_BFLOAT16 = [  # each DeepSpeed optimizer class, with gradients that are partial over tensor and over pipeline
     layouts.layout(1),
     layouts.layout(4, tensor=2, pipeline=2),
     layouts.layout(2, pipeline=2, schedule="zbv"),
@@ -48,12 +46,12 @@ IN_BFLOAT16 = [  # ways of DeepSpeed to keep gradients in fp32, with a sum over 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("layout", IN_BFLOAT16, ids=lambda layout: layout.name)
-def test_bfloat16_is_as_far_from_float32_in_every_layout(layout):
+def test_bfloat16_is_equally_close_to_float32_in_every_layout(layout):
     config = configure(layout, "shared")
     config.run.dtype = "bfloat16"
     steps = run_ranks(layouts.train_steps, layout.processes, config, 1)[0]
     exact = expected("shared", config.model.depth, config.data.packs_per_step, torch.float32, layouts.STEPS)
     assert steps["losses"][0] == pytest.approx(exact["losses"][0], rel=0.01)
     scale = (1 - config.optim.betas[0]) * config.optim.max_grad_norm / exact["norms"][0]
-    error = sum(float((steps["means"][n] - scale * g).square().sum()) for n, g in exact["gradients"].items())
+    error = sum(float((steps["exp_avg"][n] - scale * g).square().sum()) for n, g in exact["gradients"].items())
     assert (error / sum(float((scale * g).square().sum()) for g in exact["gradients"].values())) ** 0.5 < 0.025

@@ -1,7 +1,7 @@
-"""The proof that layouts train alike can fail: with one mistake made on purpose it is red, far above its bounds.
+"""Mutation tests: the comparison of layouts fails, far above its bounds, if one mistake is made on purpose.
 
-Each mistake is one that somebody could make: a sum over ranks left out, a hop not made, something counted twice. Two
-ranks train with each of them in turn; what is compared, and how, is what test_layouts compares.
+Each mistake is one that somebody could make: a missing sum over ranks, a missing exchange, a value counted twice. Two
+ranks train with one mistake after the other; the comparison is that of test_layouts.
 """
 
 import dataclasses
@@ -19,16 +19,17 @@ from megasora import parallelize
 from megasora.batch import segment_ids
 from megasora.errors import MegaSoraError
 from megasora.kernels.rms_norm import RMSNorm
-from megasora.parallel import collectives, context, share, tensor
+from megasora.parallel import collectives, context_attention, tensor
 from megasora.parallel.collectives import CopyToTensorParallel, GatherTokens
 from megasora.parallel.context_attention import ContextAttention, Transfer
 from megasora.parallel.zero import ZeroEngine
 from megasora.placement import Placement
+from megasora.tasks import dit
 from megasora.testing.spawn import run_ranks
 
-GREEN = {"modules": 1e-10, "steps": 2e-5}  # as in test_layouts
-RED = 1e-3
-SIZES = {  # both dialects; a model and a step small enough to be trained twenty times
+BOUNDS = {"modules": 1e-10, "steps": 2e-5}  # as in test_layouts
+LEAST_ERROR = 1e-3  # with a mistake
+CASES = {  # both dialects; small enough to be trained twenty times
     "tensor": (layout(2, tensor=2, depth=2, packs=2), "shared"),
     "context": (layout(2, context=2, depth=2, packs=2), "block"),
     "pipeline": (layout(2, pipeline=2, depth=2, packs=2), "shared"),
@@ -36,136 +37,138 @@ SIZES = {  # both dialects; a model and a step small enough to be trained twenty
 }
 
 
-def passed_on(ctx, grad):
+def backward_without_sum(ctx, grad):
     return grad, None
 
 
-def part_of_sum(ctx, grad):
+def backward_of_summed_chunk(ctx, grad):
     return collectives.local_chunk(grad, ctx.axis) * ctx.axis.size, None
 
 
-def norm_of_own_squares(ctx, x, weight, eps, size, total, via, original=RMSNorm.forward):
+def norm_of_local_squares(ctx, x, weight, eps, size, total, via, original=RMSNorm.forward):
     y = original(ctx, x, weight, eps, size, None, via)
     ctx.total = total
     return y
 
 
-def gradient_of_own_numbers(ctx, grad, original=RMSNorm.backward):
+def gradient_of_local_elements(ctx, grad, original=RMSNorm.backward):
     ctx.total = None
     return original(ctx, grad)
 
 
-def my_part_alone(x, axis):
+def chunk_without_sum(x, axis):
     return collectives.local_chunk(x, axis), None
 
 
-def unsummed_placement(*given, original=parallelize.placement_of):
-    return dataclasses.replace(original(*given), partial_axes=())
+def placement_without_partial_axes(*arguments, original=parallelize.placement_of):
+    return dataclasses.replace(original(*arguments), partial_axes=())
 
 
-def without_hops(*given, original=context.build_segments):
-    return dataclasses.replace(original(*given), hops=())
+def segments_without_exchanges(*arguments, original=context_attention.build_segments):
+    return dataclasses.replace(original(*arguments), exchanges=())
 
 
-def kept_keys_gradients(self, hop, gradients, like):
+def no_returned_gradients(self, exchange, gradients, like):
     return Transfer([], None, None)
 
 
-def mean_of_parts(out_a, lse_a, out_b, lse_b):
+def mean_of_partial_outputs(out_a, lse_a, out_b, lse_b):
     return (out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b)
 
 
-def share_from_the_start(*given, original=share.share_pack):
-    found = original(*given)
-    segment_L = segment_ids(found.cu_segments, len(found.positions_L))
-    return dataclasses.replace(found, positions_L=torch.arange(len(segment_L)) - found.cu_segments[segment_L])
+def share_with_local_positions(*arguments, original=layouts.share_pack):
+    share = original(*arguments)
+    segment_L = segment_ids(share.cu_segments, len(share.positions_L))
+    return dataclasses.replace(share, positions_L=torch.arange(len(segment_L)) - share.cu_segments[segment_L])
 
 
-def unscaled_step(self, *given, original=ZeroEngine.train_step):
+def step_without_scaled_loss(self, *arguments, original=ZeroEngine.train_step):
     mesh = self.mesh
     self.mesh = dataclasses.replace(mesh, data_context=dataclasses.replace(mesh.data_context, size=1))
     try:
-        return original(self, *given)
+        return original(self, *arguments)
     finally:
         self.mesh = mesh
 
 
-def counts_of_first_rank(placement, pipeline_rank, tensor_rank):
+def is_on_first_tensor_rank(placement, pipeline_rank, tensor_rank):
     return tensor_rank == 0
 
 
-NO_COUNT = patch.object(Placement, "is_primary_replica", lambda *_: True)
-NO_SUMS_TOLD = patch.object(parallelize, "placement_of", unsummed_placement)
-MISTAKES = {  # (layout, what is compared, mistake): (how it is made, where it is seen)
-    ("tensor", "modules", "gradients of what all ranks have are not summed"): (
-        patch.object(CopyToTensorParallel, "backward", staticmethod(passed_on)), "gradient of",
+ALL_COPIES_PRIMARY = patch.object(Placement, "is_primary_replica", lambda *_: True)
+NO_PARTIAL_AXES = patch.object(parallelize, "placement_of", placement_without_partial_axes)
+MISTAKES = {  # (layout, what is compared, mistake): (patch, quantity that shows it)
+    ("tensor", "modules", "gradients of replicated inputs are not summed"): (
+        patch.object(CopyToTensorParallel, "backward", staticmethod(backward_without_sum)), "gradient of",
     ),
-    ("tensor", "modules", "a norm is of a rank's own squares"): (
-        patch.object(RMSNorm, "forward", staticmethod(norm_of_own_squares)), "loss",
+    ("tensor", "modules", "a norm uses the local squares only"): (
+        patch.object(RMSNorm, "forward", staticmethod(norm_of_local_squares)), "loss",
     ),
-    ("tensor", "modules", "a norm's gradient is of a rank's own numbers"): (
-        patch.object(RMSNorm, "backward", staticmethod(gradient_of_own_numbers)), "gradient of",
+    ("tensor", "modules", "a norm's gradient uses the local elements only"): (
+        patch.object(RMSNorm, "backward", staticmethod(gradient_of_local_elements)), "gradient of",
     ),
-    ("tensor", "modules", "what every rank does alike is summed"): (
-        patch.object(GatherTokens, "backward", staticmethod(part_of_sum)), "gradient of",
+    ("tensor", "modules", "the gradient of a replicated computation is summed"): (
+        patch.object(GatherTokens, "backward", staticmethod(backward_of_summed_chunk)), "gradient of",
     ),
-    ("tensor", "modules", "products of matrix parts are not summed"): (
-        patch.object(tensor, "reduce_scatter_async", my_part_alone), "loss",
+    ("tensor", "modules", "partial matrix products are not summed"): (
+        patch.object(tensor, "reduce_scatter_async", chunk_without_sum), "loss",
     ),
-    ("tensor", "modules", "placements tell of no sums"): (NO_SUMS_TOLD, "gradient of"),
-    ("tensor", "modules", "copies count in the norm too"): (NO_COUNT, "norm of"),
-    ("tensor", "modules", "parts do not count in the norm"): (
-        patch.object(Placement, "is_primary_replica", counts_of_first_rank), "refused",
+    ("tensor", "modules", "placements have no partial axes"): (NO_PARTIAL_AXES, "gradient of"),
+    ("tensor", "modules", "replicas count in the norm more than once"): (ALL_COPIES_PRIMARY, "norm of"),
+    ("tensor", "modules", "shards do not count in the norm"): (
+        patch.object(Placement, "is_primary_replica", is_on_first_tensor_rank), "error",
     ),
     ("tensor", "steps", "partial gradients are not summed"): (
-        patch.object(ZeroEngine, "sum_partial_gradients", lambda self: None), "refused: step 0: parameter",
+        patch.object(ZeroEngine, "sum_partial_gradients", lambda self: None), "error: step 1: parameter",
     ),
-    ("tensor", "steps", "copies count in the norm too"): (NO_COUNT, "norm of step 0"),
-    ("context", "modules", "no hop is made"): (patch.object(context, "build_segments", without_hops), "loss"),
-    ("context", "modules", "gradients of keys do not come back"): (
-        patch.object(ContextAttention, "post_gradients", kept_keys_gradients), "gradient of",
+    ("tensor", "steps", "replicas count in the norm more than once"): (ALL_COPIES_PRIMARY, "norm of step 0"),
+    ("context", "modules", "no keys are exchanged"): (
+        patch.object(context_attention, "build_segments", segments_without_exchanges), "loss",
     ),
-    ("context", "modules", "parts of attention are averaged"): (
-        patch.object(context, "merge_partial_attention", mean_of_parts), "loss",
+    ("context", "modules", "gradients of keys are not returned"): (
+        patch.object(ContextAttention, "post_gradients", no_returned_gradients), "gradient of",
     ),
-    ("context", "modules", "noise begins anew on each rank"): (
-        patch.object(share, "share_pack", share_from_the_start), "loss",
+    ("context", "modules", "partial attention outputs are averaged"): (
+        patch.object(context_attention, "merge_partial_attention", mean_of_partial_outputs), "loss",
     ),
-    ("pipeline", "modules", "placements tell of no sums"): (NO_SUMS_TOLD, "gradient of"),
-    ("pipeline", "modules", "copies count in the norm too"): (NO_COUNT, "norm of"),
+    ("context", "modules", "each rank draws noise from position 0"): (
+        patch.object(layouts, "share_pack", share_with_local_positions), "loss",
+    ),
+    ("pipeline", "modules", "placements have no partial axes"): (NO_PARTIAL_AXES, "gradient of"),
+    ("pipeline", "modules", "replicas count in the norm more than once"): (ALL_COPIES_PRIMARY, "norm of"),
     ("pipeline", "steps", "partial gradients are not summed"): (
-        patch.object(ZeroEngine, "sum_partial_gradients", lambda self: None), "refused: step 0: parameter",
+        patch.object(ZeroEngine, "sum_partial_gradients", lambda self: None), "error: step 1: parameter",
     ),
-    ("data", "steps", "a rank divides by its own tokens"): (
-        patch.object(collectives, "all_reduce_sum", lambda values, axis: values), "loss of step 0",
+    ("data", "steps", "a rank divides by its local tokens"): (
+        patch.object(dit, "all_reduce_sum", lambda values, axis: values), "loss of step 0",
     ),
-    ("data", "steps", "the average over ranks is not made up for"): (
-        patch.object(ZeroEngine, "train_step", unscaled_step), "norm of step 0",
+    ("data", "steps", "the loss is not scaled for the average over ranks"): (
+        patch.object(ZeroEngine, "train_step", step_without_scaled_loss), "norm of step 0",
     ),
 }  # fmt: skip
-NONE = {(name, kind, "none"): (None, "") for name, kind, _ in MISTAKES}
+NO_MISTAKE = {(name, kind, "none"): (None, "") for name, kind, _ in MISTAKES}
 TRAINERS = {"modules": train_modules, "steps": train_steps}
 
 
 def train_with_each_mistake(name):
-    """{case: result} of one rank for the cases of a layout; in place of a result, why the debug guard ended it.
+    """{case: result} of one rank for the cases of a layout; where the replica check raised, its message instead.
 
     All ranks make the mistake, or none does.
     """
     results = {}
-    for case, (mistake, _) in (NONE | MISTAKES).items():
+    for case, (mistake, _) in (NO_MISTAKE | MISTAKES).items():
         if case[0] == name:
             try:
                 with mistake or nullcontext():
-                    results[case] = TRAINERS[case[1]](configure(*SIZES[name]))
+                    results[case] = TRAINERS[case[1]](configure(*CASES[name]))
             except MegaSoraError as error:
                 results[case] = str(error)
     return results
 
 
 @cache
-def ranks(name):
-    """What the ranks of the layout of this name have trained; an error is kept too, and not waited for in each test."""
+def results_of(name):
+    """Results of all ranks for a layout; an error is returned, so that it is cached too."""
     try:
         return run_ranks(train_with_each_mistake, 2, name)
     except (RuntimeError, TimeoutError) as error:
@@ -174,33 +177,33 @@ def ranks(name):
 
 @cache
 def expected(name, kind):
-    config = configure(*SIZES[name])
+    config = configure(*CASES[name])
     return single_process(config, *((torch.float64, 1) if kind == "modules" else (torch.float32, layouts.STEPS)))
 
 
 def errors_of(case):
     name, kind, _ = case
-    if isinstance(ranks(name), Exception):
-        raise ranks(name)
-    results = [rank[case] for rank in ranks(name)]
+    if isinstance(results_of(name), Exception):
+        raise results_of(name)
+    results = [rank[case] for rank in results_of(name)]
     if isinstance(results[0], str):
-        return {f"refused: {results[0]}": math.inf}
+        return {f"error: {results[0]}": math.inf}
     try:
         if kind == "modules":
             return module_errors(results, expected(name, kind))
-        return step_errors(results[0], expected(name, kind), configure(*SIZES[name]))
-    except AssertionError as error:  # names or shapes are not those of the single process
-        return {f"refused: {error}": math.inf}
+        return step_errors(results[0], expected(name, kind), configure(*CASES[name]))
+    except AssertionError as error:  # names or shapes differ from the single process
+        return {f"error: {error}": math.inf}
 
 
-@pytest.mark.parametrize("case", NONE, ids=": ".join)
-def test_without_a_mistake_the_comparison_is_green(case):
+@pytest.mark.parametrize("case", NO_MISTAKE, ids=": ".join)
+def test_the_comparison_passes_without_a_mistake(case):
     errors = errors_of(case)
-    assert all(error <= GREEN[case[1]] for error in errors.values()), errors
+    assert all(error <= BOUNDS[case[1]] for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("case", MISTAKES, ids=": ".join)
-def test_a_mistake_makes_the_comparison_red(case):
+def test_the_comparison_fails_with_a_mistake(case):
     errors = errors_of(case)
-    seen = {what: error for what, error in errors.items() if what.startswith(MISTAKES[case][1])}
-    assert seen and max(seen.values()) > RED, errors
+    shown = {what: error for what, error in errors.items() if what.startswith(MISTAKES[case][1])}
+    assert shown and max(shown.values()) > LEAST_ERROR, errors

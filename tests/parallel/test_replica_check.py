@@ -1,4 +1,4 @@
-"""The replica check: silent if ranks agree; a flipped bit raises an error with the tensor and the ranks on every rank."""
+"""The replica check is silent if ranks agree; a flipped bit raises an error with tensor and ranks on every rank."""
 
 import dataclasses
 from dataclasses import dataclass

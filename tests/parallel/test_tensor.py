@@ -1,6 +1,7 @@
-"""Linears whose matrix is spread over ranks, against nn.Linear on one process in float64: values and all gradients."""
+"""Linears that are sharded over ranks give the values and gradients of nn.Linear on one process, in float64."""
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,37 +10,39 @@ from torch import nn
 
 from megasora.model.attention import AcrossHeadsNorm
 from megasora.parallel import tensor
-from megasora.parallel.collectives import all_reduce_sum
+from megasora.parallel.collectives import all_gather_async, all_reduce_sum, reduce_scatter_async
 from megasora.parallel.mesh import Axis
 from megasora.parallel.tensor import ColumnParallelLinear, GatherChunkedOutput, RowParallelLinear
+from megasora.parallel.weight_grad_store import WeightGradStore
 from megasora.placement import Placement
 from megasora.testing.spawn import run_ranks
 
-RANKS, TOKENS, INPUTS, OUTPUTS = 2, 6, 5, 12  # no two alike
+RANKS, TOKENS, INPUTS, OUTPUTS = 2, 6, 5, 12  # all different
 HEADS, HEAD_DIM = 4, 3
 BOUND = 1e-13
-COLUMN = {  # options of ColumnParallelLinear: what x is on a rank, and what y
+COLUMN = {  # options of ColumnParallelLinear
     "column": dict(sequence_parallel=True),
-    "column of three runs": dict(sequence_parallel=True, num_chunks=3),
-    "column of what all ranks have": dict(sequence_parallel=False, num_chunks=2),
-    "column that is gathered": dict(sequence_parallel=False, gather_output=True),
-    "column of six runs that are gathered": dict(sequence_parallel=False, gather_output=True, num_chunks=6),
+    "column of three chunks": dict(sequence_parallel=True, num_chunks=3),
+    "column of a replicated input": dict(sequence_parallel=False, num_chunks=2),
+    "column with gathered output": dict(sequence_parallel=False, gather_output=True),
+    "column of six chunks with gathered output": dict(sequence_parallel=False, gather_output=True, num_chunks=6),
 }
 
 
-def drawn(*shape, seed):
+def normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def linear_of(inputs, outputs):
+def build_linear(inputs, outputs):
     linear = nn.Linear(inputs, outputs, dtype=torch.float64)
     with torch.no_grad():
-        linear.weight.copy_(drawn(outputs, inputs, seed=1))
-        linear.bias.copy_(drawn(outputs, seed=2))
+        linear.weight.copy_(normal(outputs, inputs, seed=1))
+        linear.bias.copy_(normal(outputs, seed=2))
     return linear
 
 
-def fill(module, full, placements, rank):
+def load_local(module, full, placements, rank):
+    """Copies this rank's shard of each parameter of `full` into `module`."""
     with torch.no_grad():
         for name, placement in placements.items():
             getattr(module, name).copy_(placement.local(getattr(full, name), rank, RANKS))
@@ -49,56 +52,57 @@ def results_of(y, x, module, **extra):
     return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in module.named_parameters()}, **extra}
 
 
-# ---------------------------------------------------------------------- the cases: a rank's part, and the whole
+# ---------------------------------------------------------------------- the cases: one rank, or all in one process
 
 
 def column_case(options, axis):
-    """x, y and their gradients are cut by tokens (first dim) or by outputs (last dim), or every rank has them whole."""
-    runs, tokens, whole = options.get("num_chunks", 1), options["sequence_parallel"], options.get("gather_output", False)
-    linear, x, grad_y = linear_of(INPUTS, OUTPUTS), drawn(TOKENS, INPUTS, seed=3), drawn(TOKENS, OUTPUTS, seed=4)
-    by_output = Placement(shard_dim=1, num_chunks=runs)
-    by_row = Placement(shard_dim=0, num_chunks=runs)
+    """x, y and their gradients are sharded by tokens (dim 0) or by outputs (dim 1), or replicated.
+
+    On a rank (`axis`) its results; without, the expected ones and how each is placed.
+    """
+    num_chunks, gather_output = options.get("num_chunks", 1), options.get("gather_output", False)
+    linear, x, grad_y = build_linear(INPUTS, OUTPUTS), normal(TOKENS, INPUTS, seed=3), normal(TOKENS, OUTPUTS, seed=4)
+    by_output = Placement(shard_dim=1, num_chunks=num_chunks)
+    by_row = Placement(shard_dim=0, num_chunks=num_chunks)
+    of_x = Placement(shard_dim=0) if options["sequence_parallel"] else Placement()
     if axis is None:
         x.requires_grad_()
         y = linear(x)
         y.backward(grad_y)
-        return results_of(y, x, linear), {
-            "y": Placement() if whole else by_output, "x": Placement(shard_dim=0) if tokens else Placement(),
-            "weight": by_row, "bias": by_row,
-        }  # fmt: skip
+        of_y = Placement() if gather_output else by_output
+        return results_of(y, x, linear), {"y": of_y, "x": of_x, "weight": by_row, "bias": by_row}
     module = ColumnParallelLinear(linear, axis, **options)
-    fill(module, linear, {"weight": by_row, "bias": by_row}, axis.rank)
-    x = Placement(shard_dim=0).local(x, axis.rank, RANKS).clone() if tokens else x
-    x.requires_grad_()
+    load_local(module, linear, {"weight": by_row, "bias": by_row}, axis.rank)
+    x = of_x.local(x, axis.rank, RANKS).clone().requires_grad_()
     y = module(x)
-    # what every rank has whole is used by every rank for its own tokens: its gradient is a part of the sum
-    part = grad_y * (0.25 + 0.5 * axis.rank) if whole else by_output.local(grad_y, axis.rank, RANKS)
-    y.backward(part)
+    # each rank uses a gathered output for its own tokens: its gradient is one summand
+    y.backward(grad_y * (0.25 + 0.5 * axis.rank) if gather_output else by_output.local(grad_y, axis.rank, RANKS))
     return results_of(y, x, module)
 
 
 def row_case(axis):
-    linear, x, grad_y = linear_of(OUTPUTS, INPUTS), drawn(TOKENS, OUTPUTS, seed=3), drawn(TOKENS, INPUTS, seed=4)
+    linear, x, grad_y = build_linear(OUTPUTS, INPUTS), normal(TOKENS, OUTPUTS, seed=3), normal(TOKENS, INPUTS, seed=4)
+    by_token, by_column = Placement(shard_dim=0), Placement(shard_dim=1)
     if axis is None:
         x.requires_grad_()
         y = linear(x)
         y.backward(grad_y)
-        places = {"y": Placement(shard_dim=0), "x": Placement(shard_dim=1), "weight": Placement(shard_dim=1), "bias": "sum"}
-        return results_of(y, x, linear), places
+        return results_of(y, x, linear), {"y": by_token, "x": by_column, "weight": by_column, "bias": "sum"}
     module = RowParallelLinear(linear, axis)
-    fill(module, linear, {"weight": Placement(shard_dim=1), "bias": Placement()}, axis.rank)
-    x = Placement(shard_dim=1).local(x, axis.rank, RANKS).clone().requires_grad_()
+    load_local(module, linear, {"weight": by_column, "bias": Placement()}, axis.rank)
+    x = by_column.local(x, axis.rank, RANKS).clone().requires_grad_()
     y = module(x)
-    y.backward(Placement(shard_dim=0).local(grad_y, axis.rank, RANKS))
+    y.backward(by_token.local(grad_y, axis.rank, RANKS))
     return results_of(y, x, module)
 
 
-def width_norm_case(axis):
+def across_heads_norm_case(axis):
     """A rank has some of the heads of every token."""
-    x, grad_y = drawn(TOKENS, HEADS, HEAD_DIM, seed=3), drawn(TOKENS, HEADS, HEAD_DIM, seed=4)
-    full, by_head, of_weight = AcrossHeadsNorm(HEADS * HEAD_DIM, "auto").double(), Placement(shard_dim=1), Placement(shard_dim=0)
+    x, grad_y = normal(TOKENS, HEADS, HEAD_DIM, seed=3), normal(TOKENS, HEADS, HEAD_DIM, seed=4)
+    full = AcrossHeadsNorm(HEADS * HEAD_DIM, "auto").double()
+    by_head, of_weight = Placement(shard_dim=1), Placement(shard_dim=0)
     with torch.no_grad():
-        full.weight.copy_(drawn(HEADS * HEAD_DIM, seed=1))
+        full.weight.copy_(normal(HEADS * HEAD_DIM, seed=1))
     if axis is None:
         x.requires_grad_()
         y = full(x)
@@ -106,138 +110,91 @@ def width_norm_case(axis):
         return results_of(y, x, full), {"y": by_head, "x": by_head, "weight": of_weight}
     module = AcrossHeadsNorm(HEADS * HEAD_DIM, "auto")
     module.weight = nn.Parameter(of_weight.local(full.weight.detach(), axis.rank, RANKS).clone())
-    module.sum_over_heads = lambda part: all_reduce_sum(part, axis)
+    module.sum_over_heads = lambda local_sum: all_reduce_sum(local_sum, axis)
     x = by_head.local(x, axis.rank, RANKS).clone().requires_grad_()
     y = module(x)
     y.backward(by_head.local(grad_y, axis.rank, RANKS))
     return results_of(y, x, module)
 
 
-def join_runs_case(axis):
-    x, grad_y, places = drawn(TOKENS, OUTPUTS, seed=3), drawn(TOKENS, OUTPUTS, seed=4), Placement(shard_dim=1, num_chunks=3)
+def gather_chunked_output_case(axis):
+    full, grad_y = normal(TOKENS, OUTPUTS, seed=3), normal(TOKENS, OUTPUTS, seed=4)
+    placement = Placement(shard_dim=1, num_chunks=3)
     if axis is None:
-        return {"y": x, "x": grad_y}, {"y": Placement(), "x": places}
-    part = places.local(x, axis.rank, RANKS).clone().requires_grad_()
-    y = GatherChunkedOutput.apply(part, axis, 3)
+        return {"y": full, "x": grad_y}, {"y": Placement(), "x": placement}
+    x = placement.local(full, axis.rank, RANKS).clone().requires_grad_()
+    y = GatherChunkedOutput.apply(x, axis, 3)
     y.backward(grad_y * (0.25 + 0.5 * axis.rank))
-    return {"y": y.detach(), "x": part.grad}
+    return {"y": y.detach(), "x": x.grad}
 
 
 def mlp_case(axis):
-    """Column, activation, row: the tokens of a rank in, and out again."""
-    up, down = linear_of(INPUTS, OUTPUTS), linear_of(OUTPUTS, INPUTS)
-    x, grad_y, by_token = drawn(TOKENS, INPUTS, seed=3), drawn(TOKENS, INPUTS, seed=4), Placement(shard_dim=0)
+    """Column, activation, row: sharded tokens in and out."""
+    up, down = build_linear(INPUTS, OUTPUTS), build_linear(OUTPUTS, INPUTS)
+    x, grad_y = normal(TOKENS, INPUTS, seed=3), normal(TOKENS, INPUTS, seed=4)
+    by_row, by_column = Placement(shard_dim=0), Placement(shard_dim=1)
     if axis is not None:
         column, row = ColumnParallelLinear(up, axis), RowParallelLinear(down, axis)
-        fill(column, up, {"weight": Placement(shard_dim=0), "bias": Placement(shard_dim=0)}, axis.rank)
-        fill(row, down, {"weight": Placement(shard_dim=1), "bias": Placement()}, axis.rank)
+        load_local(column, up, {"weight": by_row, "bias": by_row}, axis.rank)
+        load_local(row, down, {"weight": by_column, "bias": Placement()}, axis.rank)
         up, down = column, row
-        x, grad_y = (by_token.local(t, axis.rank, RANKS).clone() for t in (x, grad_y))
+        x, grad_y = (by_row.local(t, axis.rank, RANKS).clone() for t in (x, grad_y))
     x.requires_grad_()
     y = down(torch.tanh(up(x)))
     y.backward(grad_y)
-    found = {"y": y.detach(), "x": x.grad, "up": up.weight.grad, "up.bias": up.bias.grad, "down": down.weight.grad}
-    found["down.bias"] = down.bias.grad
-    places = {"y": by_token, "x": by_token, "up": Placement(shard_dim=0), "up.bias": Placement(shard_dim=0)}
-    return found if axis is not None else (found, {**places, "down": Placement(shard_dim=1), "down.bias": "sum"})
+    results = {"y": y.detach(), "x": x.grad, "up": up.weight.grad, "up.bias": up.bias.grad, "down": down.weight.grad}
+    results["down.bias"] = down.bias.grad
+    placements = {"y": by_row, "x": by_row, "up": by_row, "up.bias": by_row, "down": by_column, "down.bias": "sum"}
+    return results if axis is not None else (results, placements)
 
 
 CASES = {name: partial(column_case, options) for name, options in COLUMN.items()}
-CASES |= {"row": row_case, "width norm": width_norm_case, "joined runs": join_runs_case, "column and row": mlp_case}
+CASES |= {
+    "row": row_case,
+    "norm across heads": across_heads_norm_case,
+    "gathered chunks": gather_chunked_output_case,
+    "column and row": mlp_case,
+}
 
 
-# ---------------------------------------------------------------------- what is not needed
+# ---------------------------------------------------------------------- gradients that are not needed
 
 
-def frozen(module, x, grad_y, wanted):
-    """Which gradients there are, and how many collectives the backward pass made, if only `wanted` need one."""
+def backward_of(module, x, grad_y, needed):
+    """(names of the gradients, collectives of the backward pass) if only `needed` require a gradient."""
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in wanted)
+        parameter.requires_grad_(name in needed)
         parameter.grad = None
-    x = x.clone().requires_grad_("x" in wanted)
+    x = x.clone().requires_grad_("x" in needed)
     y = module(x)
-    made, originals = [], {name: getattr(tensor, name) for name in ("all_gather_async", "reduce_scatter_async")}
-    for name, original in originals.items():
-        setattr(tensor, name, lambda *given, name=name, original=original: (made.append(name), original(*given))[1])
-    try:
+    calls = []
+
+    def recorded(name, original):
+        return patch.object(tensor, name, lambda *args: (calls.append(name), original(*args))[1])
+
+    with recorded("all_gather_async", all_gather_async), recorded("reduce_scatter_async", reduce_scatter_async):
         y.backward(grad_y)
-    finally:
-        for name, original in originals.items():
-            setattr(tensor, name, original)
-    found = {name for name, p in module.named_parameters() if p.grad is not None}
-    return found | ({"x"} if x.grad is not None else set()), sorted(made)
+    gradients = {name for name, p in module.named_parameters() if p.grad is not None}
+    return gradients | ({"x"} if x.grad is not None else set()), sorted(calls)
 
 
 def needed_gradients(axis):
-    column, row = ColumnParallelLinear(linear_of(INPUTS, OUTPUTS), axis), RowParallelLinear(linear_of(OUTPUTS, INPUTS), axis)
-    mine, part = TOKENS // RANKS, OUTPUTS // RANKS
+    column, row = (
+        ColumnParallelLinear(build_linear(INPUTS, OUTPUTS), axis),
+        RowParallelLinear(build_linear(OUTPUTS, INPUTS), axis),
+    )
+    local_tokens, local_outputs = TOKENS // RANKS, OUTPUTS // RANKS
     for module in (column, row):
         for parameter in module.parameters():
             nn.init.ones_(parameter)
-    return {
-        (name, wanted): frozen(module, *given, wanted)
-        for name, module, given in (
-            ("column", column, (drawn(mine, INPUTS, seed=5), drawn(TOKENS, part, seed=6))),
-            ("row", row, (drawn(TOKENS, part, seed=5), drawn(mine, INPUTS, seed=6))),
-        )
-        for wanted in (("x",), ("weight",), ("bias",), ("x", "weight", "bias"))
+    inputs = {
+        "column": (column, normal(local_tokens, INPUTS, seed=5), normal(TOKENS, local_outputs, seed=6)),
+        "row": (row, normal(TOKENS, local_outputs, seed=5), normal(local_tokens, INPUTS, seed=6)),
     }
+    return {(name, needed): backward_of(*inputs[name], needed) for name, needed in COLLECTIVES}
 
 
-def put_off(axis):
-    """The gradients of weights where `later` takes them: None at first, then as without it."""
-    results = {}
-    for name, case_of in (("column", ColumnParallelLinear), ("row", RowParallelLinear)):
-        inputs, outputs = (INPUTS, OUTPUTS) if name == "column" else (OUTPUTS, INPUTS)
-        gradients = []
-        for later in (False, True):
-            module, waiting = case_of(linear_of(inputs, outputs), axis), []
-            for parameter in module.parameters():
-                nn.init.ones_(parameter)
-            module.later = (lambda weight, compute, to=waiting: to.append((weight, compute))) if later else None
-            rows = TOKENS // RANKS if name == "column" else TOKENS
-            x = drawn(rows, module.weight.shape[1], seed=7 + axis.rank).requires_grad_()
-            module(x).square().sum().backward()
-            if later:
-                assert module.weight.grad is None and waiting[0][0] is module.weight and len(waiting) == 1
-                with torch.no_grad():
-                    module.weight.grad = waiting[0][1]()
-            gradients.append((x.grad, module.weight.grad, module.bias.grad))
-        results[name] = gradients
-    return results
-
-
-# ---------------------------------------------------------------------- ranks
-
-
-def run_cases():
-    axis = Axis("tensor", RANKS, dist.get_rank(), dist.group.WORLD)
-    return {name: case(axis) for name, case in CASES.items()}, needed_gradients(axis), put_off(axis)
-
-
-@pytest.fixture(scope="module")
-def on_ranks():
-    return run_ranks(run_cases, RANKS)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_those_of_the_whole_matrix(name, on_ranks):
-    expected, places = CASES[name](None)
-    found = [rank[0][name] for rank in on_ranks]
-    assert found[0].keys() == expected.keys() == places.keys()
-    for what, place in places.items():
-        parts = [rank[what] for rank in found]
-        if place == "sum":  # each rank has added it to its own tokens only
-            put_together = sum(parts)
-        else:
-            put_together = place.full(parts)
-            assert place.shard_dim is not None or all(torch.equal(part, parts[0]) for part in parts), what
-        assert put_together.shape == expected[what].shape
-        error = (put_together - expected[what]).abs().max() / expected[what].abs().max()
-        assert float(error) <= BOUND, (what, float(error))
-
-
-NEEDED = {  # collectives of the backward pass
+COLLECTIVES = {  # (linear, needed gradients): collectives of the backward pass
     ("column", ("x",)): ["reduce_scatter_async"],
     ("column", ("weight",)): ["all_gather_async"],
     ("column", ("bias",)): [],
@@ -249,17 +206,70 @@ NEEDED = {  # collectives of the backward pass
 }
 
 
-@pytest.mark.parametrize("name, wanted", NEEDED)
-def test_a_gradient_that_nobody_needs_is_neither_computed_nor_sent(name, wanted, on_ranks):
+def deferred_gradients(axis):
+    """{linear: gradients computed at once, and with the weight's deferred to a store}."""
+    results = {}
+    for name, linear_type in (("column", ColumnParallelLinear), ("row", RowParallelLinear)):
+        inputs, outputs = (INPUTS, OUTPUTS) if name == "column" else (OUTPUTS, INPUTS)
+        gradients = []
+        for store in (None, WeightGradStore()):
+            module = linear_type(build_linear(inputs, outputs), axis)
+            for parameter in module.parameters():
+                nn.init.ones_(parameter)
+            module.wgrad_store = store
+            rows = TOKENS // RANKS if name == "column" else TOKENS
+            x = normal(rows, module.weight.shape[1], seed=7 + axis.rank).requires_grad_()
+            module(x).square().sum().backward()
+            if store is not None:
+                assert module.weight.grad is None and len(store.deferred) == 1
+                store.pop()()
+            gradients.append((x.grad, module.weight.grad, module.bias.grad))
+        results[name] = gradients
+    return results
+
+
+# ---------------------------------------------------------------------- ranks
+
+
+def run_cases():
+    axis = Axis("tensor", RANKS, dist.get_rank(), dist.group.WORLD)
+    return {name: case(axis) for name, case in CASES.items()}, needed_gradients(axis), deferred_gradients(axis)
+
+
+@pytest.fixture(scope="module")
+def on_ranks():
+    return run_ranks(run_cases, RANKS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_the_full_matrix(name, on_ranks):
+    expected, placements = CASES[name](None)
+    by_rank = [rank[0][name] for rank in on_ranks]
+    assert by_rank[0].keys() == expected.keys() == placements.keys()
+    for what, placement in placements.items():
+        local_tensors = [results[what] for results in by_rank]
+        if placement == "sum":  # each rank has added the bias to its own tokens only
+            actual = sum(local_tensors)
+        else:
+            actual = placement.full(local_tensors)
+            is_replicated = placement.shard_dim is None
+            assert not is_replicated or all(torch.equal(local, local_tensors[0]) for local in local_tensors), what
+        assert actual.shape == expected[what].shape
+        error = (actual - expected[what]).abs().max() / expected[what].abs().max()
+        assert float(error) <= BOUND, (what, float(error))
+
+
+@pytest.mark.parametrize("name, needed", COLLECTIVES)
+def test_a_gradient_that_is_not_needed_is_neither_computed_nor_sent(name, needed, on_ranks):
     for rank in on_ranks:
-        gradients, collectives = rank[1][name, wanted]
-        assert gradients == set(wanted)
-        assert collectives == NEEDED[name, wanted]
+        gradients, collectives = rank[1][name, needed]
+        assert gradients == set(needed)
+        assert collectives == COLLECTIVES[name, needed]
 
 
 @pytest.mark.parametrize("name", ["column", "row"])
-def test_the_gradient_of_a_weight_that_is_put_off_is_the_same_bit_for_bit(name, on_ranks):
+def test_a_deferred_weight_gradient_is_bit_for_bit_the_same(name, on_ranks):
     for rank in on_ranks:
-        at_once, later = rank[2][name]
-        assert all(torch.equal(a, b) for a, b in zip(at_once, later, strict=True))
+        at_once, deferred = rank[2][name]
+        assert all(torch.equal(a, b) for a, b in zip(at_once, deferred, strict=True))
         assert at_once[1].any()

@@ -7,7 +7,7 @@ import torch
 
 from megasora.config import load
 from megasora.testing.spawn import run_ranks
-from megasora.testing.wan import CLIPS, make_pack, make_tiny_wan, run_theirs, write_weights
+from megasora.testing.wan import CLIPS, make_pack, make_tiny_wan, run_reference, write_weights
 
 
 def predict_share(settings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +39,7 @@ def test_imported_weights_under_tensor_2_context_2_give_what_diffusers_gives(axe
     weights = write_weights(tiny, tmp_path / "ours.safetensors")
     pack = make_pack()
     with torch.no_grad():
-        theirs = run_theirs(tiny.theirs, pack)
+        theirs = run_reference(tiny.reference, pack)
     settings = [*tiny.settings, f"model.init_from={weights}", f"data.tokens_per_pack={len(pack.patches_LP)}"]
     ranks = run_ranks(predict_share, 4, [*settings, *(f"parallel.{axis}" for axis in axes)])
     for one, peer in (ranks[:2], ranks[2:]):

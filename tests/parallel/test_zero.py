@@ -1,6 +1,8 @@
-"""What ZeRO leaves to a rank: fragments that make each number of the model once, and from which training goes on."""
+"""ZeroEngine: its fragments cover each element of the model once and can be loaded; gradients are summed in fp32."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import pytest
 import torch
@@ -12,86 +14,135 @@ from megasora.optim.schedule import lr_at
 from megasora.testing.spawn import run_ranks
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
-WAYS = [(1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
+STAGES = [(1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
 
 
-def train_step(engine, config, step):
-    """The norm of the gradient and the loss, as they are."""
-    mesh, objective, losses = engine.mesh, objective_of(config), []
-    packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
-    noised, targets, weights = zip(*(objective.add_noise(pack, step) for pack in packs), strict=True)
-
-    def loss(prediction, number):
-        found = velocity_error(prediction, targets[number], weights[number]).squared_error_sum / 1000
-        losses.append(float(found.detach()))
-        return found
-
-    return engine.train_step(list(noised), loss, lr_at(step, config.run.steps, config.optim)), losses
-
-
-def copy_of(fragments):
-    return [{kind: values.clone() for kind, values in f.values.items()} for f in fragments]
-
-
-def go_on_in_another_engine(ways):
-    """For each way of ZeRO: what an engine does in its second step, and what one that was filled after the first."""
-    from megasora import parallelize as seam
+def build_engine(config):
+    from megasora import parallelize
     from megasora.parallel.mesh import build_mesh
     from megasora.parallel.world import World
 
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size, torch.device("cpu"))
-    seam.initial_weights = lambda config: random_weight
+    parallelize.initial_weights = lambda config: random_weight
+    return parallelize.parallelize(config, world, build_mesh(config.parallel, "cpu"))
+
+
+def train_step(engine, config, step):
+    """(norm of the gradient, this rank's losses)"""
+    mesh, objective, losses = engine.mesh, objective_of(config), []
+    packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
+    noised, targets, weights = zip(*(objective.add_noise(pack, step) for pack in packs), strict=True)
+
+    def loss(prediction, microbatch):
+        value = velocity_error(prediction, targets[microbatch], weights[microbatch]).squared_error_sum / 1000
+        losses.append(float(value.detach()))
+        return value
+
+    return engine.train_step(list(noised), loss, lr_at(step, config.run.steps, config.optim)), losses
+
+
+# ---------------------------------------------------------------------- fragments
+
+
+def clone_values(fragments):
+    return [{kind: values.clone() for kind, values in f.values.items()} for f in fragments]
+
+
+def resume_in_another_engine(stages):
+    """For each (ZeRO stage, dtype): the second step of an engine, and of another one that has loaded its first."""
     results = []
-    for stage, dtype in ways:
-        config = configure(layout(size, zero_stage=stage, depth=1, packs=2), "block")
+    for stage, dtype in stages:
+        config = configure(layout(dist.get_world_size(), zero_stage=stage, depth=1, packs=2), "block")
         config.run.dtype = dtype
-        mesh = build_mesh(config.parallel, "cpu")
-        first, second = (seam.parallelize(config, world, mesh) for _ in range(2))
+        first, second = build_engine(config), build_engine(config)
         train_step(first, config, 0)
-        train_step(second, config, 7)  # which is to be forgotten
-        saved = copy_of(first.fragments())
+        train_step(second, config, 7)  # to be overwritten
+        saved = clone_values(first.fragments())
         for fragment, values in zip(second.fragments(), saved, strict=True):
             for kind in KINDS:
                 fragment.values[kind].copy_(values[kind])
         second.sync_after_load(1)
-        ends = []
+        after = []
         for engine in (first, second):
-            told = train_step(engine, config, 1)
-            copies = {name: copy.clone() for name, copy in engine.compute_weights().items()}
-            ends.append((told, copy_of(engine.fragments()), copies))
-        counts = [(f.name, f.shape.numel(), f.start, f.count) for f in first.fragments()]
-        results.append((counts, saved, ends))
+            norm_and_losses = train_step(engine, config, 1)
+            weights = {name: weight.clone() for name, weight in engine.compute_weights().items()}
+            after.append((norm_and_losses, clone_values(engine.fragments()), weights))
+        ranges = [(f.name, f.shape.numel(), f.start, f.count) for f in first.fragments()]
+        results.append((ranges, saved, after))
     return results
 
 
 @pytest.fixture(scope="module")
 def on_ranks():
-    return run_ranks(go_on_in_another_engine, 2, WAYS)
+    return run_ranks(resume_in_another_engine, 2, STAGES)
 
 
-@pytest.mark.parametrize("number", range(len(WAYS)), ids=[f"{dtype}-{stage}" for stage, dtype in WAYS])
-def test_an_engine_that_is_filled_goes_on_bit_by_bit(number, on_ranks):
+each_stage = pytest.mark.parametrize("case", range(len(STAGES)), ids=[f"{dtype}-{stage}" for stage, dtype in STAGES])
+
+
+@each_stage
+def test_an_engine_that_has_loaded_fragments_resumes_bit_for_bit(case, on_ranks):
     for rank in on_ranks:
-        _, before, (first, second) = rank[number]
+        _, saved, (first, second) = rank[case]
         assert first[0] == second[0]
         for kind in KINDS:
-            ours, theirs, old = (torch.cat([values[kind] for values in end]) for end in (first[1], second[1], before))
-            assert torch.equal(ours, theirs) and not torch.equal(ours, old)
+            a, b, before = (torch.cat([values[kind] for values in all_]) for all_ in (first[1], second[1], saved))
+            assert torch.equal(a, b) and not torch.equal(a, before)
         assert first[2].keys() == second[2].keys()
         assert all(torch.equal(first[2][name], second[2][name]) for name in first[2])
-        assert {copy.dtype for copy in first[2].values()} == {getattr(torch, WAYS[number][1])}
+        assert {weight.dtype for weight in first[2].values()} == {getattr(torch, STAGES[case][1])}
 
 
-@pytest.mark.parametrize("number", range(len(WAYS)), ids=[f"{dtype}-{stage}" for stage, dtype in WAYS])
-def test_fragments_of_all_ranks_make_each_number_once(number, on_ranks):
-    found: dict[str, list] = {}
+@each_stage
+def test_fragments_of_all_ranks_cover_each_element_once(case, on_ranks):
+    by_name: dict[str, list] = {}
     for rank in on_ranks:
-        for name, size, start, count in rank[number][0]:
-            found.setdefault(name, [size]).append((start, count))
-    for name, (size, *pieces) in found.items():
-        here = 0
-        for start, count in sorted(pieces):
-            assert start == here, name
-            here += count
-        assert here == size, name
+        for name, size, start, count in rank[case][0]:
+            by_name.setdefault(name, [size]).append((start, count))
+    for name, (size, *ranges) in by_name.items():
+        end = 0
+        for start, count in sorted(ranges):
+            assert start == end, name
+            end += count
+        assert end == size, name
+
+
+# ---------------------------------------------------------------------- sums of gradients
+
+
+def first_moments(layout):
+    """{(parameter, start): its first moments after one step}: with these settings exactly half of its gradient."""
+    config = configure(layout, "block")
+    config.run.dtype, config.optim.max_grad_norm, config.optim.betas = "bfloat16", 1e9, [0.5, 0.95]
+    engine = build_engine(config)
+    train_step(engine, config, 0)
+    owned = (f for f in engine.fragments() if not f.placement.partial_axes)  # summed over data ranks only
+    return {(f.name, f.start): f.values["exp_avg"].clone() for f in owned}
+
+
+@cache
+def full_moments(layout):
+    found = {}
+    for rank in run_ranks(first_moments, layout.processes, layout):
+        found |= rank
+    names = sorted({name for name, _ in found})
+    return {name: torch.cat([found[key] for key in sorted(found) if key[0] == name]) for name in names}
+
+
+ZBV = dict(pipeline=2, schedule="zbv", depth=4, packs=2)
+
+
+@pytest.mark.parametrize(
+    "split, single",
+    [(layout(2, zero_stage=stage, depth=1, packs=2), layout(1, depth=1, packs=2)) for stage in (1, 2, 3)]
+    + [(layout(4, **ZBV), layout(2, **ZBV))],
+    ids=lambda layout: layout.name,
+)
+def test_bf16_gradients_of_two_data_ranks_are_summed_in_fp32(split, single):
+    """One process adds the gradients of two packs in fp32; two data ranks with one pack each give the same bits."""
+    found, expected = full_moments(split), full_moments(single)
+    assert found.keys() == expected.keys() and len(found) > 20
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+    in_bf16 = [name for name, moments in expected.items() if torch.equal(moments, moments.bfloat16().float())]
+    assert len(in_bf16) < 5, in_bf16  # such as null_text, to which only one of the packs contributes

@@ -1,4 +1,4 @@
-"""A run that changes its layout at every launch is the run that never stopped: the same clips, losses and weights."""
+"""A run resumed in another layout at every launch equals the uninterrupted run: the same clips, losses and weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import lines, saved, train, train_arguments
+from conftest import full_tensors, read_jsonl, train, train_arguments
 
 from megasora.run_log.ledger import read_ledger
 from megasora.testing.spawn import run_ranks
@@ -25,26 +25,26 @@ LAUNCHES = [  # (last step, processes, settings)
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_in_five_layouts_is_the_uninterrupted_run(shards, tiny, tmp_path):
-    whole, chain = tmp_path / "whole", tmp_path / "chain"
-    assert run_ranks(train, 1, [*train_arguments(whole, shards, tiny), *SETTINGS]) == [None]
+def test_a_run_resumed_in_five_layouts_equals_the_uninterrupted_run(shards, tiny, tmp_path):
+    single, chain = tmp_path / "single", tmp_path / "chain"
+    assert run_ranks(train, 1, [*train_arguments(single, shards, tiny), *SETTINGS]) == [None]
     for last, processes, settings in LAUNCHES:
         ends = run_ranks(train, processes, [*train_arguments(chain, shards, tiny), *SETTINGS, *settings], last)
         assert all(end is None or end.startswith(f"StopRequested: saved after step {last};") for end in ends)
         assert (chain / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
 
-    ledger = read_ledger(whole)
+    ledger = read_ledger(single)
     assert read_ledger(chain) == ledger and sorted(ledger) == list(range(1, 11))
     seen = Counter(i for ids in ledger.values() for i in ids)
-    assert len(seen) == 60 and max(seen.values()) - min(seen.values()) <= 1  # epochs, and a part of one
+    assert len(seen) == 60 and max(seen.values()) - min(seen.values()) <= 1  # epochs, and part of one
 
-    ours, theirs = lines(chain), lines(whole)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, 11))
-    for a, b in zip(ours, theirs, strict=True):
+    metrics, expected_metrics = read_jsonl(chain), read_jsonl(single)
+    assert [line["step"] for line in metrics] == [line["step"] for line in expected_metrics] == list(range(1, 11))
+    for a, b in zip(metrics, expected_metrics, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6), a["step"]
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5), a["step"]
-    found, expected = saved(chain, 10), saved(whole, 10)
-    assert found.keys() == expected.keys()
+    tensors, expected = full_tensors(chain, 10), full_tensors(single, 10)
+    assert tensors.keys() == expected.keys()
     for name, values in expected.items():
         scale = float(values.abs().max())
-        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensors[name], values, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")

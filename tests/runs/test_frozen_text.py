@@ -1,4 +1,4 @@
-"""A run whose captions were read by a frozen encoder at ingest: through ingest, training and sampling."""
+"""A run with captions encoded by a frozen text encoder at ingest: ingest, training, sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same run there, in bfloat16, and the same attention."""
+"""On a GPU: a run in bfloat16 follows the CPU's, and attention equals the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.skipif(not (find_spec("deepspeed") and find_spec("webdataset")), reason="needs DeepSpeed, WebDataset")
-def test_a_run_on_a_gpu_follows_the_one_on_the_cpu(trained, shards, launch, tiny, tmp_path):
+def test_a_run_on_a_gpu_follows_that_on_a_cpu(trained, shards, launch, tiny, tmp_path):
     code, output = launch("megasora.train", *train_arguments(tmp_path / "gpu", shards, tiny), "run.device=cuda")
     assert code == 0, output
     cpu, gpu = ((run / "metrics.jsonl").read_text().splitlines() for run in (trained, tmp_path / "gpu"))
@@ -25,7 +25,7 @@ def test_a_run_on_a_gpu_follows_the_one_on_the_cpu(trained, shards, launch, tiny
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("cu", [[0, 256, 512, 768, 1024], [0, 4, 900, 1000, 1013]], ids=["unmasked", "uneven"])
 def test_attention_on_a_gpu_equals_the_reference(cu, dtype, tolerance):
-    """Output and every gradient, off by the rounding of the dtype: relative to the largest number of each."""
+    """Errors of the output and each gradient, relative to its largest element, are within the rounding of the dtype."""
     from megasora.kernels.attention import Segments, attention, attention_reference
 
     generator = torch.Generator().manual_seed(0)
@@ -40,8 +40,8 @@ def test_attention_on_a_gpu_equals_the_reference(cu, dtype, tolerance):
         out.backward(grad)
         return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
 
-    exact = output_and_gradients(lambda *given: attention_reference(*given)[0], "cpu", torch.float64)
-    found = output_and_gradients(attention, "cuda", dtype)
+    exact = output_and_gradients(lambda *inputs: attention_reference(*inputs)[0], "cpu", torch.float64)
+    computed = output_and_gradients(attention, "cuda", dtype)
     for name, expected in exact.items():
-        error = (found[name].cpu().double() - expected).abs().max() / expected.abs().max()
-        assert error < tolerance, f"{name} is {float(error):.1e} off"
+        error = (computed[name].cpu().double() - expected).abs().max() / expected.abs().max()
+        assert error < tolerance, f"{name} is relative error {float(error):.1e}"

@@ -1,25 +1,27 @@
-"""Whole training runs: what must not change them, and what they must refuse."""
+"""Whole training runs: data parallel, resumed and bf16 runs against one process, and launches that are errors."""
 
 from __future__ import annotations
 
 import shutil
 
 import pytest
-from conftest import check_repeats, lines, train_arguments
+from conftest import check_resume_repeats, read_jsonl, train_arguments
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_two_processes_train_what_one_trains(zero_stage, trained, shards, launch, tiny, tmp_path):
+def test_two_processes_train_as_one(zero_stage, trained, shards, launch, tiny, tmp_path):
     arguments = [*train_arguments(tmp_path / "two", shards, tiny), f"parallel.zero_stage={zero_stage}"]
     code, output = launch("megasora.train", *arguments, processes=2)
     assert code == 0, output
-    one, two = lines(trained), lines(tmp_path / "two")
+    one, two = read_jsonl(trained), read_jsonl(tmp_path / "two")
     assert len(one) == len(two) == 20
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-5), a["step"]
         assert b["lr"] == a["lr"] and b["padding_fraction"] == a["padding_fraction"]
-    for a, b in zip(lines(trained, "validation.jsonl"), lines(tmp_path / "two", "validation.jsonl"), strict=True):
+    for a, b in zip(
+        read_jsonl(trained, "validation.jsonl"), read_jsonl(tmp_path / "two", "validation.jsonl"), strict=True
+    ):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
@@ -28,26 +30,26 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, shards
     shutil.copytree(trained, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000020")
     (resumed / "checkpoints" / "latest").write_text("step-00000010\n")
-    (resumed / "checkpoints" / ".step-00000020.part").mkdir()  # as a kill in mid-save leaves it
+    (resumed / "checkpoints" / ".step-00000020.part").mkdir()  # as a kill during a save leaves it
     code, output = launch("megasora.train", *train_arguments(resumed, shards, tiny))
     assert code == 0, output
     assert "from step 10" in output
-    check_repeats(trained, resumed)
+    check_resume_repeats(trained, resumed)
     assert not list((resumed / "checkpoints").glob(".*"))
 
 
-def test_the_loss_falls_and_a_line_has_every_figure(trained):
-    metrics = lines(trained)
+def test_the_loss_falls_and_each_line_has_all_metrics(trained):
+    metrics = read_jsonl(trained)
     assert sum(m["loss"] for m in metrics[-5:]) < 0.97 * sum(m["loss"] for m in metrics[:5])
     times = ("time_data", "time_forward", "time_backward", "time_optimizer")
     for line in metrics:
         assert {"step", "loss", "grad_norm", "lr", "tokens_per_second", "padding_fraction", "mfu", *times} <= set(line)
         assert sum(line[name] for name in times) == pytest.approx(line["time_step"], rel=1e-3)
-        assert 0 <= line["padding_fraction"] < 1  # the last pack of so small an epoch is half empty
-    assert [v["step"] for v in lines(trained, "validation.jsonl")] == [0, 10, 20]
+        assert 0 <= line["padding_fraction"] < 1  # the last pack of a short epoch may be half empty
+    assert [v["step"] for v in read_jsonl(trained, "validation.jsonl")] == [0, 10, 20]
 
 
-REFUSALS = {  # overrides -> words that the one line must have
+ERRORS = {  # override -> words of the one-line message
     "model.hedas=3": ["model.hedas", "model.heads"],
     "model.heads=3": ["model.heads=3", "model.width=32", "2, 4"],
     "codec.channels=48": ["codec", "dct-4x8x8-24", "dct-4x8x8-48", "ingest again"],
@@ -57,20 +59,20 @@ REFUSALS = {  # overrides -> words that the one line must have
 }
 
 
-@pytest.mark.parametrize("override", REFUSALS)
-def test_a_launch_that_cannot_be_right_is_refused_in_one_line(override, trained, shards, tiny, capsys, tmp_path):
+@pytest.mark.parametrize("override", ERRORS)
+def test_an_invalid_launch_is_an_error_of_one_line(override, trained, shards, tiny, capsys, tmp_path):
     from megasora.train import main
 
-    run = trained if override.startswith("optim") else tmp_path / "refused"
+    run = trained if override.startswith("optim") else tmp_path / "new"
     assert main([*train_arguments(run, shards, tiny), override]) == 2
     message = capsys.readouterr().err.strip()
     assert len(message.splitlines()) == 1
-    for word in REFUSALS[override]:
+    for word in ERRORS[override]:
         assert word in message
-    assert not (tmp_path / "refused").exists()
+    assert not (tmp_path / "new").exists()
 
 
-def test_under_a_launcher_the_reason_is_said_once(shards, launch, tiny, tmp_path):
+def test_under_torchrun_the_error_is_printed_once(shards, launch, tiny, tmp_path):
     arguments = [*train_arguments(tmp_path / "run", shards, tiny), "model.hedas=3"]
     code, output = launch("megasora.train", *arguments, processes=2)
     assert code != 0
@@ -78,7 +80,7 @@ def test_under_a_launcher_the_reason_is_said_once(shards, launch, tiny, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_packs_that_do_not_divide_over_the_processes_are_refused(shards, tiny, capsys, monkeypatch, tmp_path):
+def test_packs_that_do_not_divide_over_the_processes_are_an_error(shards, tiny, capsys, monkeypatch, tmp_path):
     from megasora.train import main
 
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -97,7 +99,7 @@ def test_a_damaged_checkpoint_is_not_resumed(trained, shards, launch, tiny, tmp_
     assert code == 2 and "rank-00000.safetensors is damaged" in output
 
 
-def test_a_run_goes_on_in_another_layout_and_says_so(trained, shards, launch, tiny, tmp_path):
+def test_a_run_resumes_in_another_layout_and_prints_both(trained, shards, launch, tiny, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "checkpoints" / "latest").write_text("step-00000010\n")
@@ -105,7 +107,7 @@ def test_a_run_goes_on_in_another_layout_and_says_so(trained, shards, launch, ti
     code, output = launch("megasora.train", *arguments, processes=2)
     assert code == 0, output
     assert "step 10 was saved by processes=1" in output and "this launch has processes=2" in output
-    first, again = lines(trained), lines(run)[20:]
+    first, again = read_jsonl(trained), read_jsonl(run)[20:]
     assert [line["step"] for line in again] == list(range(11, 21))
     for a, b in zip(first[10:], again, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
@@ -115,7 +117,7 @@ def test_bfloat16_follows_float32(trained, shards, launch, tiny, tmp_path):
     arguments = [*train_arguments(tmp_path / "half", shards, tiny), "run.dtype=bfloat16", "run.steps=20"]
     code, output = launch("megasora.train", *arguments)
     assert code == 0, output
-    half = lines(tmp_path / "half")
-    assert half[9]["loss"] != lines(trained)[9]["loss"]
-    for a, b in zip(lines(trained), half, strict=True):
+    half = read_jsonl(tmp_path / "half")
+    assert half[9]["loss"] != read_jsonl(trained)[9]["loss"]
+    for a, b in zip(read_jsonl(trained), half, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=0.02), a["step"]

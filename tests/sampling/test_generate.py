@@ -1,4 +1,4 @@
-"""Sampling in packs: a prompt gets what it would get alone."""
+"""Sampling in packs: the result of a prompt does not depend on the other prompts."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from megasora.diffusion.flow import build_rows
 from megasora.diffusion.samplers import integrate, timestep_grid
 from megasora.diffusion.timesteps import shift_factor
 from megasora.model.dit import VideoDiT
-from megasora.sampling.generate import Prompt, num_model_calls, generate
+from megasora.sampling.generate import Prompt, generate, num_model_calls
 from megasora.text import build_text_encoder
 
 PATCH_DIM = 5  # odd, so that the noise's pairs do not divide it
@@ -46,11 +46,11 @@ def make_model():
 
 
 def simple_model(batch):
-    """A velocity of token, level, clip and caption that takes no sum over tokens, so that packing changes no bit."""
-    level_L = batch.timesteps_R[segment_ids(batch.cu_rows, len(batch.patches_LP))]
+    """A velocity without sums over tokens, so that packing changes no bit."""
+    t_L = batch.timesteps_R[segment_ids(batch.cu_rows, len(batch.patches_LP))]
     segment_L = segment_ids(batch.cu_segments, len(batch.patches_LP))
     clip_G = batch.native_size_G4[:, 0] / 16 + torch.where(batch.drop_text_G, 0.0, 1.0)
-    return 0.5 * batch.patches_LP + level_L[:, None] + clip_G[segment_L, None]
+    return 0.5 * batch.patches_LP + t_L[:, None] + clip_G[segment_L, None]
 
 
 def run(model, ids, seed=0, **options):
@@ -58,48 +58,53 @@ def run(model, ids, seed=0, **options):
     return dict(zip(ids, generate(model, [make_prompt(i) for i in ids], OBJECTIVE, sample, seed), strict=True))
 
 
-def by_hand(model, sample_id, sample, start):
-    """One prompt without guidance, straight from the pieces."""
+def sample_alone(model, sample_id, sample, start):
+    """One prompt without guidance, without `generate`."""
     prompt = make_prompt(sample_id)
     batch = make_batch([prompt.record], len(prompt.record.patches_LP))
-    cu_rows, rows, owner = build_rows(batch, torch.ones(1), [prompt.clean])
+    cu_rows, timesteps_R, segment_R = build_rows(batch, torch.ones(1), [prompt.clean])
     row_L = segment_ids(cu_rows, len(batch.patches_LP))
-    free = (rows[row_L] > 0)[:, None]
+    is_noised = (timesteps_R[row_L] > 0)[:, None]
     factor = shift_factor(batch.cu_segments.diff(), OBJECTIVE).float()
-    levels = [level * free for level in timestep_grid(sample.num_inference_steps, factor.expand(len(row_L))[:, None])]
+    grid = timestep_grid(sample.num_inference_steps, factor.expand(len(row_L))[:, None])
+    timesteps = [t * is_noised for t in grid]
 
-    def velocity(x, level):
-        t_R = level[cu_rows[:-1].long(), 0]
-        return model(dataclasses.replace(batch, patches_LP=x, cu_rows=cu_rows, row_segment_R=owner, timesteps_R=t_R))
+    def velocity(x, t_L1):
+        t_R = t_L1[cu_rows[:-1].long(), 0]
+        return model(
+            dataclasses.replace(batch, patches_LP=x, cu_rows=cu_rows, row_segment_R=segment_R, timesteps_R=t_R)
+        )
 
     with torch.no_grad():
-        return integrate(velocity, torch.where(free, start, batch.patches_LP), levels, sample.solver)
+        return integrate(velocity, torch.where(is_noised, start, batch.patches_LP), timesteps, sample.solver)
 
 
 def noise_of(sample_id, seed=0):
-    """What sampling starts from: with a velocity of zero it ends there too."""
+    """The initial noise of sampling, which a zero velocity returns unchanged."""
     prompt = make_prompt(sample_id)
     prompt = dataclasses.replace(prompt, clean=(0, 0))
-    return generate(lambda b: torch.zeros_like(b.patches_LP), [prompt], OBJECTIVE, SampleConfig(num_inference_steps=1), seed)[0]
+    return generate(
+        lambda b: torch.zeros_like(b.patches_LP), [prompt], OBJECTIVE, SampleConfig(num_inference_steps=1), seed
+    )[0]
 
 
 @SOLVERS
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_prompt_does_not_depend_on_its_company(solver, guidance):
+def test_a_sample_does_not_depend_on_the_other_prompts(solver, guidance):
     together = run(simple_model, list(PROMPTS), solver=solver, guidance_scale=guidance)
     for ids in ([3], [4, 1], list(PROMPTS)[::-1]):
-        part = run(simple_model, ids, solver=solver, guidance_scale=guidance)
-        assert all(torch.equal(part[i], together[i]) for i in ids)
+        fewer = run(simple_model, ids, solver=solver, guidance_scale=guidance)
+        assert all(torch.equal(fewer[i], together[i]) for i in ids)
 
 
-def test_a_prompt_of_the_real_model_does_not_depend_on_its_company():
+def test_a_sample_of_the_real_model_does_not_depend_on_the_other_prompts():
     model = make_model()
     together = run(model, list(PROMPTS))
     for i in PROMPTS:
         torch.testing.assert_close(run(model, [i])[i], together[i], rtol=1e-4, atol=1e-4)
 
 
-def test_noise_follows_from_the_seed_and_the_sample_id():
+def test_noise_is_a_function_of_seed_and_sample_id():
     assert torch.equal(noise_of(1), noise_of(1))
     others = [noise_of(1, seed=1), noise_of(8)[:6], noise_of(3)[:6]]
     assert not any(torch.isclose(noise_of(1), other).any() for other in others)
@@ -110,80 +115,82 @@ def test_noise_follows_from_the_seed_and_the_sample_id():
 
 @SOLVERS
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_clean_frames_are_returned_bit_for_bit_and_the_others_are_not(solver, guidance):
+def test_only_clean_frames_are_returned_unchanged(solver, guidance):
     results = run(make_model(), list(PROMPTS), solver=solver, guidance_scale=guidance)
     for i, (grid, _, (head, tail)) in PROMPTS.items():
-        given = make_prompt(i).record.patches_LP.view(grid[0], -1, PATCH_DIM)
+        prompt_frames = make_prompt(i).record.patches_LP.view(grid[0], -1, PATCH_DIM)
         frames = results[i].view(grid[0], -1, PATCH_DIM)
         clean = torch.tensor([t < head or t >= grid[0] - tail for t in range(grid[0])])
-        assert torch.equal(frames[clean], given[clean])
-        assert not torch.isclose(frames[~clean], given[~clean]).all(-1).any()
+        assert torch.equal(frames[clean], prompt_frames[clean])
+        assert not torch.isclose(frames[~clean], prompt_frames[~clean]).all(-1).any()
 
 
 @SOLVERS
-def test_guidance_one_is_the_plain_conditional(solver):
+def test_guidance_scale_one_is_conditional_sampling(solver):
     model = make_model()
     results = run(model, list(PROMPTS), solver=solver, guidance_scale=1.0)
     for i in PROMPTS:
-        expected = by_hand(model, i, SampleConfig(num_inference_steps=4, solver=solver), noise_of(i))
+        expected = sample_alone(model, i, SampleConfig(num_inference_steps=4, solver=solver), noise_of(i))
         torch.testing.assert_close(results[i], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_is_continuous_at_one_where_the_second_half_of_the_pack_is_left_out():
+def test_guidance_is_continuous_at_one_where_the_pack_has_no_unconditional_half():
     model = make_model()
-    plain, next_to_it = (run(model, list(PROMPTS), guidance_scale=g) for g in (1.0, 1.0 + 1e-6))
+    conditional, guided = (run(model, list(PROMPTS), guidance_scale=g) for g in (1.0, 1.0 + 1e-6))
     for i in PROMPTS:
-        torch.testing.assert_close(plain[i], next_to_it[i], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(conditional[i], guided[i], rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_moves_the_velocity_along_the_difference_of_both():
-    # one Euler step of simple_model: the difference of the velocities is 1 at each number of a noised frame
-    step = {g: run(simple_model, [1], solver="euler", num_inference_steps=1, guidance_scale=g)[1] for g in (0.0, 1.0, 2.5)}
+def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_velocity():
+    # one Euler step of simple_model: the velocities differ by 1 in each element of a noised frame
+    step = {
+        g: run(simple_model, [1], solver="euler", num_inference_steps=1, guidance_scale=g)[1] for g in (0.0, 1.0, 2.5)
+    }
     torch.testing.assert_close(step[0.0] - step[1.0], torch.ones(6, PATCH_DIM))
     torch.testing.assert_close(step[1.0] - step[2.5], torch.full((6, PATCH_DIM), 1.5))
 
 
-def test_guidance_zero_takes_no_notice_of_the_caption_and_an_empty_one_takes_none_of_guidance():
+def test_guidance_scale_zero_ignores_the_caption_and_an_empty_caption_ignores_guidance():
     model = make_model()
     record = dataclasses.replace(make_prompt(1).record, text_SE=make_prompt(8).record.text_SE, caption="other")
     sample = SampleConfig(num_inference_steps=4, guidance_scale=0.0)
     other = generate(model, [Prompt(record)], OBJECTIVE, sample, 0)[0]
     torch.testing.assert_close(other, run(model, [1], guidance_scale=0.0)[1], rtol=1e-4, atol=1e-4)
-    plain, guided = (run(model, [6], guidance_scale=g)[6] for g in (1.0, 5.0))
-    torch.testing.assert_close(plain, guided, rtol=1e-4, atol=1e-4)
+    conditional, guided = (run(model, [6], guidance_scale=g)[6] for g in (1.0, 5.0))
+    torch.testing.assert_close(conditional, guided, rtol=1e-4, atol=1e-4)
 
 
 @SOLVERS
-def test_a_larger_clip_stays_at_higher_levels_for_longer(solver):
-    levels = {}
+def test_a_larger_clip_has_larger_timesteps(solver):
+    timesteps = {}
 
     def model(batch):
         for row, segment in enumerate(batch.row_segment_R.tolist()):
-            levels.setdefault(int(batch.sample_ids_G[segment]), []).append(float(batch.timesteps_R[row]))
+            timesteps.setdefault(int(batch.sample_ids_G[segment]), []).append(float(batch.timesteps_R[row]))
         return torch.zeros_like(batch.patches_LP)
 
     run(model, [1, 8], solver=solver, guidance_scale=1.0)
-    small, large = levels[1], levels[8][::2]  # 6 and 12 tokens; the second row of 8 is its clean frame
-    assert small[0] == large[0] == 1 and set(levels[8][1::2]) == {0.0}
+    small, large = timesteps[1], timesteps[8][::2]  # 6 and 12 tokens; the second row of 8 is its clean frame
+    assert small[0] == large[0] == 1 and set(timesteps[8][1::2]) == {0.0}
     assert all(a < b for a, b in zip(small[1:], large[1:], strict=True))
 
 
 @SOLVERS
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_calls_are_counted_and_reported(solver, guidance):
+def test_progress_is_called_after_each_model_call(solver, guidance):
     calls, steps = [], 4
     sample = SampleConfig(num_inference_steps=steps, solver=solver, guidance_scale=guidance)
     generate(simple_model, [make_prompt(1)], OBJECTIVE, sample, 0, progress=lambda: calls.append(1))
     assert len(calls) == num_model_calls(sample) == (steps if solver == "euler" else 2 * steps - 1)
 
 
-def test_a_model_that_knows_the_datum_is_sampled_exactly():
+def test_the_exact_velocity_of_a_single_datum_samples_it_exactly():
     datum = {i: torch.randn(make_prompt(i).record.patches_LP.shape) for i in (1, 6)}
 
     def model(batch):
         target = torch.cat([datum[int(i)] for i in batch.sample_ids_G])
-        level = batch.timesteps_R[segment_ids(batch.cu_rows, len(target))][:, None]
-        return (batch.patches_LP - target) / level
+        t_L1 = batch.timesteps_R[segment_ids(batch.cu_rows, len(target))][:, None]
+        return (batch.patches_LP - target) / t_L1
 
     for i, result in run(model, [1, 6]).items():
         torch.testing.assert_close(result, datum[i], rtol=0, atol=1e-5)

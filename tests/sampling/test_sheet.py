@@ -1,4 +1,4 @@
-"""Contact sheets: the frames that are shown are the video's, and a prompt is never cut."""
+"""Contact sheets show frames of the video, and the whole prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from megasora.sampling.sheet import GAP, TEXT_HEIGHT, contact_sheet
 
 
-def test_first_and_last_frame_stand_at_the_ends_of_their_row():
+def test_first_and_last_frame_are_at_the_ends_of_their_row():
     video = np.stack([np.full((8, 12, 3), 10 * i, np.uint8) for i in range(20)])
     sheet = contact_sheet([("a", video), ("b", video[:1])], frames=4, zoom=2)
     tile = slice(TEXT_HEIGHT, TEXT_HEIGHT + 16)
@@ -17,7 +17,7 @@ def test_first_and_last_frame_stand_at_the_ends_of_their_row():
     assert sheet.shape[0] == 2 * (TEXT_HEIGHT + 16 + GAP)
 
 
-def test_a_row_is_as_wide_as_its_prompt():
+def test_a_row_is_at_least_as_wide_as_its_prompt():
     image = np.zeros((1, 8, 8, 3), np.uint8)
     short, long = (
         contact_sheet([(text, image)]).shape[1] for text in ("a", "a prompt much longer than one tile is wide")

@@ -1,4 +1,4 @@
-"""The batch scripts on a real Slurm: two nodes of two pretended GPUs on this machine, see tools/slurm_lab.py."""
+"""The batch scripts on a real Slurm: two nodes of two simulated GPUs on this machine, see tools/slurm_lab.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import check_same_saves, lines
+from conftest import check_same_checkpoints, read_jsonl
 
 from megasora.errors import CONFIGURATION, CRASH
 from megasora.observe.status import read_status
@@ -25,14 +25,14 @@ import slurm_lab  # noqa: E402
 pytestmark = [pytest.mark.waits, pytest.mark.timeout(400)]
 
 SECRET = "0123456789-key-that-no-file-may-hold"
-NAME = "runs/of 2; touch pwned $(touch pwned) `touch pwned` > pwned"  # no shell may read it
+NAME = "runs/of 2; touch pwned $(touch pwned) `touch pwned` > pwned"  # no shell may evaluate it
 STEPS, EVERY = 60, 10
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
 @dataclass
 class Cluster:
-    """A lab that is up, and a folder on it from which jobs are submitted."""
+    """A running Slurm, and the project's folder on it, from which jobs are submitted."""
 
     lab: slurm_lab.Lab
     project: Path
@@ -41,18 +41,18 @@ class Cluster:
 
     @property
     def local(self) -> Path:
-        """Each machine's own disk."""
+        """The local disk of each machine."""
         return self.lab.state / "local"
 
     def run(self, *words: object, node: str = slurm_lab.HEAD, **environment: str) -> subprocess.CompletedProcess:
-        ours = {
+        variables = {
             "OMP_NUM_THREADS": "1", "SBATCH_GPUS_PER_NODE": "2", "WANDB_API_KEY": SECRET, "TMPDIR": str(self.local),
             "PYTHONPATH": os.pathsep.join([str(self.project / "inject"), os.environ.get("PYTHONPATH", "")]).strip(":"),
         }  # fmt: skip
         lab = [sys.executable, ROOT / "tools" / "slurm_lab.py", "--state", self.lab.state, "run", "--node", node]
         return subprocess.run(
             [str(word) for word in (*lab, *words)], capture_output=True, text=True, check=False, timeout=200,
-            cwd=self.project, env={**os.environ, **ours, **environment},
+            cwd=self.project, env={**os.environ, **variables, **environment},
         )  # fmt: skip
 
     def submit(self, *words: object, **environment: str) -> str:
@@ -61,7 +61,7 @@ class Cluster:
         return done.stdout.strip()
 
     def train(self, run: str | Path, *settings: str) -> list[str]:
-        """The words behind slurm/train.sbatch for a run of this module."""
+        """Arguments of slurm/train.sbatch for a run of these tests."""
         return [
             str(ROOT / "tests/runs/tiny.yaml"), f"run.dir={run}", f"data.shards={self.shards}", *self.settings,
             f"run.steps={STEPS}", f"checkpoint.every={EVERY}", "validation.every=1000", "data.packs_per_step=4",
@@ -73,7 +73,7 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
     def wait(self, number: str, done, seconds: float = 300) -> dict[str, str]:
-        """Until `done(job)`. After a requeue Slurm waits for its old credentials to end: 5 s here."""
+        """Waits until `done(job)`. After a requeue Slurm waits until old credentials expire: 5 s here."""
         end = time.monotonic() + seconds
         while not done(job := self.job(number)):
             assert time.monotonic() < end and job["JobState"] not in ENDED, (job, self.output(number))
@@ -86,16 +86,16 @@ class Cluster:
         return job["JobState"], int(job["ExitCode"].split(":")[0])
 
     def wait_for_step(self, run: Path, step: int, number: str) -> None:
-        """Looks often into the run's file, and asks Slurm seldom: a step takes less time than a question."""
+        """Polls the run's file often and Slurm rarely: a step takes less time than a query."""
         metrics = run / "metrics.jsonl"
 
         def reached(job: dict[str, str]) -> bool:
             end = time.monotonic() + 2
-            while not (found := metrics.is_file() and len(metrics.read_bytes().splitlines()) >= step):
+            while not (is_reached := metrics.is_file() and len(metrics.read_bytes().splitlines()) >= step):
                 if time.monotonic() > end:
                     break
                 time.sleep(0.02)
-            return found
+            return is_reached
 
         self.wait(number, reached)
 
@@ -122,42 +122,42 @@ def cluster(tmp_path_factory, shards, tiny):
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, launch) -> Path:
+def uninterrupted(cluster, launch) -> Path:
     """An uninterrupted run of four processes under plain torchrun."""
-    run = cluster.project / "whole"
+    run = cluster.project / "uninterrupted"
     code, output = launch("megasora.train", *cluster.train(run), processes=4)
     assert code == 0, output
     return run
 
 
 def readme_line() -> list[str]:
-    """The command that slurm/README.md gives first."""
+    """The first command of slurm/README.md."""
     text = (ROOT / "slurm" / "README.md").read_text(encoding="utf-8")
     return shlex.split(re.search(r"^sbatch .*slurm/train\.sbatch .*$", text, re.MULTILINE).group(0))
 
 
-def check_same_run(run: Path, whole: Path) -> None:
-    """Every step's numbers and the final weights, bit for bit; of a step done twice, both times."""
-    expected = {line["step"]: (line["loss"], line["grad_norm"]) for line in lines(whole)}
-    found = [(line["step"], (line["loss"], line["grad_norm"])) for line in lines(run)]
-    assert {step for step, _ in found} == set(expected) == set(range(1, STEPS + 1))
-    for step, numbers in found:
-        assert numbers == expected[step], step
-    check_same_saves(run, whole, STEPS)
+def check_same_run(run: Path, uninterrupted: Path) -> None:
+    """Compares the metrics of every step and the final weights bit for bit; of a repeated step, both lines."""
+    expected = {line["step"]: (line["loss"], line["grad_norm"]) for line in read_jsonl(uninterrupted)}
+    steps = [(line["step"], (line["loss"], line["grad_norm"])) for line in read_jsonl(run)]
+    assert {step for step, _ in steps} == set(expected) == set(range(1, STEPS + 1))
+    for step, metrics in steps:
+        assert metrics == expected[step], step
+    check_same_checkpoints(run, uninterrupted, STEPS)
 
 
-def test_the_line_of_the_readme_trains_over_both_nodes_as_torchrun_does(cluster, whole):
+def test_the_command_of_the_readme_trains_on_both_nodes_like_torchrun(cluster, uninterrupted):
     program, option, _, script, _, *_ = readme_line()
     assert (program, option, script) == ("sbatch", "--nodes", "slurm/train.sbatch")
     number = cluster.submit(option, 2, script, *cluster.train(NAME))
     assert cluster.result(number) == ("COMPLETED", 0), cluster.output(number)
     run = cluster.project / NAME
-    check_same_run(run, whole)
+    check_same_run(run, uninterrupted)
     assert not list(cluster.project.rglob("pwned"))
     assert sorted(p.name for p in (run / "logs").iterdir()) == [f"rank-{rank:05d}.log" for rank in range(4)]
     output = cluster.output(number)
-    assert "4 processes" in output and f"step {STEPS}/{STEPS}" in output  # the main process's word
-    assert "node1" in output and "node2" in output and "fit" in output  # the preflight's
+    assert "4 processes" in output and f"step {STEPS}/{STEPS}" in output  # printed by the main process
+    assert "node1" in output and "node2" in output and "fit" in output  # printed by the preflight
     assert f"step {STEPS}/{STEPS}" in (run / "logs" / "rank-00000.log").read_text()
     status = read_status(run)
     assert (status.alive, status.step, status.steps) == (False, STEPS, STEPS) and status.state.startswith("done")
@@ -166,31 +166,31 @@ def test_the_line_of_the_readme_trains_over_both_nodes_as_torchrun_does(cluster,
 
 
 @pytest.mark.timeout(600)
-def test_a_run_that_is_stopped_and_loses_a_node_ends_as_the_uninterrupted_one(cluster, whole):
+def test_a_run_that_is_stopped_and_loses_a_node_equals_the_uninterrupted_one(cluster, uninterrupted):
     run = cluster.project / "interrupted"
-    settings = cluster.train(run, "checkpoint.every=1000")  # saved where it is stopped
+    settings = cluster.train(run, "checkpoint.every=1000")  # saved only when it is stopped
     number = cluster.submit("--nodes", 2, "slurm/train.sbatch", *settings)
 
     def restarts(count: int) -> None:
         cluster.wait(number, lambda job: int(job["Restarts"]) == count and job["JobState"] == "RUNNING")
 
-    # what Slurm sends before the time limit, to the batch script alone
+    # sent by Slurm before the time limit, only to the batch script
     cluster.wait_for_step(run, 3, number)
     assert read_status(run).alive
     cluster.run("scancel", "--batch", "--signal=USR1", number)
     restarts(1)
-    first = len(lines(run))
+    first = len(read_jsonl(run))
     assert 3 <= first < STEPS
     assert (run / "checkpoints" / "latest").read_text() == f"step-{first:08d}\n"
 
-    # a person's, or a preemption's, to all processes of the steps
+    # sent by a person or a preemption, to all processes of the steps
     cluster.wait_for_step(run, first + 3, number)
     cluster.run("scancel", "--signal=TERM", number)
     restarts(2)
-    second = len(lines(run))
+    second = len(read_jsonl(run))
     assert (run / "checkpoints" / "latest").read_text() == f"step-{second:08d}\n"
 
-    # a machine is lost with all that runs on it, and comes back
+    # a node is lost with all its processes, and comes back
     cluster.wait_for_step(run, second + 3, number)
     cluster.run("bash", "-c", "kill -9 -1", node="node2")
     cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=lost")
@@ -200,7 +200,7 @@ def test_a_run_that_is_stopped_and_loses_a_node_ends_as_the_uninterrupted_one(cl
 
     assert cluster.result(number) == ("COMPLETED", 0), cluster.output(number)
     assert int(cluster.job(number)["Restarts"]) == 3
-    check_same_run(run, whole)
+    check_same_run(run, uninterrupted)
     ends = [end for _, _, end in read_status(run).launches]
     assert len(ends) == 4 and all(end.startswith("stopped on request") for end in ends[:2])
     assert f"saved after step {first}" in ends[0] and f"saved after step {second}" in ends[1]
@@ -223,12 +223,12 @@ def test_wrong_options_of_the_script_end_the_job_with_2(cluster, options):
 
 
 @pytest.mark.parametrize("option", ["--gpus-per-node=9", "--partition=nowhere"])
-def test_what_the_cluster_does_not_have_is_refused_at_submission(cluster, option):
+def test_resources_that_the_cluster_does_not_have_are_an_error_at_submission(cluster, option):
     done = cluster.run("sbatch", option, "slurm/train.sbatch", *cluster.train("runs/refused"))
     assert done.returncode != 0 and done.stderr.strip()
 
 
-def test_a_crash_loop_stops_after_the_bound_with_the_reason(cluster):
+def test_a_crash_loop_stops_after_the_given_number_of_relaunches_with_the_reason(cluster):
     run = cluster.project / "crashes"
     run.mkdir()
     (run / "checkpoints").write_text("a file where a folder must be")
@@ -278,10 +278,10 @@ def test_one_command_ingests_trains_and_samples(cluster, clips):
     jobs = dict(line.split() for line in done.stdout.splitlines())
     assert list(jobs) == ["ingest", "train", "sample"]
     assert cluster.result(jobs["sample"] + "_0") == ("COMPLETED", 0), [cluster.output(n) for n in jobs.values()]
-    made = sorted(p.name for p in (cluster.project / "samples").iterdir() if p.suffix == ".mp4")
-    assert made == ["00001.mp4", "00003.mp4"]  # the second line is empty
-    told = json.loads((cluster.project / "samples" / "00003.json").read_text())
-    assert told["prompt"] == prompt
+    videos = sorted(p.name for p in (cluster.project / "samples").iterdir() if p.suffix == ".mp4")
+    assert videos == ["00001.mp4", "00003.mp4"]  # the second line is empty
+    sidecar = json.loads((cluster.project / "samples" / "00003.json").read_text())
+    assert sidecar["prompt"] == prompt
     assert not list(cluster.project.rglob("pwned"))
 
 
@@ -298,7 +298,7 @@ def test_the_preflight_names_a_node_with_a_wrong_clock_a_missing_package_and_a_f
     (tmp_path / "sitecustomize.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 3600\n")
     inject = cluster.project / "inject"
     faults = [
-        f"mount --bind {shlex.quote(str(tmp_path))} {shlex.quote(str(inject))}",  # Python there is an hour ahead
+        f"mount --bind {shlex.quote(str(tmp_path))} {shlex.quote(str(inject))}",  # its Python's clock is an hour ahead
         f"mount -t tmpfs none {shlex.quote(str(package))}",
         f"mount -o remount,size=1m {cluster.local}",
     ]
@@ -309,10 +309,10 @@ def test_the_preflight_names_a_node_with_a_wrong_clock_a_missing_package_and_a_f
     try:
         assert cluster.run("bash", "-ec", "\n".join(faults), node="node2").returncode == 0
         start = time.monotonic()
-        refused = preflight(cluster, "runs/preflight", "--required", "2")
+        result = preflight(cluster, "runs/preflight", "--required", "2")
         assert time.monotonic() - start < 20
-        assert refused.returncode == CRASH and refused.stdout == ""
-        verdict = next(line for line in refused.stderr.splitlines() if line.startswith("megasora: preflight:"))
+        assert result.returncode == CRASH and result.stdout == ""
+        verdict = next(line for line in result.stderr.splitlines() if line.startswith("megasora: preflight:"))
         assert "1 of 2 nodes are fit, 2 are needed; node2:" in verdict and "node1:" not in verdict
         assert "webdataset is missing" in verdict
         assert re.search(r"its clock is 3[56]\d\d\.\d s ahead of the others", verdict)
@@ -324,7 +324,7 @@ def test_the_preflight_names_a_node_with_a_wrong_clock_a_missing_package_and_a_f
     assert not (cluster.project / "runs" / "preflight").exists()
 
 
-def test_a_run_folder_on_a_nodes_own_disk_is_refused(cluster):
-    refused = preflight(cluster, cluster.local / "run", "--required", "2")
-    assert refused.returncode == CONFIGURATION and refused.stdout == ""
-    assert re.search(r"node2: run\.dir=\S+/local/run is not shared: what node1 writes is not seen here", refused.stderr)
+def test_a_run_folder_on_a_local_disk_is_an_error(cluster):
+    result = preflight(cluster, cluster.local / "run", "--required", "2")
+    assert result.returncode == CONFIGURATION and result.stdout == ""
+    assert re.search(r"node2: run\.dir=\S+/local/run is not shared: what node1 writes is not seen here", result.stderr)

@@ -1,4 +1,4 @@
-"""Procedural clips: what is drawn, what is said, what is written, and that the detector reads it all back."""
+"""Procedural clips: pixels, captions and files, and the detector that reads them back."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ def decode(path: Path) -> np.ndarray:
 
 
 def grade(count: int, seed: int, split: str, frames_of) -> tuple[dict[str, float], float]:
-    """Share of clips read right, by word, and the largest error of a position, px."""
-    right: Counter[str] = Counter()
+    """Fraction of clips that the detector reads correctly, by word, and the largest error of a position, px."""
+    correct: Counter[str] = Counter()
     worst = 0.0
     for index in range(count):
         spec, _ = clips.clip_at(seed, split, index, **EVERYTHING)
         reading = detector.detect(frames_of(spec, index))
         for word in ("color", "shape", "background", "direction"):
             truth = None if word == "direction" and spec.frames == 1 else getattr(spec, word)
-            right[word] += getattr(reading, word) == truth
+            correct[word] += getattr(reading, word) == truth
         canvas = np.array([spec.width, spec.height])
         error = (reading.positions - clips.positions(spec) + canvas / 2) % canvas - canvas / 2
-        worst = max(worst, float(np.abs(error).max()))  # a frame not found is NaN, and max() would hide it:
+        worst = max(worst, float(np.abs(error).max()))  # NaN, a frame without a shape, would be lost in max():
         assert reading.presence == 1.0
-    return {word: hits / count for word, hits in right.items()}, worst
+    return {word: hits / count for word, hits in correct.items()}, worst
 
 
 # ---------------------------------------------------------------- the detector
@@ -76,7 +76,7 @@ def test_detector_reads_every_word_of_rendered_clips():
     assert worst < 0.2  # px
 
 
-def test_detector_reads_every_word_through_h264(tmp_path):
+def test_detector_reads_every_word_after_h264(tmp_path):
     def written(spec, index):
         return decode(clip_files.write_clip(spec, "a clip", tmp_path / f"clip-{index}"))
 
@@ -85,17 +85,17 @@ def test_detector_reads_every_word_through_h264(tmp_path):
     assert worst < 0.5  # px
 
 
-def test_detector_survives_blocks_of_low_frequencies_grain_and_jitter():
+def test_detector_is_robust_to_lost_high_frequencies_grain_and_jitter():
     k = np.arange(8)
     scale = np.where(k == 0, np.sqrt(1 / 8), np.sqrt(2 / 8))[:, None]
     basis = scale * np.cos(np.pi * (k[None, :] + 0.5) * k[:, None] / 8)
-    kept = (k[:, None] + k[None, :]) < 4  # 10 of the 64 coefficients of every 8 x 8 block
+    low = (k[:, None] + k[None, :]) < 4  # 10 of the 64 coefficients of every 8 x 8 block
     rng = np.random.default_rng(0)
 
     def degraded(spec, _):
         frames = clips.render(spec).astype(np.float64)
         blocks = frames.reshape(len(frames), spec.height // 8, 8, spec.width // 8, 8, 3)
-        spectrum = np.einsum("ai,bj,fhiwjc->fhawbc", basis, basis, blocks) * kept[:, None, :, None]
+        spectrum = np.einsum("ai,bj,fhiwjc->fhawbc", basis, basis, blocks) * low[:, None, :, None]
         frames = np.einsum("ai,bj,fhawbc->fhiwjc", basis, basis, spectrum).reshape(frames.shape)
         frames += rng.normal(0.0, 15.0, frames.shape)
         return np.clip(frames, 0, 255).astype(np.uint8)
@@ -104,15 +104,15 @@ def test_detector_survives_blocks_of_low_frequencies_grain_and_jitter():
     assert min(accuracy.values()) >= 0.97, accuracy
     assert worst < 1.5  # px
 
-    right = 0
+    correct = 0
     for index in range(60):
         spec, _ = clips.clip_at(8, "train", index, lengths={9: 1.0}, **EVERYTHING)
         shaken = [np.roll(frame, tuple(rng.integers(-1, 2, 2)), (0, 1)) for frame in clips.render(spec)]
-        right += detector.detect(np.stack(shaken)).direction == spec.direction
-    assert right >= 58
+        correct += detector.detect(np.stack(shaken)).direction == spec.direction
+    assert correct >= 58
 
 
-def test_detector_admits_that_it_sees_nothing():
+def test_detector_finds_no_shape_in_grey_black_and_noise():
     rng = np.random.default_rng(0)
     grey = np.full((5, 32, 32, 3), 120, dtype=np.uint8)
     for frames in (grey, np.zeros_like(grey), rng.integers(0, 256, grey.shape).astype(np.uint8)):
@@ -150,7 +150,7 @@ def test_rendering_is_a_pure_function_of_the_spec():
         np.testing.assert_array_equal(frames, clips.render(replace(spec)))
 
 
-def test_clip_depends_on_seed_split_and_index_only():
+def test_a_clip_depends_only_on_seed_split_and_index():
     assert clips.clip_at(3, "train", 7) == clips.clip_at(3, "train", 7)
     others = [clips.clip_at(4, "train", 7), clips.clip_at(3, "val", 7), clips.clip_at(3, "train", 8)]
     assert all(clips.clip_at(3, "train", 7)[0] != other[0] for other in others)
@@ -158,7 +158,7 @@ def test_clip_depends_on_seed_split_and_index_only():
 
 @pytest.mark.parametrize("direction", clips.DIRECTIONS)
 @pytest.mark.parametrize("shape", clips.SHAPES)
-def test_wrap_around_is_exact(shape, direction):
+def test_motion_on_the_torus_is_a_roll(shape, direction):
     # 2 px per frame: a full canvas of 24 px takes 12 frames, of 32 px 16.
     period = 12 if direction in ("left", "right") else 16
     axis = 1 if direction in ("left", "right") else 0
@@ -167,32 +167,34 @@ def test_wrap_around_is_exact(shape, direction):
         spec = replace(SPEC, shape=shape, direction=direction, size=size, frames=period + 1)
         frames = clips.render(spec)
         np.testing.assert_array_equal(frames[period], frames[0])
-        for number in range(period):  # on the torus, to move is to roll
-            np.testing.assert_array_equal(frames[number], np.roll(frames[0], shift * number, axis))
+        for index in range(period):
+            np.testing.assert_array_equal(frames[index], np.roll(frames[0], shift * index, axis))
 
 
 def test_covered_area_is_the_area_of_the_shape():
     y, x = np.mgrid[:32, :32] + 0.5 - 16.3
     for diameter in clips.SIZES.values():
         areas = {"circle": np.pi / 4, "square": 1.0, "triangle": 3**-0.5}
-        for shape, share in areas.items():
+        for shape, area in areas.items():
             covered = clips.coverage(shape, diameter, x, y).sum()
-            assert covered == pytest.approx(share * diameter**2, rel=0.02), shape
+            assert covered == pytest.approx(area * diameter**2, rel=0.02), shape
 
 
-def test_bouncing_shapes_stay_inside_and_first_move_as_told():
+def test_bouncing_shapes_stay_inside_and_first_move_in_their_direction():
     bounced = 0
     for index in range(200):
         spec, _ = clips.clip_at(2, "train", index, **(EVERYTHING | {"bounce_fraction": 1.0}))
         assert spec.motion == "bounce"
         path, diameter = clips.positions(spec), clips.SIZES[spec.size]
-        reach = diameter / 3 if spec.shape == "triangle" else diameter / 2  # the least any shape needs
+        reach = (
+            diameter / 3 if spec.shape == "triangle" else diameter / 2
+        )  # px; a lower bound for every shape
         assert (path >= reach - 1e-9).all()
         assert (path <= np.array([spec.width, spec.height]) - reach + 1e-9).all()
         if spec.frames > 2:
             step = np.array({"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[spec.direction])
             moved = (path[2] - path[0]) @ step
-            assert moved >= 2 * clips.SPEEDS[spec.speed] - 0.7  # a triangle may touch the wall a little early
+            assert moved >= 2 * clips.SPEEDS[spec.speed] - 0.7  # a triangle may reach the wall earlier
             bounced += bool(((np.diff(path, axis=0) @ step) < -1e-9).any())
     assert bounced > 50
 
@@ -207,11 +209,11 @@ def test_canvases_are_multiples_of_eight_and_both_wide_and_tall():
     assert min(sizes[-1], sizes[0], sizes[1]) > 50
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- captions
 
 
-def test_captions_say_what_is_there():
-    said: Counter[str] = Counter()
+def test_captions_are_true_and_have_optional_words_with_the_given_probability():
+    counts: Counter[str] = Counter()
     moving = 0
     for index in range(400):
         spec, text = clips.clip_at(4, "train", index, **EVERYTHING)
@@ -220,20 +222,20 @@ def test_captions_say_what_is_there():
         adverb = {"slow": "slowly", "fast": "quickly"}[spec.speed]
         truth = {spec.color, spec.shape, spec.size, adverb, spec.background, spec.direction}
         kinds = (clips.COLORS, clips.SHAPES, clips.SIZES, clips.BACKGROUNDS, clips.DIRECTIONS)
-        names = {"slowly", "quickly"}.union(*kinds)
-        assert set(words) & names <= truth  # nothing false
+        known = {"slowly", "quickly"}.union(*kinds)
+        assert set(words) & known <= truth
         if spec.frames == 1:
             assert not {"moves", "bounces", *clips.DIRECTIONS, "slowly", "quickly"} & set(words)
             continue
         moving += 1
         assert spec.direction in words and (spec.motion == "bounce") == ("bounces" in words)
         for kind, word in (("size", spec.size), ("speed", adverb), ("background", spec.background)):
-            said[kind] += word in words
-    for kind, times in said.items():
-        assert 0.5 < times / moving < 0.7, kind
+            counts[kind] += word in words
+    for kind, count in counts.items():
+        assert 0.5 < count / moving < 0.7, kind
 
 
-def test_caption_grammar_at_its_ends():
+def test_captions_without_and_with_all_optional_words():
     rng = np.random.default_rng(0)
     assert clips.caption(SPEC, rng, word_probability=0.0) == "a red circle moves right"
     everything = "a small red circle moves right slowly over a plain background"
@@ -247,19 +249,19 @@ def test_caption_grammar_at_its_ends():
     assert clips.caption(bouncing, rng, word_probability=1.0) == full
 
 
-def test_held_out_is_balanced_and_never_trained_on():
+def test_held_out_combinations_are_balanced_and_never_in_training():
     colors, shapes, directions = (Counter(combination[i] for combination in clips.HELD_OUT) for i in range(3))
     assert colors == dict.fromkeys(clips.DEFAULT_COLORS, 1)
     assert directions == dict.fromkeys(clips.DIRECTIONS, 1)
     assert shapes == dict.fromkeys(clips.DEFAULT_SHAPES, 2)
-    trained, validated = set(), []
+    training, validation = set(), []
     for index in range(1500):
         spec, _ = clips.clip_at(0, "train", index)
-        trained.add((spec.color, spec.shape, spec.direction))
+        training.add((spec.color, spec.shape, spec.direction))
         spec, _ = clips.clip_at(0, "val", index)
-        validated.append((spec.color, spec.shape, spec.direction))
-    assert len(trained) == 28 and not trained & clips.HELD_OUT
-    assert sum(combination in clips.HELD_OUT for combination in validated) == 375
+        validation.append((spec.color, spec.shape, spec.direction))
+    assert len(training) == 28 and not training & clips.HELD_OUT
+    assert sum(combination in clips.HELD_OUT for combination in validation) == 375
 
 
 @pytest.mark.parametrize("count", [16, 32, 48, 64, 128])
@@ -286,7 +288,7 @@ def test_evaluation_prompts_are_balanced(count):
         assert text == expected.format(**truth)
 
 
-def test_evaluation_prompts_refuse_a_count_that_cannot_be_balanced():
+def test_a_count_of_evaluation_prompts_that_cannot_be_balanced_is_an_error():
     with pytest.raises(MegaSoraError, match="count=50"):
         clips.evaluation_prompts(50)
 
@@ -294,7 +296,7 @@ def test_evaluation_prompts_refuse_a_count_that_cannot_be_balanced():
 # ---------------------------------------------------------------- files
 
 
-def test_written_clip_is_h264_of_exact_rate_size_and_length(tmp_path):
+def test_a_written_clip_is_h264_of_exact_rate_size_and_length(tmp_path):
     import av
 
     for fps in clips.FRAME_RATES:
@@ -306,16 +308,16 @@ def test_written_clip_is_h264_of_exact_rate_size_and_length(tmp_path):
             assert stream.average_rate == Fraction(fps) and stream.frames == 17
             assert (stream.height, stream.width) == (32, 24)
             times = [frame.pts * frame.time_base for frame in container.decode(stream)]
-        assert times == [Fraction(number, fps) for number in range(17)]
+        assert times == [Fraction(index, fps) for index in range(17)]
         assert path.with_suffix(".txt").read_text() == "a red circle moves right\n"
         data = path.read_bytes()
         assert data.index(b"moov") < data.index(b"mdat")  # faststart
-    assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".txt"}  # no temporary file is left
+    assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".txt"}  # and no temporary file
 
 
 def test_quality_of_written_clips(tmp_path):
     spec = replace(SPEC, background="striped")
-    luma = np.array([0.299, 0.587, 0.114])  # yuv420p halves the chroma, so quality is judged on luma
+    luma = np.array([0.299, 0.587, 0.114])  # yuv420p halves the chroma, so the error is that of luma
     lossy = decode(clip_files.write_clip(spec, "x", tmp_path / "lossy")) @ luma - clips.render(spec) @ luma
     assert 10 * np.log10(255**2 / (lossy**2).mean()) > 36  # dB
     exact = decode(clip_files.write_clip(spec, "x", tmp_path / "exact", lossless=True))
@@ -335,7 +337,7 @@ def test_data_set_does_not_depend_on_the_number_of_processes(tmp_path):
     assert [name for name in one if one[name] != two[name]] == []
 
 
-def test_data_set_refuses_choices_it_does_not_know(tmp_path):
+def test_unknown_choices_for_a_data_set_are_an_error(tmp_path):
     with pytest.raises(MegaSoraError, match="colors: pink is unknown"):
         clip_files.write_dataset(tmp_path / "out", 4, 4, colors=("red", "pink"), show_progress=False)
     with pytest.raises(MegaSoraError, match="bounce_fraction=2"):
@@ -365,10 +367,10 @@ def test_make_clips_writes_pairs_and_a_summary(make_clips, tmp_path, capsys):
         assert "triangle" in path.read_text()
 
 
-def test_make_clips_refuses_a_folder_that_is_not_empty(make_clips, tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("keep me")
+def test_make_clips_into_a_folder_that_is_not_empty_is_an_error(make_clips, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("not a clip")
     assert make_clips.main(["--out", str(tmp_path), "--clips", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert str(tmp_path) in error and "--out" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]

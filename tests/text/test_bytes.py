@@ -1,4 +1,4 @@
-"""Captions as words of bytes, and the embedder that reads them."""
+"""Captions as words of bytes, and their embedder."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_no_byte_of_a_long_word_or_another_script_is_lost():
 @given(st.text(max_size=80))
 @example("\0 nul\0 \x1c\x85\u3000 ÿ\xff 😀" + "é" * 20)
 @settings(deadline=None)
-def test_words_are_the_bytes_of_what_white_space_leaves(caption):
+def test_words_are_the_bytes_between_white_space(caption):
     expected = []
     for word in caption.lower().split():
         data = list(word.encode())
@@ -53,7 +53,7 @@ def test_words_are_the_bytes_of_what_white_space_leaves(caption):
     assert words.tolist() == [piece + [PAD] * (WORD_BYTES - len(piece)) for piece in expected or [[]]]
 
 
-def test_an_empty_caption_is_one_word_without_bytes():
+def test_an_empty_caption_is_one_word_of_padding():
     for words in make().encode(["", "  \n"]):
         assert words.tolist() == [[PAD] * WORD_BYTES]
 
@@ -63,7 +63,7 @@ def test_case_and_white_space_do_not_matter():
     assert torch.equal(plain, loud)
 
 
-def test_a_caption_at_the_limit_passes_and_a_longer_one_is_refused_whole():
+def test_a_caption_over_the_limit_is_an_error_and_is_not_truncated():
     encoder = make(max_tokens=3)
     assert len(encoder.encode(["one two three"])[0]) == 3
     message = r"caption of 4 words .*text.max_tokens=3; shorten the caption or raise text.max_tokens"
@@ -71,16 +71,16 @@ def test_a_caption_at_the_limit_passes_and_a_longer_one_is_refused_whole():
         encoder.encode(["short", "one two three four"])
 
 
-def test_nothing_is_computed_ahead():
+def test_the_encoder_is_not_precomputed():
     assert make().precomputed is False
     assert make().fingerprint == make(max_tokens=7).fingerprint  # a limit does not change the tokens
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_caption_is_read_the_same_alone_and_in_company(depth):
+def test_the_embedding_of_a_caption_does_not_depend_on_the_other_captions(depth):
     embedder, encoded = make_embedder(depth), make().encode(CAPTIONS)
-    for together, words in zip(embed(embedder, encoded), encoded, strict=True):
-        torch.testing.assert_close(together, embed(embedder, [words])[0], rtol=1e-12, atol=1e-12)
+    for packed, words in zip(embed(embedder, encoded), encoded, strict=True):
+        torch.testing.assert_close(packed, embed(embedder, [words])[0], rtol=1e-12, atol=1e-12)
 
 
 def test_the_order_of_words_matters():
@@ -95,14 +95,14 @@ def test_the_order_of_letters_matters():
     assert not torch.allclose(one, other, atol=1e-3)
 
 
-def test_a_later_word_reaches_an_earlier_one_only_through_blocks():
+def test_a_word_affects_earlier_words_only_through_blocks():
     for depth, same in ((0, True), (1, False)):
         embedder = make_embedder(depth)
         one, other = embed(embedder, make().encode(["a dot moves left", "a dot moves right"]))
         assert torch.allclose(one[0], other[0], atol=1e-12) is same
 
 
-def test_every_weight_of_the_embedder_that_is_used_gets_a_gradient():
+def test_every_weight_of_the_embedder_gets_a_gradient():
     embedder = make_embedder()
     torch.cat(embed(embedder, make().encode(CAPTIONS))).square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in embedder.parameters())

@@ -1,4 +1,4 @@
-"""Encoders loaded through transformers, on tiny T5 and CLIP models with random weights made here: no download."""
+"""Encoders loaded through transformers: tiny T5 and CLIP models with random weights, so nothing is downloaded."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ CAPTIONS = ["a red circle moves right", "", "blue", "a blue square moves left sl
 
 
 def save_tokenizer(folder, start=None, end="</s>"):
-    """Whole words; `end` behind every caption, and `start` before it."""
+    """A tokenizer of whole words; `start` is put before every caption and `end` after it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     special = ["<pad>", "<unk>", *(token for token in (start, end) if token)]
@@ -75,35 +75,35 @@ def make(folder, name="t5", max_tokens=10, pad=False):
 
 
 @pytest.mark.parametrize("kind", ["t5", "umt5", "clip"])
-def test_features_equal_the_encoder_run_on_one_caption_at_a_time(folders, kind):
+def test_features_equal_those_of_transformers_for_one_caption_at_a_time(folders, kind):
     encoder = make(folders[kind], "clip" if kind == "clip" else "t5")
     classes = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
     model = getattr(transformers, classes[kind]).from_pretrained(folders[kind]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[kind])
     features = encoder.encode(CAPTIONS)
     assert len(features) == len(CAPTIONS)
-    for caption, ours in zip(CAPTIONS, features, strict=True):
+    for caption, text_SE in zip(CAPTIONS, features, strict=True):
         with torch.no_grad():
-            theirs = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
-        assert ours.dtype == torch.float32 and not ours.requires_grad
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            expected = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
+        assert text_SE.dtype == torch.float32 and not text_SE.requires_grad
+        torch.testing.assert_close(text_SE, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["t5", "umt5", "clip"])
-def test_features_do_not_depend_on_the_batch_a_caption_is_in(folders, kind, monkeypatch):
-    """32 and a few captions of 1 to 8 words, encoded together, by fours, and alone."""
+def test_features_do_not_depend_on_the_batch(folders, kind, monkeypatch):
+    """37 captions of 1 to 8 words, encoded in batches of 32, in batches of 4, and one by one."""
     encoder = make(folders[kind], "clip" if kind == "clip" else "t5")
     many = [" ".join(WORDS[i % 9] for i in range(n, n + 1 + 5 * n % 8)) for n in range(37)]
-    together = encoder.encode(many)
+    by_32 = encoder.encode(many)
     alone = [encoder.encode([caption])[0] for caption in many]
     monkeypatch.setattr("megasora.text.pretrained.ENCODER_BATCH", 4)
     assert [len(a) for a in alone] == [len(caption.split()) + (2 if kind == "clip" else 1) for caption in many]
-    for a, b, c in zip(together, encoder.encode(many), alone, strict=True):
+    for a, b, c in zip(by_32, encoder.encode(many), alone, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(b, c, rtol=1e-5, atol=1e-5)
 
 
-def test_captions_of_like_length_are_encoded_together(folders, monkeypatch):
+def test_captions_of_similar_length_are_in_one_batch(folders, monkeypatch):
     encoder, sizes = make(folders["t5"]), []
     encode_batch = encoder.encode_batch
     encoder.encode_batch = lambda ids: sizes.append([len(tokens) for tokens in ids]) or encode_batch(ids)
@@ -112,30 +112,30 @@ def test_captions_of_like_length_are_encoded_together(folders, monkeypatch):
     assert sizes == [[2, 2, 3], [4, 5, 6], [7]]
 
 
-def test_padded_features_are_the_features_and_zeros_up_to_the_longest(folders):
-    for bare, padded in zip(
+def test_padded_features_are_the_features_and_zeros_up_to_max_tokens(folders):
+    for features, padded in zip(
         make(folders["t5"]).encode(CAPTIONS), make(folders["t5"], pad=True).encode(CAPTIONS), strict=True
     ):
-        assert padded.shape == (10, 12) and torch.equal(padded[: len(bare)], bare)
-        assert len(bare) < 10 and not padded[len(bare) :].any()
+        assert padded.shape == (10, 12) and torch.equal(padded[: len(features)], features)
+        assert len(features) < 10 and not padded[len(features) :].any()
 
 
-def test_padding_and_how_far_it_goes_are_in_the_fingerprint(folders):
-    bare = make(folders["t5"]).fingerprint
-    assert make(folders["t5"], max_tokens=12).fingerprint == bare
-    assert make(folders["t5"], pad=True).fingerprint == f"{bare}-pad10"
-    assert make(folders["t5"], max_tokens=12, pad=True).fingerprint == f"{bare}-pad12"
+def test_padding_and_its_length_are_in_the_fingerprint(folders):
+    unpadded = make(folders["t5"]).fingerprint
+    assert make(folders["t5"], max_tokens=12).fingerprint == unpadded
+    assert make(folders["t5"], pad=True).fingerprint == f"{unpadded}-pad10"
+    assert make(folders["t5"], max_tokens=12, pad=True).fingerprint == f"{unpadded}-pad12"
 
 
-def test_an_empty_caption_gives_a_token_even_where_the_tokenizer_adds_none(folders, tmp_path):
-    bare = make(save_t5(tmp_path / "bare", end=None))
-    for encoder in (make(folders["t5"]), bare):
+def test_an_empty_caption_has_one_token_even_if_the_tokenizer_adds_none(folders, tmp_path):
+    without_end = make(save_t5(tmp_path / "without end", end=None))
+    for encoder in (make(folders["t5"]), without_end):
         empty, blank, word = encoder.encode(["", "  ", "red"])
         assert empty.shape == blank.shape == (1, 12) and torch.isfinite(empty).all()
         assert len(word) >= 1
 
 
-def test_a_longer_caption_than_allowed_is_refused_whole(folders):
+def test_a_caption_over_the_limit_is_an_error_and_is_not_truncated(folders):
     encoder = make(folders["t5"], max_tokens=6)
     assert len(encoder.encode(["a red circle moves right"])[0]) == 6  # five words and the end
     message = r"caption of 7 tokens .*text.max_tokens=6; shorten the caption or raise text.max_tokens"
@@ -143,7 +143,7 @@ def test_a_longer_caption_than_allowed_is_refused_whole(folders):
         encoder.encode(["a red circle moves right slowly"])
 
 
-def test_more_tokens_than_clip_has_positions_are_refused_at_once(folders):
+def test_max_tokens_over_the_positions_of_clip_is_an_error(folders):
     with pytest.raises(MegaSoraError, match="text.max_tokens=11 is more than the 10 positions.*use at most 10"):
         make(folders["clip"], "clip", max_tokens=11)
 
@@ -155,7 +155,7 @@ def test_weights_are_frozen_and_without_dropout(folders):
     assert not any(p.requires_grad for p in encoder.encoder.parameters())
 
 
-def test_fingerprint_names_the_weights_and_not_the_folder(folders, tmp_path):
+def test_fingerprint_depends_on_the_weights_and_not_on_the_folder(folders, tmp_path):
     same = shutil.copytree(folders["t5"], tmp_path / "copy")
     others = [save_t5(tmp_path / "other", seed=1), folders["umt5"]]
     fingerprint = make(folders["t5"]).fingerprint
@@ -163,7 +163,7 @@ def test_fingerprint_names_the_weights_and_not_the_folder(folders, tmp_path):
     assert len({fingerprint, *(make(folder).fingerprint for folder in others)}) == 3
 
 
-def test_fingerprint_sees_a_changed_config(folders, tmp_path):
+def test_fingerprint_depends_on_the_config(folders, tmp_path):
     folder = shutil.copytree(folders["t5"], tmp_path / "changed")
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "layer_norm_epsilon": 1e-3}))
@@ -176,12 +176,12 @@ def test_fingerprint_loads_no_weights(folders):
     assert "encoder" not in vars(encoder)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_is_an_error_with_its_name(tmp_path):
     with pytest.raises(MegaSoraError, match=r"text.path=.*missing cannot be loaded"):
         make(tmp_path / "missing")
 
 
-def test_an_unreachable_hub_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_an_error_of_one_line(monkeypatch):
     import huggingface_hub
 
     def no_network(*args, **kwargs):
@@ -200,18 +200,18 @@ def test_a_hub_name_is_read_from_its_local_copy(folders, monkeypatch):
     assert torch.equal(make("some/name").encode(["red"])[0], make(folders["t5"]).encode(["red"])[0])
 
 
-def test_damaged_or_missing_weights_are_refused(folders, tmp_path):
-    torn = shutil.copytree(folders["t5"], tmp_path / "torn")
-    weights = torn / "model.safetensors"
+def test_damaged_or_missing_weights_are_an_error(folders, tmp_path):
+    folder = shutil.copytree(folders["t5"], tmp_path / "damaged")
+    weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(MegaSoraError, match=r"text.path=.*torn cannot be loaded"):
-        make(torn).encode(["red"])
+    with pytest.raises(MegaSoraError, match=r"text.path=.*damaged cannot be loaded"):
+        make(folder).encode(["red"])
     weights.unlink()
-    with pytest.raises(MegaSoraError, match=r"text.path=.*torn holds no weights"):
-        make(torn)
+    with pytest.raises(MegaSoraError, match=r"text.path=.*damaged holds no weights"):
+        make(folder)
 
 
-def test_weights_that_would_be_random_are_refused(folders, tmp_path):
+def test_incomplete_weights_are_an_error(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(folders["t5"], tmp_path / "partial")
@@ -224,7 +224,7 @@ def test_weights_that_would_be_random_are_refused(folders, tmp_path):
         make(folder).encode(["red"])
 
 
-def test_an_encoder_of_another_kind_is_refused(folders):
+def test_an_encoder_of_another_type_is_an_error(folders):
     with pytest.raises(MegaSoraError, match="holds a model of type 'clip_text_model'; text.name=t5 reads t5, umt5"):
         make(folders["clip"], "t5")
     with pytest.raises(MegaSoraError, match="holds a model of type 'umt5'; text.name=clip reads clip"):
@@ -238,7 +238,7 @@ def test_missing_transformers_says_what_to_install(folders, monkeypatch):
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_the_embedder_reads_each_caption_by_itself(folders, depth):
+def test_the_embedding_of_a_caption_does_not_depend_on_the_other_captions(folders, depth):
     encoder = make(folders["t5"])
     torch.manual_seed(0)
     embedder = encoder.build_embedder(16, depth, 2).double()
@@ -247,6 +247,6 @@ def test_the_embedder_reads_each_caption_by_itself(folders, depth):
     cu_text = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     packed = embedder(torch.cat(encoded), cu_text)
     assert packed.shape == (sum(lengths), 16)
-    for together, features in zip(packed.split(lengths), encoded, strict=True):
+    for from_pack, features in zip(packed.split(lengths), encoded, strict=True):
         alone = embedder(features, torch.tensor([0, len(features)], dtype=torch.int32))
-        torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(from_pack, alone, rtol=1e-10, atol=1e-10)

@@ -1,17 +1,16 @@
-"""One transformer block on a GPU, forward and backward: the part of the GPU's matrix arithmetic that it has the use of.
+"""One transformer block on a GPU, forward and backward: its model FLOPs utilisation (MFU).
 
 The block is the model's own (megasora/model/block.py), in bf16 and in the shapes of Wan: one clip over the whole pack,
-a caption of 512 tokens. MFU counts what megasora/model/flops.py counts, three times the forward pass, no recompute,
-divided by the time and by the FLOP/s of a large matrix product in the same run. The ways:
+a caption of 512 tokens. MFU is the FLOPs of megasora/model/flops.py (three times the forward pass, no recompute)
+divided by the time and by the FLOP/s of a large matrix product in the same run. The variants:
 
     ours       model.kernel_backend=triton
     eager      model.kernel_backend=torch: the same maths in PyTorch
-    compile    torch.compile of the references of kernels/ in the place of their operations: a block written plainly
+    compile    torch.compile of a block whose kernels are replaced by their references in plain PyTorch
 
 each with every model.recompute: none keeps all activations, keep_attention the input and self-attention's output, full
-the input alone.
-Attention is the same in all of them. What the block is given is taken from a forward pass of a whole model around it,
-as the model gives it; what is made once a pack, not once a block, is so left out of the time.
+the input alone. Attention is the same in all variants. The block's inputs are computed by the rest of the model, once
+per pack, and are not timed.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ GRIDS = {8_192: (8, 32, 32), 36_864: (36, 32, 32), 73_728: (72, 32, 32)}  # toke
 WORDS = 512
 RECOMPUTE = ("none", "keep_attention", "full")
 KERNELS = {"ours": "triton", "eager": "torch", "compile": "torch"}
-PLAINLY: list[tuple[ModuleType, str, Callable]] = [  # operations that the model's files call, and the maths instead
-    (model_block, "adaln_modulate", lambda *given, via, **named: adaln_modulate_reference(*given, **named)),
-    (model_block, "gated_residual_adaln", lambda *given, via, **named: gated_residual_adaln_reference(*given, **named)),
-    (model_block, "gated_add", lambda *given, via: gated_add_reference(*given)),
+REFERENCES: list[tuple[ModuleType, str, Callable]] = [  # (module, operation that it calls, reference)
+    (model_block, "adaln_modulate", lambda *x, via, **options: adaln_modulate_reference(*x, **options)),
+    (model_block, "gated_residual_adaln", lambda *x, via, **options: gated_residual_adaln_reference(*x, **options)),
+    (model_block, "gated_add", lambda *x, via: gated_add_reference(*x)),
     (model_attention, "rms_norm", lambda x, weight, eps, *part, via: rms_norm_reference(x, weight, eps)),
-    (model_attention, "qk_norm_rope3d", lambda *given: qk_norm_rope3d_reference(*given[:-1])),  # the last is via
+    (model_attention, "qk_norm_rope3d", lambda *x: qk_norm_rope3d_reference(*x[:-1])),  # the last is via
 ]
 
 
@@ -75,18 +74,18 @@ class BlockResult:
     shape: str
     tokens: int
     recompute: str
-    way: str
+    variant: str
     flops: float  # forward and backward
     ms: float | None  # both passes, median; None: see error
     forward_ms: float | None
     tflop_s: float | None
     mfu: float | None  # of the matrix product's speed
-    held_gib: float | None  # by the forward pass for the backward pass
+    retained_gib: float | None  # by the forward pass for the backward pass
     error: str | None = None
 
 
 def block_cases(quick: bool) -> Iterator[Case]:
-    """What matters most comes first."""
+    """All cases, the most important first."""
     long = (36_864,) if quick else (36_864, 73_728, 8_192)
     for shape in ("Wan-14B",) if quick else SHAPES:
         for tokens in long:
@@ -112,7 +111,7 @@ def one_clip(config: Config, tokens: int) -> VideoBatch:
 
 
 def block_flops(case: Case) -> int:
-    """Forward and backward of one block: what a model of two has beyond a model of one."""
+    """FLOPs of one block, forward and backward: the difference between a model of two blocks and a model of one."""
     cu_segments, cu_text = torch.tensor([0, case.tokens]), torch.tensor([0, WORDS])
     deep, shallow = (config_of(case, "torch", depth) for depth in (2, 1))
     deep_flops, shallow_flops = (
@@ -143,29 +142,29 @@ def as_leaf(x: object) -> object:
 
 
 def forward_step(block: Callable[..., Tensor], x_LD: Tensor, inputs: BlockInputs, recompute: str) -> Step:
-    """The forward pass as the model does it."""
+    """A function that runs the block's forward pass as the model does."""
     return lambda: run_block(block, x_LD, inputs, recompute)
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """The model's blocks are references alone in here: what a compiler sees whole, forward and backward."""
+def reference_operations() -> Iterator[None]:
+    """Replaces the kernels in the model's blocks by their references, which a compiler can trace."""
     with ExitStack() as stack:
-        for owner, name, reference in PLAINLY:
+        for owner, name, reference in REFERENCES:
             stack.enter_context(mock.patch.object(owner, name, reference))
         yield
 
 
 def with_angles(inputs: BlockInputs) -> BlockInputs:
-    """Cosines and sines in place of the Rope, which holds them as complex numbers: a compiler makes little of these."""
+    """Replaces the Rope's complex numbers, which a compiler handles badly, by cosines and sines."""
     return inputs._replace(rope=Angles(inputs.rope.cos.contiguous(), inputs.rope.sin.contiguous()))
 
 
-def turn_of(step: Step, leaves: list[Tensor], held: list[float]) -> Callable[[Clock], None]:
+def turn_of(step: Step, leaves: list[Tensor], retained: list[float]) -> Callable[[Clock], None]:
     def turn(clock: Clock) -> None:
         before = torch.cuda.memory_allocated()
         out_LD = clock.time("forward", step)
-        held.append((torch.cuda.memory_allocated() - before) / 2**30)
+        retained.append((torch.cuda.memory_allocated() - before) / 2**30)
         grad_LD = torch.ones_like(out_LD)
         clock.time("backward", lambda: torch.autograd.grad(out_LD, leaves, grad_LD, allow_unused=True))
 
@@ -175,42 +174,44 @@ def turn_of(step: Step, leaves: list[Tensor], held: list[float]) -> Callable[[Cl
 def measure_block(case: Case, matmul_tflop_s: float, clock: Clock) -> list[BlockResult]:
     torch._dynamo.reset()
     flops = block_flops(case)
-    ways, held = {}, {way: [] for way in KERNELS}
-    for way, kernels in KERNELS.items():
+    turns, retained = {}, {variant: [] for variant in KERNELS}
+    for variant, kernels in KERNELS.items():
         block, x_LD, inputs = build_block(case, kernels, "cuda")
         leaves = [x for x in (x_LD, *inputs, *block.parameters()) if isinstance(x, Tensor) and x.requires_grad]
-        if way == "compile":
+        if variant == "compile":
             compiled = torch.compile(block, dynamic=False)
             step = forward_step(compiled, x_LD, with_angles(inputs), case.recompute)
-            ways[way] = plainly()(turn_of(step, leaves, held[way]))
+            turns[variant] = reference_operations()(turn_of(step, leaves, retained[variant]))
         else:
-            ways[way] = turn_of(forward_step(block, x_LD, inputs, case.recompute), leaves, held[way])
+            turns[variant] = turn_of(forward_step(block, x_LD, inputs, case.recompute), leaves, retained[variant])
     results = []
-    for way, times in take_turns(ways, clock, warm_up=1).items():
-        fields = dataclasses.asdict(case) | {"way": way, "flops": float(flops)}
+    for variant, times in take_turns(turns, clock, warm_up=1).items():
+        fields = dataclasses.asdict(case) | {"variant": variant, "flops": float(flops)}
         if times.error is not None:
-            results.append(BlockResult(**fields, **dict.fromkeys(EMPTY), error=times.error))
+            results.append(BlockResult(**fields, **dict.fromkeys(MEASUREMENTS), error=times.error))
             continue
         ms = sum(times.medians.values())
         tflop_s = flops / ms / 1e9
-        measured = ms, times.medians["forward"], tflop_s, tflop_s / matmul_tflop_s, held[way][-1]
-        results.append(BlockResult(**fields, **dict(zip(EMPTY, measured, strict=True))))
+        measured = ms, times.medians["forward"], tflop_s, tflop_s / matmul_tflop_s, retained[variant][-1]
+        results.append(BlockResult(**fields, **dict(zip(MEASUREMENTS, measured, strict=True))))
     return results
 
 
-EMPTY = ("ms", "forward_ms", "tflop_s", "mfu", "held_gib")  # fields that a way that failed has not
+MEASUREMENTS = ("ms", "forward_ms", "tflop_s", "mfu", "retained_gib")  # None if the variant failed
 
 
 def block_table(results: list[BlockResult]) -> Table:
-    table = Table(title="a block, forward and backward, bf16: MFU (ms, GiB held), by the matrix product of this run")
+    table = Table(
+        title="a block, forward and backward, bf16: MFU (ms, GiB retained), relative to the matrix product of this run"
+    )
     for name in ("shape", "tokens", "recompute", *KERNELS, "compile / ours, time"):
         table.add_column(name, justify="left" if name in ("shape", "recompute") else "right")
     for shape, tokens, recompute in dict.fromkeys((r.shape, r.tokens, r.recompute) for r in results):
-        found = {r.way: r for r in results if (r.shape, r.tokens, r.recompute) == (shape, tokens, recompute)}
+        rows = {r.variant: r for r in results if (r.shape, r.tokens, r.recompute) == (shape, tokens, recompute)}
         cells = [
-            f"{r.mfu:.1%} ({r.ms:.1f}, {r.held_gib:.1f})" if r is not None and r.mfu is not None else "-"
-            for r in map(found.get, KERNELS)
+            f"{r.mfu:.1%} ({r.ms:.1f}, {r.retained_gib:.1f})" if r is not None and r.mfu is not None else "-"
+            for r in map(rows.get, KERNELS)
         ]
-        pair = [getattr(found.get(way), "ms", None) for way in ("compile", "ours")]
+        pair = [getattr(rows.get(variant), "ms", None) for variant in ("compile", "ours")]
         table.add_row(shape, f"{tokens:,}", recompute, *cells, "-" if None in pair else f"{pair[0] / pair[1]:.2f}")
     return table
