@@ -234,7 +234,7 @@ def table_of(ranks: int, slots_per_rank: int, results: list[Result]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="JSON file for every number")
+    parser.add_argument("--out", type=Path, help="JSON file for all results")
     parser.add_argument("--ranks", type=int, nargs="+", default=[256, 1024], help=f"multiples of {ULYSSES}")
     parser.add_argument("--slots-per-rank", type=int, nargs="+", default=[16_384, 32_768])
     parser.add_argument("--seeds", type=int, default=5, help="packs of each size")

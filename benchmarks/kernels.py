@@ -112,7 +112,7 @@ def measure_operation(
         problem = OPERATIONS[operation](size, torch.bfloat16, "cuda")
     except torch.cuda.OutOfMemoryError:
         return [result("ours", "both", None, 0.0, "out of memory: the inputs alone")]
-    functions = {"ours": problem.ours, "eager": problem.reference}
+    functions = {"ours": problem.triton, "eager": problem.reference}
     if all_ways:
         torch._dynamo.reset()  # or it would count this as one more shape of the last one
         functions |= {"compile": torch.compile(problem.reference, dynamic=False), **rivals(operation)}

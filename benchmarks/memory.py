@@ -148,7 +148,7 @@ def table_of(results: list[Result]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="JSON file for every number")
+    parser.add_argument("--out", type=Path, help="JSON file for all results")
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024], help=f"multiples of {HEAD_DIM}")
     parser.add_argument("--tokens", type=int, default=1024)
     options = parser.parse_args(arguments)

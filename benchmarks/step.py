@@ -243,7 +243,7 @@ def table_of(layout: str, processes: int, results: list[Result]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="JSON file for every number")
+    parser.add_argument("--out", type=Path, help="JSON file for all results")
     parser.add_argument("--rounds", type=int, default=5, help="steps with each split")
     parser.add_argument("--tokens", type=int, default=16_384, help="of a pack")
     parser.add_argument("--width", type=int, default=128)

@@ -31,9 +31,8 @@ from megasora.batch import VideoBatch
 from megasora.build import build_model, patch_dim
 from megasora.config import CodecConfig, Config, ModelConfig, RunConfig
 from megasora.data.pack import Record, make_batch
-from megasora.kernels.adaln_modulate import adaln_modulate_reference
+from megasora.kernels.adaln import adaln_modulate_reference, gated_residual_adaln_reference
 from megasora.kernels.gated_add import gated_add_reference
-from megasora.kernels.gated_residual_adaln import gated_residual_adaln_reference
 from megasora.kernels.qk_norm_rope3d import qk_norm_rope3d_reference
 from megasora.kernels.rms_norm import rms_norm_reference
 from megasora.model import attention as model_attention
@@ -51,11 +50,11 @@ WORDS = 512
 RECOMPUTE = ("none", "keep_attention", "full")
 KERNELS = {"ours": "triton", "eager": "torch", "compile": "torch"}
 REFERENCES: list[tuple[ModuleType, str, Callable]] = [  # (module, operation that it calls, reference)
-    (model_block, "adaln_modulate", lambda *x, via, **options: adaln_modulate_reference(*x, **options)),
-    (model_block, "gated_residual_adaln", lambda *x, via, **options: gated_residual_adaln_reference(*x, **options)),
-    (model_block, "gated_add", lambda *x, via: gated_add_reference(*x)),
-    (model_attention, "rms_norm", lambda x, weight, eps, *part, via: rms_norm_reference(x, weight, eps)),
-    (model_attention, "qk_norm_rope3d", lambda *x: qk_norm_rope3d_reference(*x[:-1])),  # the last is via
+    (model_block, "adaln_modulate", lambda *x, backend, **options: adaln_modulate_reference(*x, **options)),
+    (model_block, "gated_residual_adaln", lambda *x, backend, **options: gated_residual_adaln_reference(*x, **options)),
+    (model_block, "gated_add", lambda *x, backend: gated_add_reference(*x)),
+    (model_attention, "rms_norm", lambda x, weight, eps, *part, backend: rms_norm_reference(x, weight, eps)),
+    (model_attention, "qk_norm_rope3d", lambda *x: qk_norm_rope3d_reference(*x[:-1])),  # the last is backend
 ]
 
 

@@ -1,11 +1,14 @@
-"""Who computes an operation, and with how many warps: what the files of this folder share.
+"""Backend selection (Triton or PyTorch) and Triton launch parameters, shared by all kernels.
 
-Every operation takes `via`: "triton", "torch" (the same maths in PyTorch, on any device), or "auto", which is Triton on
-a CUDA device and PyTorch elsewhere and for float64. On a CPU, Triton's kernels run in its interpreter, which Triton
-turns on where TRITON_INTERPRET=1 stands in the environment before it is imported.
+Every operation takes `backend`: "triton", "torch" (the same maths in PyTorch, on any device), or "auto": Triton on a
+CUDA device, PyTorch on other devices and for float64. On a CPU, Triton kernels run in Triton's interpreter, which is
+enabled by TRITON_INTERPRET=1 in the environment when Triton is imported.
 
-How a kernel is cut is a table of its file, read by chip, never the outcome of a race between timings: ranks that race
-may choose differently, and then sum differently.
+The launch configuration of a kernel is a table in its file, indexed by GPU architecture. Nothing is tuned by timing at
+run time: ranks could choose differently, and would then sum in different orders.
+
+The autograd Functions of the kernels return detached outputs: torch.compile of PyTorch 2.11 gives zeros for the
+gradient of an output that was last returned by an in-place operation or by a `.to` that converts nothing.
 """
 
 from __future__ import annotations
@@ -18,76 +21,82 @@ import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret  # read where Triton reads it, once
-VIAS = ("auto", "triton", "torch")
+INTERPRETED = triton.knobs.runtime.interpret  # read once, where Triton reads it
+BACKENDS = ("auto", "triton", "torch")
 
 
-class Launch(NamedTuple):
-    """How a kernel is cut: a program works on a tile at a time, of whole vectors of `count` x `block` numbers each."""
+class LaunchConfig(NamedTuple):
+    """Size of the tile that a program holds at once, and how it is spread over threads."""
 
-    tile: int = 2048  # numbers of a tile, if one vector is not longer
-    numbers: int = 16  # that a thread holds of a tile; sets the warps
-    stages: int = 3  # tiles in a loop that are on their way from memory at once
+    tile_elements: int = 2048  # upper limit, except that a tile holds at least one vector
+    elements_per_thread: int = 16  # of a tile; determines the number of warps
+    num_stages: int = 3  # loop iterations whose loads are in flight at once
 
-    def vectors(self, *size: int) -> int:
-        """In a tile; a power of two. `size`: numbers of a vector, as factors."""
-        return power_of_two(self.tile // math.prod(size))
+    def vectors_per_tile(self, *vector_size: int) -> int:
+        """A power of two, at least 1. `vector_size`: factors of the number of elements of a vector."""
+        return previous_power_of_2(self.tile_elements // math.prod(vector_size))
 
-    def warps(self, *size: int) -> int:
-        return min(16, power_of_two(self.vectors(*size) * math.prod(size) // (32 * self.numbers)))
+    def num_warps(self, *vector_size: int) -> int:
+        """Of a program, 1 to 16. `vector_size`: as of `vectors_per_tile`."""
+        elements = self.vectors_per_tile(*vector_size) * math.prod(vector_size)
+        return min(16, previous_power_of_2(elements // (32 * self.elements_per_thread)))
 
 
-def power_of_two(n: int) -> int:
-    """The largest that is not above `n`; 1 at least."""
+def previous_power_of_2(n: int) -> int:
+    """The largest power of two that is at most `n`; 1 for n < 1."""
     return 1 << max(1, n).bit_length() - 1
 
 
-Table = Mapping[str, Launch]  # chip, or "any": a chip without an entry is cut as "any"
+LaunchTable = Mapping[str, LaunchConfig]  # by architecture (see `architecture`); "any" is the default
 
 
-def chip_of(device: torch.device) -> str:
-    """sm80 for an A100, sm90 for an H100 or H200, sm100 for a B200; cpu for the interpreter."""
+def architecture(device: torch.device) -> str:
+    """sm80 for an A100, sm90 for an H100 or H200, sm100 for a B200; the device type where it is not CUDA."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
 
-def launch_for(table: Table, device: torch.device) -> Launch:
-    return table.get(chip_of(device), table["any"])
+def launch_config(table: LaunchTable, device: torch.device) -> LaunchConfig:
+    return table.get(architecture(device), table["any"])
 
 
-def chosen(via: str, x: Tensor) -> str:
-    """`via` without "auto". ValueError for a word that is none of them, or Triton where it cannot run."""
-    if via not in VIAS:
-        raise ValueError(f"via={via!r} must be one of {', '.join(VIAS)}")
-    if via == "auto":
+def resolve_backend(backend: str, x: Tensor) -> str:
+    """ "triton" or "torch": `backend`, or the choice of "auto" for `x`.
+
+    ValueError for an unknown name, or for Triton where it cannot compute.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    if backend == "auto":
         return "triton" if x.device.type in ("cuda", "meta") and x.dtype != torch.float64 else "torch"
-    if via == "triton" and x.dtype == torch.float64:
-        raise ValueError("via='triton' computes in fp32 and takes no float64; use via='torch'")
-    if via == "triton" and x.device.type == "cpu" and not INTERPRETED:
+    if backend == "triton" and x.dtype == torch.float64:
+        raise ValueError("backend='triton' computes in fp32 and takes no float64; use backend='torch'")
+    if backend == "triton" and x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(
-            f"via='triton' on {x.device}: Triton runs on a GPU, or on a CPU where TRITON_INTERPRET=1 is set"
+            f"backend='triton' on {x.device}: Triton needs a GPU, or TRITON_INTERPRET=1 in the environment on a CPU"
         )
-    return via
+    return backend
 
 
-def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In fp32, or in float64 where they are: what is computed in."""
+def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of the computation: float64 stays, all else becomes fp32."""
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """ValueError unless all lie on one device, naming those that do not."""
-    given = {name: x.device for name, x in tensors.items() if x is not None}
-    if len(set(given.values())) > 1:
-        raise ValueError("all must be on one device: " + ", ".join(f"{name} on {d}" for name, d in given.items()))
+    """Raises ValueError, with the device of each, unless all tensors are on one device."""
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError("all must be on one device: " + ", ".join(f"{name} on {d}" for name, d in devices.items()))
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    """With the numbers of a vector side by side, as kernels read them; vectors may lie apart."""
+def unit_stride(x: Tensor | None) -> Tensor | None:
+    """`x`, or a contiguous copy if its last dim is not contiguous. Kernels take any stride of the other dims."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def row_stride(x_RD: Tensor | None) -> int:
+    """Elements from one row to the next; 0 for None."""
     return 0 if x_RD is None else x_RD.stride(0)

@@ -1,13 +1,13 @@
-"""Attention to some keys and attention to others in, attention to all of them out.
+"""Merges attention to two disjoint sets of keys into attention to all of them, by log-sum-exp.
 
     w   = exp(lse_b) / (exp(lse_a) + exp(lse_b))
     out = out_a + w (out_b - out_a)         lse = log(exp(lse_a) + exp(lse_b))
 
-of outputs [L, N, K] and log-sum-exps [L, N]. The two weights sum to one whatever rounding did to the lse, so that
-merging part after part does not drift. A side without keys (out 0, lse -inf) leaves the other as it is, bit by bit.
-Computed in fp32 at least, and returned so: a ring merges once a hop, and would round each time.
+of outputs [L, N, K] and log-sum-exps [L, N]. The two weights sum to one in spite of rounding errors in the lse, so that
+repeated merging does not drift. A side without keys (out 0, lse -inf) leaves the other unchanged, bit by bit. Computed
+and returned in fp32 at least: ring attention merges once per exchange, and would round each time.
 
-Least traffic: both outputs in, one out; 12 bytes a number in fp32.
+Least traffic: both outputs in, one out; 12 bytes per element in fp32.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasora.kernels.launch import Launch, Table, check_device, chosen, dense, launch_for
+from megasora.kernels.launch import LaunchConfig, LaunchTable, check_device, launch_config, resolve_backend, unit_stride
 
-MERGE: Table = {"any": Launch()}
+MERGE: LaunchTable = {"any": LaunchConfig()}
 
 
 def merge_partial_attention_reference(
@@ -41,32 +41,32 @@ def merge_kernel(
     COUNT, N, K, VECTORS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)  # of all L * N
-    there, i, n, k = vector < COUNT, vector // N, vector % N, tl.arange(0, BLOCK_K)
-    inside = there[:, None] & (k < K)[None]
+    mask, i, n, k = vector < COUNT, vector // N, vector % N, tl.arange(0, BLOCK_K)
+    inside = mask[:, None] & (k < K)[None]
     a = tl.load(out_a + (i * token_a + n * head_a)[:, None] + k[None], mask=inside, other=0.0).to(tl.float32)
     b = tl.load(out_b + (i * token_b + n * head_b)[:, None] + k[None], mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(lse_a + i * token_lse_a + n * head_lse_a, mask=there, other=0.0).to(tl.float32)
-    y = tl.load(lse_b + i * token_lse_b + n * head_lse_b, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(lse_a + i * token_lse_a + n * head_lse_a, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(lse_b + i * token_lse_b + n * head_lse_b, mask=mask, other=0.0).to(tl.float32)
     w = tl.where(y == -float("inf"), 0.0, 1 / (1 + tl.exp(x - y)))[:, None]
     merged = tl.where(w < 0.5, a + w * (b - a), b - (1 - w) * (b - a))  # exact where one side has no keys
     larger = tl.maximum(x, y)
     both = larger + tl.log(tl.exp(x - larger) + tl.exp(y - larger))
     both = tl.where(y == -float("inf"), x, tl.where(x == -float("inf"), y, both))
     tl.store(out + vector[:, None] * K + k[None], merged, mask=inside)
-    tl.store(lse + vector, both, mask=there)
+    tl.store(lse + vector, both, mask=mask)
 
 
 @torch.library.custom_op("megasora::merge_partial_attention", mutates_args=())
 def merge_triton(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    out_a, out_b = dense(out_a), dense(out_b)
+    out_a, out_b = unit_stride(out_a), unit_stride(out_b)
     out, lse = empty_merged(out_a)
-    launch, block = launch_for(MERGE, out.device), triton.next_power_of_2(out.shape[2])
-    vectors, count = launch.vectors(block), lse.numel()
+    config, block = launch_config(MERGE, out.device), triton.next_power_of_2(out.shape[2])
+    vectors, count = config.vectors_per_tile(block), lse.numel()
     strides = (stride for x in (out_a, lse_a, out_b, lse_b) for stride in x.stride()[:2])
     if out.numel():
         merge_kernel[(triton.cdiv(count, vectors),)](
             out_a, lse_a, out_b, lse_b, out, lse, *strides, count, *out.shape[1:], vectors, block,
-            num_warps=launch.warps(block),
+            num_warps=config.num_warps(block),
         )  # fmt: skip
     return out, lse
 
@@ -81,17 +81,17 @@ def empty_merged(out_a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_partial_attention(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, via: str = "auto"
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`out_a`, `out_b` [L, N, K] and `lse_a`, `lse_b` [L, N] of attention to different keys -> out [L, N, K] and
-    lse [L, N] of attention to all of them, at least fp32. `via`: see launch.py. Records no gradient. ValueError on
-    shapes that do not fit."""
+    lse [L, N] of attention to all of them, at least fp32. `backend`: see launch.py. Records no gradient. ValueError for
+    shapes that do not match."""
     if out_a.ndim != 3 or out_a.shape != out_b.shape:
         raise ValueError(f"out_a {tuple(out_a.shape)} and out_b {tuple(out_b.shape)} must have one shape [L, N, K]")
     for name, x in (("lse_a", lse_a), ("lse_b", lse_b)):
         if x.shape != out_a.shape[:2]:
             raise ValueError(f"{name} {tuple(x.shape)} must be [L, N] of outputs {tuple(out_a.shape)}")
     check_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    merge = merge_triton if chosen(via, out_a) == "triton" else merge_partial_attention_reference
+    merge = merge_triton if resolve_backend(backend, out_a) == "triton" else merge_partial_attention_reference
     with torch.no_grad():
         return merge(out_a, lse_a, out_b, lse_b)

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megasora import __version__
 from megasora.errors import CONFIGURATION, MegaSoraError
-
-if TYPE_CHECKING:
-    import torch
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
@@ -221,36 +214,17 @@ def ingest(options: argparse.Namespace) -> int:
 
 
 def shards(options: argparse.Namespace) -> int:
+    from megasora.commands.show_clip import show_clip
     from megasora.observe.inspect_shards import describe_shards, verify_shards
 
     if options.show:
-        show_clip(options.dir, *options.show)
+        sample_id, out = options.show
+        show_clip(options.dir, sample_id, Path(out))
     elif options.verify:
         return CONFIGURATION if verify_shards(options.dir) else 0
     else:
         describe_shards(options.dir, options.tokens_per_pack)
     return 0
-
-
-def show_clip(folder: str, sample_id: str, file: str) -> None:
-    import json
-
-    from megasora.data.video import write_image
-    from megasora.observe.inspect_shards import decode_clip, preview
-    from megasora.sampling.sheet import contact_sheet
-
-    out = Path(file)
-    if not sample_id.isdecimal() or out.suffix != ".png":
-        raise MegaSoraError(f"--show {sample_id} {file}: give a sample id, a whole number, and the name of a .png file")
-    if not out.parent.is_dir():
-        raise MegaSoraError(f"--show {file}: there is no folder {out.parent}; make it first")
-    frames, metadata = decode_clip(folder, int(sample_id))
-    tiles, zoom = preview(frames)
-    title = f"{sample_id}: {metadata['caption']}"[:120]
-    write_image(contact_sheet([(title, tiles)], len(tiles), zoom), out, comment=json.dumps(metadata))
-    for key, value in metadata.items():
-        print(f"{key:>14}  {json.dumps(value, ensure_ascii=False)}")  # JSON escapes terminal control codes in captions
-    print(f"drawn into {out}")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -284,58 +258,17 @@ def report(options: argparse.Namespace) -> int:
 
 
 def import_wan(options: argparse.Namespace) -> int:
-    from functools import partial
+    from megasora.commands.checkpoint import import_wan_to_file
 
-    import torch
-
-    from megasora.build import patch_dim
-    from megasora.checkpoint.wan import import_wan, read_wan
-    from megasora.config import load
-    from megasora.model.dit import VideoDiT
-    from megasora.model.init import initial_value
-    from megasora.text.embedders import FeatureEmbedder
-
-    wan = read_wan(options.folder)
-    config = load(None, wan.settings())
-    m = config.model
-    with torch.device("meta"):  # only shapes are needed, so the text encoder need not be on this machine
-        model = VideoDiT(m, patch_dim(config), FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-
-    with show_progress("import", shapes) as advance:
-        import_wan(wan, shapes, partial(initial_value, seed=config.run.seed), options.out, advance)
-    print(f"weights in {options.out}; to train them further, append to `megasora train YAML`:")
-    print(" \\\n".join(shlex.quote(setting) for setting in (*wan.settings(), f"model.init_from={options.out}")))
+    import_wan_to_file(options.folder, options.out)
     return 0
 
 
 def export(options: argparse.Namespace) -> int:
-    from megasora.checkpoint.safetensors_file import check_new_file
-    from megasora.checkpoint.sharded import ShardedCheckpoint, export
-    from megasora.checkpoint.store import find_checkpoint, verify_checksums
-    from megasora.sampling.pipeline import CHECKPOINT_KINDS
+    from megasora.commands.checkpoint import export_to_file
 
-    check_new_file(options.out)
-    folder = find_checkpoint(options.checkpoint)
-    verify_checksums(folder)
-    checkpoint = ShardedCheckpoint(folder)
-    with show_progress("export", checkpoint.shapes) as advance:
-        export(checkpoint, CHECKPOINT_KINDS[options.weights], options.out, advance)
-    print(f"{options.weights} weights of {folder} in {options.out}")
+    export_to_file(options.checkpoint, options.weights, options.out)
     return 0
-
-
-@contextmanager
-def show_progress(what: str, shapes: dict[str, torch.Size]) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; yields a function to call with the bytes of each tensor that is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(what, total=4 * sum(shape.numel() for shape in shapes.values()))
-        yield lambda size: progress.advance(bar, size)
 
 
 def doctor(options: argparse.Namespace) -> int:

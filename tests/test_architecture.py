@@ -19,7 +19,7 @@ LAYERS = [
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
     {"run_log", "testing", "build", "ingest"},
     {"parallelize", "sampling", "observe", "watchdog"},
-    {"tasks", "checks", "preflight"},
+    {"tasks", "checks", "preflight", "commands"},
     {"trainer"},
     {"train"},
     {"cli"},

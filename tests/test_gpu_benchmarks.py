@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import figure, gpu, kernels, transformer_block, tune
 from benchmarks.kernels import AttentionResult, OperationResult
 from benchmarks.transformer_block import BlockResult, Case
-from megasora.kernels.launch import Launch
+from megasora.kernels.launch import LaunchConfig
 from megasora.testing.operations import OPERATIONS, Size
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -78,8 +78,8 @@ def test_the_search_keeps_the_best_of_each_field():
         tried.extend(launches)
         return [abs(math.log2(x.tile / 4096)) + x.stages + (math.inf if x.numbers == 8 else 1) for x in launches]
 
-    best, ratio = tune.search(score, Launch(tile=2048, numbers=16, stages=3))
-    assert best == Launch(tile=4096, numbers=16, stages=1)
+    best, ratio = tune.search(score, LaunchConfig(tile=2048, numbers=16, stages=3))
+    assert best == LaunchConfig(tile=4096, numbers=16, stages=1)
     assert ratio == pytest.approx((4 / 5) * (2 / 4))
     assert len(set(tried)) < 4 * 3 * 4 / 2  # not all combinations
 

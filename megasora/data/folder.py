@@ -4,7 +4,7 @@
     open_folder("s3://bucket/shards") RemoteFolder: one ranged request per read
 
 A folder is defined by its address, so it can be pickled. An address is never a command: urls of a single file system
-are accepted, `pipe:` and chained urls (`a::b`) are refused. While a read waits for the disk or the server, the folder
+are accepted, `pipe:` and chained urls (`a::b`) are errors. While a read waits for the disk or the server, the folder
 releases its `run_lock`, if the reading thread holds it.
 """
 

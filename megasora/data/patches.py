@@ -1,4 +1,4 @@
-"""Frames to whole blocks of pixels, latents to patches, and the way back."""
+"""Conversions between uint8 and float frames, padding of frames, and latents to patches and back."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def frames_to_uint8(frames_FCHW: Tensor) -> Tensor:
 
 
 def pad_frames(frames_FCHW: Tensor, multiple: tuple[int, int]) -> Tensor:
-    """Repeats the last row and column until height and width are multiples; nothing is cut or resized."""
+    """Repeats the last row and column until height and width are multiples; nothing is cropped or resized."""
     height, width = frames_FCHW.shape[-2:]
     down, right = -height % multiple[0], -width % multiple[1]
     return F.pad(frames_FCHW, (0, right, 0, down), mode="replicate") if down or right else frames_FCHW
 
 
 def patchify(latents_CTHW: Tensor, patch: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
-    """latents [C, T, H, W] -> patches [l, C*pt*ph*pw], time first, and their grid (t, h, w), l = t*h*w."""
+    """latents [C, T, H, W] -> patches [l, C*pt*ph*pw] in time-major order, and their grid (t, h, w), l = t*h*w."""
     pt, ph, pw = patch
     c, t, h, w = latents_CTHW.shape
     grid = (t // pt, h // ph, w // pw)

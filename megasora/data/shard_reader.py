@@ -102,7 +102,7 @@ class ShardSplit:
         if len(patches) != patches_bytes or min(head_bytes, tail_bytes) < 0:
             raise DataError(
                 f"{self.folder}: the index says that sample {sample_id} has {patches_bytes} bytes of patches at byte "
-                f"{patches_at} of a record from {start} to {start + size}; they are {len(patches)}; ingest again"
+                f"{patches_at} of a record from {start} to {start + size}; its grid has {len(patches)}; ingest again"
             )
         head = memoryview(bytearray(head_bytes))
         buffers = head, patches, memoryview(bytearray(tail_bytes))

@@ -4,7 +4,7 @@
 
 Python's `tarfile`, and the loaders built on it, silently take an unreadable header for the end of the archive. Here an
 archive must consist of whole members, two zeroed blocks, and nothing but zeros after them. Members are files; their
-content is never interpreted. Links, devices, absolute names and `..` are refused, as are extensions that the caller
+content is never interpreted. Links, devices, absolute names and `..` are errors, as are extensions that the caller
 does not expect.
 
 Names may be in ustar, GNU (`L` headers) or pax (`path` records) format, and sizes beyond 8 GiB in GNU or pax format.
@@ -27,7 +27,7 @@ MAX_NAME_BYTES = 1 << 20  # of a GNU long name, or of pax records
 FILES = (b"0", b"\0")
 FOLDER, GNU_NAME, PAX, PAX_GLOBAL = b"5", b"L", b"x", b"g"
 EXTENDED = (GNU_NAME, PAX, PAX_GLOBAL)
-REFUSED = {
+UNSUPPORTED = {
     b"1": "a hard link", b"2": "a symbolic link", b"3": "a character device", b"4": "a block device", b"6": "a fifo",
     b"7": "a contiguous file", b"K": "a link with a long name", b"S": "a sparse file", b"M": "a file in volumes",
 }  # fmt: skip
@@ -81,12 +81,12 @@ def group_by_key(members: Iterable[Member]) -> dict[str, dict[str, tuple[int, in
 
 
 def read_members(
-    file: BinaryIO, extensions: Collection[str], path: str | None = None, others: str = "refuse"
+    file: BinaryIO, extensions: Collection[str], path: str | None = None, others: str = "error"
 ) -> Iterator[Member]:
     """Yields every file of an archive whose extension (`split_name`) is in `extensions`.
 
     `file` must be seekable; the caller may read from it between two members. `path`: for messages. `others`: what to do
-    with files of other extensions, `refuse` or `skip`. Raises DamagedTar; the members yielded before are whole.
+    with files of other extensions, `error` or `skip`. Raises DamagedTar; the members yielded before are whole.
     """
     path = str(getattr(file, "name", "tar")) if path is None else path
     names: set[tuple[str, str]] = set()
@@ -94,7 +94,7 @@ def read_members(
     for member in read_files(file, path):
         header_at, pair = member.offset - BLOCK_BYTES, split_name(member.name)
         if pair is None or pair[1] not in extensions:
-            if others == "refuse":
+            if others == "error":
                 allowed = ", ".join(sorted(extensions))
                 raise DamagedTar(path, header_at, f"{member.name!r} is no file of the format; these are: {allowed}")
             continue
@@ -124,9 +124,9 @@ def read_files(file: BinaryIO, path: str) -> Iterator[Member]:
         kind, name, length = read_header(block, at, path)
         start = at + BLOCK_BYTES
         if kind in EXTENDED:
-            found = read_extended_header(file, kind, at, length, path)
-            if found:
-                fields, fields_at = {**fields, **found}, at
+            new_fields = read_extended_header(file, kind, at, length, path)
+            if new_fields:
+                fields, fields_at = {**fields, **new_fields}, at
             at = start + padded_size(length)
             continue
         if "size" in fields:
@@ -136,8 +136,8 @@ def read_files(file: BinaryIO, path: str) -> Iterator[Member]:
         name = check_name(fields["path"] if "path" in fields else decode(name, at, path), at, path, kind)
         if kind == FOLDER and length:
             raise DamagedTar(path, at, f"the folder {name!r} has {length} bytes of content")
-        if kind in REFUSED or kind not in (*FILES, FOLDER):
-            raise DamagedTar(path, at, f"{name!r} is {REFUSED.get(kind, f'of type {kind!r}')}; only files are read")
+        if kind in UNSUPPORTED or kind not in (*FILES, FOLDER):
+            raise DamagedTar(path, at, f"{name!r} is {UNSUPPORTED.get(kind, f'of type {kind!r}')}; only files are read")
         if start + padded_size(length) > size:
             remaining = max(0, size - start)
             raise DamagedTar(path, at, f"{name!r} has {length} bytes, {remaining} are left of the archive")

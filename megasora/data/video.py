@@ -216,8 +216,7 @@ def read_video(
     """
     import av
 
-    received, skipped, decoded, damaged, coded_size = ReceivedPackets(), 0, 0, 0, None
-    output_size, orientation, reformatter = None, None, av.video.reformatter.VideoReformatter()
+    received, converter, skipped, decoded, damaged = ReceivedPackets(), FrameConverter(media, limits), 0, 0, 0
     with reject_decoder_errors(media):
         if media.start:
             base = stream.start_time or 0
@@ -227,39 +226,59 @@ def read_video(
             timestamp = timestamp_of(frame, stream)
             if media.is_excerpt:
                 if math.isnan(timestamp):
-                    raise RejectedClip(
-                        "no time stamps", f"{media} has frames without time stamps, so it has no excerpts"
-                    )
+                    message = f"{media} has frames without time stamps, so it has no excerpts"
+                    raise RejectedClip("no time stamps", message)
                 if timestamp < media.start - TIME_TOLERANCE:
                     skipped += 1
                     continue
                 if media.end is not None and timestamp >= media.end - TIME_TOLERANCE:
                     break
-            check_size(media, frame.height, frame.width, decoded + 1, limits)
-            coded_size = coded_size or (frame.height, frame.width)
-            if (frame.height, frame.width) != coded_size:
-                raise RejectedClip("size changes", f"{media}: frame {decoded + 1} has another size than the first")
-            if orientation is None:
-                orientation = Orientation.of_frame(frame, media)
-                output_size = orientation.coded_size(*fitting_size(*orientation.display_size(*coded_size), limits))
+            converter.check(frame, decoded + 1)
             if decoded == 0 or int(decoded * keep_ratio) > int((decoded - 1) * keep_ratio):
-                height, width = output_size
                 timestamps.append(timestamp)
-                scaling = {"interpolation": "AREA"} if output_size != coded_size else {}
-                rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1, **scaling)
-                yield orientation.apply(pixels_of(rgb))
+                yield converter.convert(frame)
             decoded += 1
         if not decoded:
             raise RejectedClip("no frames", f"{media} has no frame")
-        missing = (
-            missing_of_excerpt(media, received, decoded, stream)
-            if media.end is not None
-            else received.missing(skipped + decoded, stream, (container.duration or 0) / av.time_base)
-        )
+        if media.end is not None:
+            missing = missing_of_excerpt(media, received, decoded, stream)
+        else:
+            missing = received.missing(skipped + decoded, stream, (container.duration or 0) / av.time_base)
     if missing:
         raise RejectedClip("truncated", f"{media} {missing}: the file is cut or damaged")
     if damaged:
         raise RejectedClip("damaged", f"{media}: frame {damaged} could not be decoded in full: the file is damaged")
+
+
+class FrameConverter:
+    """Converts the decoded frames of a clip to upright uint8 [H, W, 3] arrays within the limits of size."""
+
+    def __init__(self, media: Media, limits: IngestConfig):
+        import av
+
+        self.media, self.limits = media, limits
+        self.reformatter = av.video.reformatter.VideoReformatter()
+        self.coded_size: tuple[int, int] | None = None  # height and width of the first frame, as decoded
+        self.output_size: tuple[int, int] | None = None  # the same after scaling
+        self.orientation: Orientation | None = None
+
+    def check(self, frame, number: int) -> None:
+        """Raises RejectedClip if frame `number`, counted from 1, exceeds the limits or has another size."""
+        size = frame.height, frame.width
+        check_size(self.media, *size, number, self.limits)
+        if self.orientation is None:
+            self.coded_size, self.orientation = size, Orientation.of_frame(frame, self.media)
+            display_size = fitting_size(*self.orientation.display_size(*size), self.limits)
+            self.output_size = self.orientation.coded_size(*display_size)
+        elif size != self.coded_size:
+            raise RejectedClip("size changes", f"{self.media}: frame {number} has another size than the first")
+
+    def convert(self, frame) -> np.ndarray:
+        """uint8 [H, W, 3] of a frame that was checked."""
+        height, width = self.output_size
+        scaling = {"interpolation": "AREA"} if self.output_size != self.coded_size else {}
+        rgb = self.reformatter.reformat(frame, width, height, "rgb24", threads=1, **scaling)
+        return self.orientation.apply(pixels_of(rgb))
 
 
 def pixels_of(rgb) -> np.ndarray:

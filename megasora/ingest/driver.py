@@ -65,7 +65,7 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
         raise
     blocks = [read_block(out, block) for block in range(num_blocks)]
     if missing := sum(block is None for block in blocks):
-        print(f"part {part} is complete; {missing} of {num_blocks} blocks are missing, of other parts")
+        print(f"part {part} is complete; {missing} of {num_blocks} blocks, of other parts, are not")
         return None
     if all(block.first_sample_id < 0 for block in blocks):
         discard_output(out)
@@ -135,7 +135,7 @@ def write_block(
 ) -> None:
     """Writes the clips of one block, counts those that were rejected, and commits the block.
 
-    `encoded`: clips with the results of their jobs; `precomputed`: store text features; `advance`: called for each clip.
+    `encoded`: clips with their jobs' results; `precomputed`: store text features; `advance`: called for each clip.
     """
     rejections = Rejections()
     for clip, result in encoded:

@@ -30,7 +30,8 @@ def ingest_spec(clips: list[ClipSource], config: Config, codec: str, text: str) 
     """The contents of `ingest.json`: everything that determines the shards. `codec`, `text`: fingerprints."""
     settings = {key: value for key, value in asdict(config.ingest).items() if key not in SPEED_ONLY_KEYS}
     return {
-        "num_clips": len(clips), "listing_sha256": listing_hash(clips), "codec": codec, "text": text,
+        "num_clips": len(clips), "listing_sha256": listing_hash(clips),
+        "codec_fingerprint": codec, "text_fingerprint": text,
         "text.max_tokens": config.text.max_tokens, "data.patch": list(config.data.patch),
         **{f"ingest.{key}": value for key, value in settings.items()},
     }  # fmt: skip

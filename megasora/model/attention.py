@@ -32,7 +32,7 @@ class PerHeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x_LNK: Tensor) -> Tensor:
-        return rms_norm(x_LNK, self.weight, NORM_EPS, via=self.kernel_backend)
+        return rms_norm(x_LNK, self.weight, NORM_EPS, backend=self.kernel_backend)
 
 
 class AcrossHeadsNorm(nn.Module):
@@ -49,7 +49,7 @@ class AcrossHeadsNorm(nn.Module):
 
     def forward(self, x_LNK: Tensor) -> Tensor:
         all_heads = self.width, self.sum_over_heads
-        return rms_norm(x_LNK.flatten(-2), self.weight, NORM_EPS, *all_heads, via=self.kernel_backend).view(x_LNK.shape)
+        return rms_norm(x_LNK.flatten(-2), self.weight, NORM_EPS, *all_heads, backend=self.kernel_backend).view(x_LNK.shape)
 
 
 class NoNorm(nn.Module):

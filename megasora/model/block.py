@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megasora.config import ModelConfig
-from megasora.kernels.adaln_modulate import adaln_modulate
+from megasora.kernels.adaln import adaln_modulate, gated_residual_adaln
 from megasora.kernels.attention import Segments
 from megasora.kernels.gated_add import gated_add
-from megasora.kernels.gated_residual_adaln import gated_residual_adaln
 from megasora.kernels.rope3d import Rope
 from megasora.kernels.rows import Rows
 from megasora.model.attention import NORM_EPS, CrossAttention, SelfAttention
@@ -81,7 +80,7 @@ class ResidualNorm(nn.Module):
     def forward(self, x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         affine = {"weight_D": self.weight, "bias_D": self.bias}
         return gated_residual_adaln(
-            x_LD, branch_LD, gate_RD, None, None, rows, NORM_EPS, **affine, via=self.kernel_backend
+            x_LD, branch_LD, gate_RD, None, None, rows, NORM_EPS, **affine, backend=self.kernel_backend
         )
 
 
@@ -101,13 +100,13 @@ class Block(nn.Module):
         """Hidden tokens [L, D] -> [L, D]. `saved_output`: see megasora.kernels.attention.attention."""
         rows, rope = inputs.rows, inputs.rope
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(inputs.cond_RD, inputs.shared_RCD)
-        h_LD = adaln_modulate(x_LD, shift_a, scale_a, rows, NORM_EPS, via=self.kernel_backend)
+        h_LD = adaln_modulate(x_LD, shift_a, scale_a, rows, NORM_EPS, backend=self.kernel_backend)
         x_LD, h_LD = self.cross_norm(x_LD, self.attention(h_LD, inputs.segments, rope, saved_output), gate_a, rows)
         branch_LD = self.cross(h_LD, inputs.text_SD, inputs.text_segments)
         x_LD, h_LD = gated_residual_adaln(
-            x_LD, branch_LD, None, shift_m, scale_m, rows, NORM_EPS, via=self.kernel_backend
+            x_LD, branch_LD, None, shift_m, scale_m, rows, NORM_EPS, backend=self.kernel_backend
         )
-        return gated_add(x_LD, self.mlp(h_LD), gate_m, rows, via=self.kernel_backend)
+        return gated_add(x_LD, self.mlp(h_LD), gate_m, rows, backend=self.kernel_backend)
 
 
 def run_block(block: Callable[..., Tensor], x_LD: Tensor, inputs: BlockInputs, recompute: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megasora.batch import VideoBatch, segment_ids
 from megasora.config import ModelConfig
-from megasora.kernels.adaln_modulate import adaln_modulate
+from megasora.kernels.adaln import adaln_modulate
 from megasora.kernels.attention import Segments
 from megasora.kernels.rope3d import Rope
 from megasora.kernels.rows import Rows
@@ -106,7 +106,7 @@ class VideoDiT(nn.Module):
             return x_LD
         cond_RD = inputs.cond_RD
         shift_RD, scale_RD = self.final_modulation(cond_RD, self.copy_rows_to_tensor_parallel(cond_RD)[:, None])
-        x_LD = adaln_modulate(x_LD, shift_RD, scale_RD, inputs.rows, NORM_EPS, via=self.config.kernel_backend)
+        x_LD = adaln_modulate(x_LD, shift_RD, scale_RD, inputs.rows, NORM_EPS, backend=self.config.kernel_backend)
         out_LP = self.gather_tokens(self.patch_out(x_LD))
         return out_LP.to(torch.promote_types(out_LP.dtype, torch.float32))
 

@@ -16,6 +16,7 @@ from megasora.data.shard_format import SPLITS, Manifest, read_manifest
 from megasora.data.shard_reader import ShardSplit
 from megasora.data.verify import num_bytes, verify
 from megasora.errors import MegaSoraError
+from megasora.observe.byte_progress import byte_progress
 
 HISTOGRAM_BINS = 12
 MAX_DECODED_PIXELS = 1 << 25  # over all frames of a clip: 16 frames of 1080p
@@ -89,16 +90,10 @@ def expected_padding(tokens: np.ndarray, tokens_per_pack: int) -> str:
 
 def verify_shards(folder: str | Path) -> int:
     """Reads every byte, prints one line per fault and their number; returns the number of faults."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     shards_folder = open_folder(folder)
     manifest, faults = read_manifest(shards_folder), 0
-    columns = (TextColumn("verify"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("verify", total=num_bytes(manifest))
-        for fault in verify(shards_folder, lambda count: progress.advance(bar, count)):
+    with byte_progress("verify", num_bytes(manifest)) as advance:
+        for fault in verify(shards_folder, advance):
             faults += 1
             offset = "" if fault.offset is None else f" byte {fault.offset}:"
             print(f"{fault.file}:{offset} {fault.problem}")

@@ -97,10 +97,10 @@ def raise_if_different(differences: list[str], world: World, step: int) -> None:
     """Raises the same MegaSoraError on all ranks if any rank passes a difference. `step` counts from 0."""
     if not int(world.all_reduce_sum(torch.tensor(len(differences)))):
         return
-    by_rank = world.gather_objects(differences)
-    found = sorted({line for lines in by_rank for line in lines}) if by_rank is not None else []
-    more = [f"and {len(found) - MAX_SHOWN} more"] if len(found) > MAX_SHOWN else []
-    shown = world.broadcast_object([*found[:MAX_SHOWN], *more])
+    by_rank = world.gather_objects(differences) or []  # None but on the main rank
+    distinct = sorted({line for lines in by_rank for line in lines})
+    more = [f"and {len(distinct) - MAX_SHOWN} more"] if len(distinct) > MAX_SHOWN else []
+    shown = world.broadcast_object([*distinct[:MAX_SHOWN], *more])
     raise MegaSoraError(
         f"step {step + 1}: {'; '.join(shown)}; replicated tensors must be equal bit by bit: look for an input or a "
         "random number that depends on the rank"

@@ -1,15 +1,14 @@
-"""Kernels compiled for a GPU that is not there: python -m megasora.testing.compiled [--chip 90] [--size 3072x128]
+"""Compiles kernels for GPUs without a GPU: python -m megasora.testing.compiled [--chip 90] [--size 3072x128]
 
     with compiling_for(90) as kernels:
-        adaln_modulate(x, shift, scale, rows, 1e-6, via="triton")       CPU tensors; what comes out means nothing
+        adaln_modulate(x, shift, scale, rows, 1e-6, backend="triton")   CPU tensors; results are undefined
     kernels[0].registers, kernels[0].spilled, ...
 
-Every launch inside is a compilation and nothing else: Triton is given a driver that names the chip, a kernel's own
-choice of how it is cut reads the same chip, and the compiler needs no GPU. What it made is read from its machine code
-by cuobjdump, which comes with Triton: registers of a thread, bytes that did not fit them, shared memory, and how wide
-the instructions are that move numbers from and to memory.
+Launches inside only compile: Triton gets a driver that reports the chip, and the launch configuration is that of the
+same chip. The machine code is inspected with cuobjdump, which comes with Triton: registers per thread, spilled bytes,
+shared memory, and the width of loads and stores.
 
-It runs where kernels are not interpreted: in a process without TRITON_INTERPRET.
+Needs a process in which kernels are not interpreted: without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -40,33 +39,31 @@ from megasora.kernels import launch
 from megasora.testing.operations import OPERATIONS, Size, backward, forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that a program may have
-TOKENS = 64  # of a problem that is compiled: kernels do not depend on it
-MOVES = {  # PTX: what moves numbers, with its width
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # largest shared memory of a program in bytes
+TOKENS = 64  # of a compiled problem: kernels do not depend on it
+MOVES = {  # PTX instructions that access memory, with their width
     "load": re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)"),
-    "copy": re.compile(
-        r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)"
-    ),  # on its way while others work
+    "copy": re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)"),  # asynchronous
     "store": re.compile(r"\bst\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)"),
 }
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as one launch wants it."""
+    """A kernel, compiled for one set of argument types and constants."""
 
     name: str
-    specialisation: str  # types of its arguments, and values of those that are constants
+    specialisation: str  # types of its arguments, and values of its constants
     warps: int
-    registers: int  # of a thread
-    spilled: int  # bytes of a thread that are in memory in place of registers
-    shared: int  # bytes of a program
-    loads: dict[int, int]  # bytes that an instruction moves to a thread: number of such instructions
+    registers: int  # per thread
+    spilled: int  # bytes per thread, in memory for lack of registers
+    shared: int  # bytes per program
+    loads: dict[int, int]  # bytes per thread and instruction: number of such instructions
     stores: dict[int, int]
 
 
-class ChipThatIsNotThere:
-    """What Triton asks its driver before it compiles. Kernels are kept by device, so each chip is a device."""
+class OfflineDriver:
+    """The methods of a Triton driver that compilation calls. Kernels are cached by device, so each chip is a device."""
 
     def __init__(self, chip: int):
         self.chip = chip
@@ -82,12 +79,12 @@ class ChipThatIsNotThere:
 
 
 def obstacle() -> str | None:
-    """Why nothing can be compiled here; None if it can."""
+    """Why kernels cannot be compiled in this process; None if they can."""
     if launch.INTERPRETED:
         return "TRITON_INTERPRET is set: kernels are interpreted in this process"
     for tool in ("ptxas", "cuobjdump"):
         try:
-            getattr(triton.knobs.nvidia, tool)  # which looks for it
+            getattr(triton.knobs.nvidia, tool)  # raises if it is not found
         except RuntimeError as error:
             return f"Triton's CUDA tools are not complete: {error}"
     return None
@@ -95,8 +92,8 @@ def obstacle() -> str | None:
 
 @contextmanager
 def compiling_for(chip: int) -> Iterator[list[Compiled]]:
-    """The kernels launched inside, in order, each once. `chip`: 80 for an A100, 90 for an H100. RuntimeError where
-    nothing can be compiled."""
+    """A list of the kernels launched inside, in order, without repetitions. `chip`: 80 for an A100, 90 for an H100.
+    RuntimeError if kernels cannot be compiled in this process."""
     reason = obstacle()
     if reason is not None:
         raise RuntimeError(reason)
@@ -106,22 +103,22 @@ def compiling_for(chip: int) -> Iterator[list[Compiled]]:
     def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in kernels:
-            kernels[kernel.hash] = read(kernel)
-            found.append(kernels[kernel.hash])
+            kernels[kernel.hash] = inspect_kernel(kernel)
+            compiled.append(kernels[kernel.hash])
         return kernel
 
-    found: list[Compiled] = []
-    before = driver._active
+    compiled: list[Compiled] = []
+    previous = driver._active
     with ExitStack() as stack:
-        driver.set_active(ChipThatIsNotThere(chip))
-        stack.callback(setattr, driver, "_active", before)
+        driver.set_active(OfflineDriver(chip))
+        stack.callback(setattr, driver, "_active", previous)
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        stack.enter_context(mock.patch.object(launch, "chip_of", lambda device: f"sm{chip}"))
-        stack.enter_context(mock.patch.object(launch, "INTERPRETED", True))  # take CPU tensors
-        yield found
+        stack.enter_context(mock.patch.object(launch, "architecture", lambda device: f"sm{chip}"))
+        stack.enter_context(mock.patch.object(launch, "INTERPRETED", True))  # accept CPU tensors
+        yield compiled
 
 
-def read(kernel: Any) -> Compiled:
+def inspect_kernel(kernel: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -154,9 +151,9 @@ def read(kernel: Any) -> Compiled:
 
 
 def launch_all(operation: str, dtype: torch.dtype, size: Size) -> None:
-    """What one of OPERATIONS launches, forward and backward."""
+    """Runs one of OPERATIONS, forward and backward."""
     problem = OPERATIONS[operation](size, dtype, "cpu")
-    backward_pass = backward(problem.inputs, forward(problem.ours, problem.inputs))
+    backward_pass = backward(problem.inputs, forward(problem.triton, problem.inputs))
     if backward_pass is not None:
         backward_pass()
 
@@ -172,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
     parser.add_argument("--size", type=size_of, nargs="+", default=[size_of("3072x128")], metavar="WIDTHxHEAD_DIM")
     parser.add_argument("--operation", choices=OPERATIONS, nargs="+", default=list(OPERATIONS), metavar="NAME")
-    parser.add_argument("--json", type=Path, help="file for every number")
+    parser.add_argument("--json", type=Path, help="file for all results")
     options = parser.parse_args(arguments)
     reason = obstacle()
     if reason is not None:
@@ -193,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table_of(results: list[dict]) -> Table:
-    table = Table(title="kernels as compiled; bytes by instruction: how many move so many bytes for a thread")
+    table = Table(title="compiled kernels; loads and stores: instructions x bytes per thread")
     for name in ("operation", "chip", "dtype", "width", "head dim", "kernel", "warps", "registers", "spilled", "shared",
                  "loads", "stores"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("operation", "kernel") else "right")

@@ -16,9 +16,9 @@ def heavy_mix(tokens_per_pack: int, num_clips: int, seed: int, image_fraction: f
 def heavy_grids(tokens_per_pack: int, num_clips: int, seed: int, image_fraction: float = 0.5) -> np.ndarray:
     """int64 [num_clips, 3], (t, h, w) in tokens: a heavy-tailed mix in random order.
 
-    The fraction `image_fraction` are images of up to 4,096 tokens, the others clips of up to `tokens_per_pack`, of whole
-    latent frames. The lengths of clips are log-normal; 512 tokens and `tokens_per_pack` are three standard deviations
-    from the median.
+    The fraction `image_fraction` are images of up to 4,096 tokens, the others clips of up to `tokens_per_pack`, with
+    whole latent frames. The lengths of clips are log-normal; 512 tokens and `tokens_per_pack` are three standard
+    deviations from the median.
     """
     rng = np.random.default_rng(seed)
     low, high = IMAGE_SIDES

@@ -1,11 +1,11 @@
-"""Every operation of kernels/ on inputs like a pack's: what is counted, compiled and timed without naming each.
+"""Every operation of kernels/ with inputs like those of a pack, for tests and benchmarks that cover all of them.
 
     problem = OPERATIONS["adaln_modulate"](Size(tokens=65_536, width=3072, head_dim=128), torch.bfloat16, "cuda")
-    problem.ours(*problem.inputs)          by Triton
-    problem.reference(*problem.inputs)     the maths in plain PyTorch, which torch.compile may take
+    problem.triton(*problem.inputs)
+    problem.reference(*problem.inputs)     the maths in plain PyTorch, which torch.compile accepts
 
-Least traffic is what must be moved if every activation is read and written once, in bytes for each number of one
-activation in bf16: vectors of rows, statistics of tokens and partial sums are small beside it and do not count.
+The least traffic is that of reading and writing every activation once, in bytes per element of one activation in bf16.
+Row vectors, statistics of tokens and partial sums are small in comparison and not counted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from megasora.kernels import (
-    adaln_modulate,
+    adaln,
     gated_add,
-    gated_residual_adaln,
     merge_partial_attention,
     qk_norm_rope3d,
     rms_norm,
@@ -32,7 +31,8 @@ from megasora.kernels.rows import Rows
 
 EPS = 1e-6
 ROPE_BASE = 10_000.0
-SIDE = 32  # rows and columns of tokens in a latent frame
+FRAME_SIDE = 32  # rows and columns of tokens in a latent frame
+VECTORS = ("gate_RD", "shift_RD", "scale_RD", "weight_D", "bias_D")  # arguments of gated_residual_adaln
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Size:
     tokens: int
     width: int
     head_dim: int = 128  # divides the width
-    row: int = 4096  # tokens of a row; the last may be shorter
+    row_tokens: int = 4096  # of each row; the last may be shorter
 
     @property
     def heads(self) -> int:
@@ -50,37 +50,37 @@ class Size:
 @dataclass(frozen=True)
 class Problem:
     inputs: tuple[Tensor, ...]
-    ours: Callable[..., Tensor | tuple[Tensor, ...]]  # of the inputs
+    triton: Callable[..., Tensor | tuple[Tensor, ...]]  # takes the inputs
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
-    numbers: int  # of one activation
-    forward: float  # least bytes for each of them
-    backward: float | None  # None: records no gradient
-    unavoidable: float = 0.0  # bytes of the backward pass on top, as the layout of the gradient wants them
+    elements: int  # of one activation
+    forward_bytes: float  # least traffic per element
+    backward_bytes: float | None  # None: no backward pass
+    layout_bytes: float = 0.0  # of the backward pass on top, required by the layout of the gradient
 
     @property
     def least_bytes(self) -> dict[str, float]:
-        """Of the pass named."""
-        passes = {"forward": self.forward * self.numbers}
-        if self.backward is not None:
-            passes["backward"] = (self.backward + self.unavoidable) * self.numbers
+        """Least traffic of the passes "forward" and, if there is one, "backward"."""
+        passes = {"forward": self.forward_bytes * self.elements}
+        if self.backward_bytes is not None:
+            passes["backward"] = (self.backward_bytes + self.layout_bytes) * self.elements
         return passes
 
 
-def rows_of(size: Size, device: torch.device | str) -> Rows:
-    cu_rows = torch.tensor([*range(0, size.tokens, size.row), size.tokens])
+def build_rows(size: Size, device: torch.device | str) -> Rows:
+    cu_rows = torch.tensor([*range(0, size.tokens, size.row_tokens), size.tokens])
     return Rows.from_cu_seqlens(cu_rows, size.tokens, device)
 
 
 class Angles(NamedTuple):
-    """What references read of a Rope, in memory: fp32 [L, 1, K/2]. A model that has no kernel makes it once a pack."""
+    """The part of a Rope that references read: fp32 [L, 1, K/2]. Without kernels, a model computes it once per pack."""
 
     cos: Tensor
     sin: Tensor
 
 
-def rope_of(size: Size, device: torch.device | str) -> tuple[Rope, Angles]:
-    place = torch.arange(size.tokens, dtype=torch.int32, device=device)
-    coords_L3 = torch.stack((place // SIDE**2, place // SIDE % SIDE, place % SIDE), 1)
+def build_rope(size: Size, device: torch.device | str) -> tuple[Rope, Angles]:
+    index = torch.arange(size.tokens, dtype=torch.int32, device=device)
+    coords_L3 = torch.stack((index // FRAME_SIDE**2, index // FRAME_SIDE % FRAME_SIDE, index % FRAME_SIDE), 1)
     rope = Rope.build(coords_L3, size.head_dim, ROPE_BASE, device=device)
     return rope, Angles(rope.cos.contiguous(), rope.sin.contiguous())
 
@@ -90,102 +90,74 @@ def normal(dtype: torch.dtype, device: torch.device | str, *shape: int, needs_gr
 
 
 def build_adaln_modulate(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
-    draw, rows = partial(normal, dtype, device), rows_of(size, device)
+    draw, rows = partial(normal, dtype, device), build_rows(size, device)
     vectors = (draw(rows.num_rows, size.width) for _ in range(2))
     return Problem(
         (draw(size.tokens, size.width), *vectors),
-        lambda *given: adaln_modulate.adaln_modulate(*given, rows, EPS, via="triton"),
-        lambda *given: adaln_modulate.adaln_modulate_reference(*given, rows, EPS),
+        lambda *tensors: adaln.adaln_modulate(*tensors, rows, EPS, backend="triton"),
+        lambda *tensors: adaln.adaln_modulate_reference(*tensors, rows, EPS),
         size.tokens * size.width,
-        forward=4,  # x, y
-        backward=6,  # x, dy, dx
+        forward_bytes=4,  # x, y
+        backward_bytes=6,  # x, dy, dx
     )
 
 
-def build_gated_residual_adaln(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
-    draw, rows = partial(normal, dtype, device), rows_of(size, device)
-    vectors = (draw(rows.num_rows, size.width) for _ in range(3))
-    return Problem(
-        (draw(size.tokens, size.width), draw(size.tokens, size.width), *vectors),
-        lambda *given: gated_residual_adaln.gated_residual_adaln(*given, rows, EPS, via="triton"),
-        lambda *given: gated_residual_adaln.gated_residual_adaln_reference(*given, rows, EPS),
-        size.tokens * size.width,
-        forward=8,  # x, branch, y, z
-        backward=12,  # dy, dz, y, branch, dx, dbranch
-    )
+def build_gated_residual_adaln(
+    vectors: tuple[str, ...], backward_bytes: int, size: Size, dtype: torch.dtype, device: torch.device | str
+) -> Problem:
+    """`vectors`: names of the arguments among VECTORS that are not None."""
+    draw, rows = partial(normal, dtype, device), build_rows(size, device)
+    shapes = {name: (rows.num_rows, size.width) if name.endswith("_RD") else (size.width,) for name in VECTORS}
 
-
-def build_gated_residual_norm(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
-    """As behind self-attention: the norm has a weight and a bias of its own, and no row vectors."""
-    draw, rows = partial(normal, dtype, device), rows_of(size, device)
-    inputs = (draw(size.tokens, size.width), draw(size.tokens, size.width), draw(rows.num_rows, size.width))
-
-    def call(function: Callable, x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, **way: str):
-        return function(x, branch, gate, None, None, rows, EPS, weight, bias, **way)
+    def call(function: Callable, x: Tensor, branch: Tensor, *tensors: Tensor, **options: str) -> tuple[Tensor, Tensor]:
+        named = dict.fromkeys(VECTORS) | dict(zip(vectors, tensors, strict=True))
+        return function(x, branch, rows=rows, eps=EPS, **named, **options)
 
     return Problem(
-        (*inputs, draw(size.width), draw(size.width)),
-        partial(call, gated_residual_adaln.gated_residual_adaln, via="triton"),
-        partial(call, gated_residual_adaln.gated_residual_adaln_reference),
+        (draw(size.tokens, size.width), draw(size.tokens, size.width), *(draw(*shapes[name]) for name in vectors)),
+        partial(call, adaln.gated_residual_adaln, backend="triton"),
+        partial(call, adaln.gated_residual_adaln_reference),
         size.tokens * size.width,
-        forward=8,  # x, branch, y, z
-        backward=12,  # dy, dz, y, branch, dx, dbranch
-    )
-
-
-def build_residual_adaln(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
-    """As behind the cross-attention, whose branch has no gate."""
-    draw, rows = partial(normal, dtype, device), rows_of(size, device)
-    vectors = (draw(rows.num_rows, size.width) for _ in range(2))
-
-    def call(function: Callable, x: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, **way: str):
-        return function(x, branch, None, shift, scale, rows, EPS, **way)
-
-    return Problem(
-        (draw(size.tokens, size.width), draw(size.tokens, size.width), *vectors),
-        partial(call, gated_residual_adaln.gated_residual_adaln, via="triton"),
-        partial(call, gated_residual_adaln.gated_residual_adaln_reference),
-        size.tokens * size.width,
-        forward=8,  # x, branch, y, z
-        backward=8,  # dy, dz, y, dx, which is dbranch
+        forward_bytes=8,  # x, branch, y, z
+        backward_bytes=backward_bytes,
     )
 
 
 def build_gated_add(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
-    draw, rows = partial(normal, dtype, device), rows_of(size, device)
+    draw, rows = partial(normal, dtype, device), build_rows(size, device)
     return Problem(
         (draw(size.tokens, size.width), draw(size.tokens, size.width), draw(rows.num_rows, size.width)),
-        lambda *given: gated_add.gated_add(*given, rows, via="triton"),
-        lambda *given: gated_add.gated_add_reference(*given, rows),
+        lambda *tensors: gated_add.gated_add(*tensors, rows, backend="triton"),
+        lambda *tensors: gated_add.gated_add_reference(*tensors, rows),
         size.tokens * size.width,
-        forward=6,  # x, branch, y
-        backward=6,  # dy, branch, dbranch; dx is dy itself
+        forward_bytes=6,  # x, branch, y
+        backward_bytes=6,  # dy, branch, dbranch; dx is dy itself
     )
 
 
 def build_rope3d(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
-    rope, angles = rope_of(size, device)
+    rope, angles = build_rope(size, device)
     return Problem(
         (normal(dtype, device, size.tokens, size.heads, size.head_dim),),
-        lambda x: rope3d.rope3d(x, rope, via="triton"),
+        lambda x: rope3d.rope3d(x, rope, backend="triton"),
         lambda x: rope3d.rope3d_reference(x, angles),
         size.tokens * size.width,
-        forward=4,  # x, y
-        backward=4,  # dy, dx
+        forward_bytes=4,  # x, y
+        backward_bytes=4,  # dy, dx
     )
 
 
 def build_qk_norm_rope3d(norm: str, size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
-    draw, (rope, angles) = partial(normal, dtype, device), rope_of(size, device)
+    draw, (rope, angles) = partial(normal, dtype, device), build_rope(size, device)
     weight = size.head_dim if norm == "per_head" else size.width
     return Problem(
         (draw(size.tokens, 3, size.heads, size.head_dim), draw(weight), draw(weight)),
-        lambda *given: qk_norm_rope3d.qk_norm_rope3d(*given, rope, EPS, norm, via="triton"),
-        lambda *given: qk_norm_rope3d.qk_norm_rope3d_reference(*given, angles, EPS, norm),
+        lambda *tensors: qk_norm_rope3d.qk_norm_rope3d(*tensors, rope, EPS, norm, backend="triton"),
+        lambda *tensors: qk_norm_rope3d.qk_norm_rope3d_reference(*tensors, angles, EPS, norm),
         2 * size.tokens * size.width,  # of q and k
-        forward=4,  # each, and each turned; v stays where it is
-        backward=6,  # each, its gradient, and the gradient before
-        unavoidable=2,  # v's gradient is put beside those of q and k: 4 bytes for a number of v
+        forward_bytes=4,  # each, and each rotated; v is a view
+        backward_bytes=6,  # each, the gradient of its output, and its own
+        layout_bytes=2,  # copies dv next to dq and dk: 4 bytes per element of v
     )
 
 
@@ -193,32 +165,35 @@ def build_rms_norm(size: Size, dtype: torch.dtype, device: torch.device | str) -
     draw = partial(normal, dtype, device)
     return Problem(
         (draw(size.tokens, size.width), draw(size.width)),
-        lambda *given: rms_norm.rms_norm(*given, EPS, via="triton"),
-        lambda *given: rms_norm.rms_norm_reference(*given, EPS),
+        lambda *tensors: rms_norm.rms_norm(*tensors, EPS, backend="triton"),
+        lambda *tensors: rms_norm.rms_norm_reference(*tensors, EPS),
         size.tokens * size.width,
-        forward=4,  # x, y
-        backward=6,  # x, dy, dx
+        forward_bytes=4,  # x, y
+        backward_bytes=6,  # x, dy, dx
     )
 
 
 def build_merge_partial_attention(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
     shape = size.tokens, size.heads, size.head_dim
-    so_far, part = (partial(normal, t, device, needs_grad=False) for t in (torch.float32, dtype))
+    merged, part = (partial(normal, t, device, needs_grad=False) for t in (torch.float32, dtype))
     return Problem(
-        (so_far(*shape), so_far(*shape[:2]), part(*shape), so_far(*shape[:2])),
-        partial(merge_partial_attention.merge_partial_attention, via="triton"),
+        (merged(*shape), merged(*shape[:2]), part(*shape), merged(*shape[:2])),
+        partial(merge_partial_attention.merge_partial_attention, backend="triton"),
         merge_partial_attention.merge_partial_attention_reference,
         size.tokens * size.width,
-        forward=10,  # what was merged so far in fp32, twice, and a part in bf16
-        backward=None,
+        forward_bytes=10,  # the merged output in fp32, read and written, and a part in bf16
+        backward_bytes=None,
     )
 
 
 OPERATIONS: dict[str, Callable[[Size, torch.dtype, torch.device | str], Problem]] = {
     "adaln_modulate": build_adaln_modulate,
-    "gated_residual_adaln": build_gated_residual_adaln,
-    "gated_residual_norm": build_gated_residual_norm,
-    "residual_adaln": build_residual_adaln,
+    # dy, dz, y, branch, dx, dbranch
+    "gated_residual_adaln": partial(build_gated_residual_adaln, ("gate_RD", "shift_RD", "scale_RD"), 12),
+    # as after self-attention: the norm has a weight and a bias, and no modulation
+    "gated_residual_norm": partial(build_gated_residual_adaln, ("gate_RD", "weight_D", "bias_D"), 12),
+    # as after cross-attention, whose branch has no gate: dy, dz, y, and dx, which is also dbranch
+    "residual_adaln": partial(build_gated_residual_adaln, ("shift_RD", "scale_RD"), 8),
     "gated_add": build_gated_add,
     "rope3d": build_rope3d,
     "qk_norm_rope3d, per_head": partial(build_qk_norm_rope3d, "per_head"),
@@ -234,7 +209,10 @@ def forward(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: tuple[
 
 
 def backward(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]] | None:
-    """The backward pass, to be called once; None where nothing wants a gradient. Gradients of outputs are made here."""
-    leaves, wanted = ([x for x in given if x.requires_grad] for given in (inputs, outputs))
-    grads = [torch.ones_like(y) for y in wanted]
-    return (lambda: torch.autograd.grad(wanted, leaves, grads)) if wanted else None
+    """A function that runs the backward pass, once; None if no output requires a gradient.
+
+    Gradients of the outputs are allocated here, not in that function.
+    """
+    leaves, roots = ([x for x in tensors if x.requires_grad] for tensors in (inputs, outputs))
+    grads = [torch.ones_like(y) for y in roots]
+    return (lambda: torch.autograd.grad(roots, leaves, grads)) if roots else None

@@ -1,17 +1,16 @@
-"""Bytes that go to and from memory while operations of kernels/ run, counted without a GPU.
+"""Counts the bytes that operations of kernels/ load and store, without a GPU.
 
     with Traffic() as traffic:
-        y = adaln_modulate(x, shift, scale, rows, 1e-6, via="triton")
-    traffic.bytes                              all of them
-    traffic.by_place["forward_kernel.x_LD"]    what this argument of this kernel gave or took
+        y = adaln_modulate(x, shift, scale, rows, 1e-6, backend="triton")
+    traffic.bytes                                  total
+    traffic.by_argument["forward_kernel.x_LD"]     of one argument of one kernel
 
-Triton's interpreter runs a kernel program by program, and what it loads and stores passes through a few functions:
-lanes that a mask leaves out do not count, an address that several lanes read at once counts once. What PyTorch computes
-around the kernels counts too: what an operator reads and what it writes; views and empty tensors are free. Bytes are
-those of the dtype that tensors have, so bf16 tensors are the ones to give: the interpreter computes such numbers badly,
-but it takes the same ones.
+Triton's interpreter runs a kernel program by program, and all loads and stores pass through a few of its functions.
+Masked lanes do not count; an address that several lanes access at once counts once. PyTorch operators around the
+kernels count with the bytes of their inputs and outputs; views and empty tensors are free. Bytes depend on the dtype:
+use bf16 tensors, on which the interpreter is inaccurate but accesses the same elements.
 
-No cache is assumed. What a GPU reads again may come from its cache, so that a kernel moves these bytes at most.
+No cache is modelled: a GPU may read again from its cache, so these bytes are an upper bound.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-OURS = "megasora"  # the namespace of operators that launch kernels
+NAMESPACE = "megasora"  # of the operators that launch kernels
 ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-OVERWRITE = ("copy_", "fill_", "zero_")  # do not read what they write to
+OVERWRITE = ("copy_", "fill_", "zero_")  # do not read the tensor that they write
 
 
 class Traffic:
-    """Counts while it is entered. Kernels must be interpreted: TRITON_INTERPRET=1, see kernels/launch.py."""
+    """Context manager that counts. Kernels must be interpreted: TRITON_INTERPRET=1, see kernels/launch.py."""
 
     def __init__(self) -> None:
-        self.by_place: Counter[str] = Counter()  # bytes, by kernel and argument, or by operator of PyTorch
-        self.kernel: str | None = None  # at work
-        self.spans: dict[str, tuple[int, int]] = {}  # the first and last address of its arguments
+        self.by_argument: Counter[str] = Counter()  # bytes, by kernel and argument, or by PyTorch operator
+        self.kernel: str | None = None  # that is running
+        self.spans: dict[str, tuple[int, int]] = {}  # first and last address of its arguments
         self.stack = ExitStack()
 
     @property
     def bytes(self) -> int:
-        return self.by_place.total()
+        return self.by_argument.total()
 
     def __enter__(self) -> Traffic:
         for owner, name, replacement in (
@@ -56,7 +55,7 @@ class Traffic:
             (InterpreterBuilder, "create_masked_store", self.store),
             (InterpreterBuilder, "create_atomic_rmw", self.atomic),
         ):
-            method = passing(getattr(owner, name), replacement)
+            method = wrap(getattr(owner, name), replacement)
             self.stack.enter_context(mock.patch.object(owner, name, method))
         self.stack.enter_context(Operators(self))
         return self
@@ -65,8 +64,8 @@ class Traffic:
         self.stack.close()
 
     def launch(self, original: Callable, executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
-        given = [*zip(executor.arg_names, args, strict=False), *kwargs.items()]
-        self.spans = {name: span(x) for name, x in given if isinstance(x, Tensor)}
+        arguments = [*zip(executor.arg_names, args, strict=False), *kwargs.items()]
+        self.spans = {name: span(x) for name, x in arguments if isinstance(x, Tensor)}
         self.kernel = inspect.unwrap(executor.fn).__name__
         try:
             original(executor, *args, **kwargs)
@@ -89,14 +88,14 @@ class Traffic:
         addresses = np.sort(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)])
         if not len(addresses):
             return
-        holders = [(low, name) for name, (low, high) in self.spans.items() if low <= int(addresses[0]) <= high]
-        place = f"{self.kernel}.{max(holders)[1] if holders else '?'}"
+        candidates = [(low, name) for name, (low, high) in self.spans.items() if low <= int(addresses[0]) <= high]
+        argument = f"{self.kernel}.{max(candidates)[1] if candidates else '?'}"
         distinct = 1 + int(np.count_nonzero(np.diff(addresses)))
-        self.by_place[place] += times * distinct * ptrs.get_element_ty().primitive_bitwidth // 8
+        self.by_argument[argument] += times * distinct * ptrs.get_element_ty().primitive_bitwidth // 8
 
 
 class Operators(TorchDispatchMode):
-    """Counts what PyTorch's operators read and write; looks into those of ours."""
+    """Counts the inputs and outputs of PyTorch operators; traces into those of our namespace."""
 
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
@@ -104,29 +103,29 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         schema, kwargs = func._schema, kwargs or {}
-        if func.namespace == OURS:
-            with self:  # as if its body stood here: what it does beside launching kernels counts
+        if func.namespace == NAMESPACE:
+            with self:  # run its body: operators that it calls count
                 return OPDEFS[schema.name]._init_fn(*args, **kwargs)
         result = func(*args, **kwargs)
         name = schema.name.partition("::")[2]
-        if self.traffic.kernel is not None or name in ALLOCATE:  # the interpreter looks at its arguments by operators
+        if self.traffic.kernel is not None or name in ALLOCATE:  # the interpreter inspects arguments by operators
             return result
-        given = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | kwargs
+        arguments = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | kwargs
         changed = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         if changed:
-            written = tensors([given[key] for key in changed])
-            read = tensors([x for key, x in given.items() if key not in changed or name not in OVERWRITE])
+            written = tensors([arguments[key] for key in changed])
+            read = tensors([x for key, x in arguments.items() if key not in changed or name not in OVERWRITE])
         else:
-            storages = {x.untyped_storage().data_ptr() for x in tensors(given)}
+            storages = {x.untyped_storage().data_ptr() for x in tensors(arguments)}
             written = [x for x in tensors(result) if x.untyped_storage().data_ptr() not in storages]
-            read = tensors(given)
+            read = tensors(arguments)
         if written:
-            self.traffic.by_place[f"aten.{name}"] += sum(map(bytes_of, [*read, *written]))
+            self.traffic.by_argument[f"aten.{name}"] += sum(map(bytes_of, [*read, *written]))
         return result
 
 
-def passing(original: Callable, replacement: Callable) -> Callable:
-    """A method that calls `replacement` with what it replaces before its own arguments."""
+def wrap(original: Callable, replacement: Callable) -> Callable:
+    """A method that calls `replacement(original, *args, **kwargs)`."""
     return lambda *args, **kwargs: replacement(original, *args, **kwargs)
 
 
@@ -135,12 +134,12 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def bytes_of(x: Tensor) -> int:
-    """Of the numbers that are in memory: what is spread by expanding counts once."""
-    numbers = math.prod(size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True))
-    return numbers * x.element_size()
+    """Of the elements in memory: expanded dims, of stride 0, count once."""
+    elements = math.prod(size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True))
+    return elements * x.element_size()
 
 
 def span(x: Tensor) -> tuple[int, int]:
-    """The addresses of its first and last byte."""
+    """Addresses of the first and the last byte."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() - 1

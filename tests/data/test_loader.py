@@ -422,12 +422,12 @@ def test_a_read_that_hangs_ends_in_an_error_that_names_the_clip(threads):
         return encode(caption)
 
     start, num_steps = time.monotonic(), 0
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as error_info:
         for _ in make_loader(encode=hang_later, reader_threads=threads, read_timeout_seconds=0.4):
             num_steps += 1
     assert num_steps >= 1 and time.monotonic() - start < 5
     for word in ("shards/train-000000-000.tar", "sample 1", "data.read_timeout_seconds=0.4"):
-        assert word in str(refusal.value)
+        assert word in str(error_info.value)
     release.set()
     wait_until_no_threads()
 

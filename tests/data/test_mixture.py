@@ -56,10 +56,10 @@ def test_clips_are_counted_through_the_datasets_and_sample_ids_include_the_datas
 
 
 def test_a_clip_longer_than_a_pack_is_an_error_with_its_name_and_the_numbers():
-    with pytest.raises(MegaSoraError) as refusal:
+    with pytest.raises(MegaSoraError) as error_info:
         make_mixture(make_split([(1, 1, 3), (1, 5, 13), (1, 1, 64), (1, 5, 14)]))
     for word in ("data.tokens_per_pack=64", "70 tokens", "sample 103", "clip-3.mp4", "1 more", "data.split_long=true"):
-        assert word in str(refusal.value)
+        assert word in str(error_info.value)
     assert len(make_mixture(make_split([(1, 1, 3), (1, 1, 64)]))) == 2  # a clip of exactly one pack is allowed
 
 
@@ -110,10 +110,10 @@ def test_a_clip_with_latent_frames_longer_than_a_pack_is_an_error_even_if_it_may
 )
 def test_datasets_made_with_different_settings_are_an_error_with_both_names(key, value):
     other = dataclasses.replace(MANIFEST, **{key: value})
-    with pytest.raises(MegaSoraError) as refusal:
+    with pytest.raises(MegaSoraError) as error_info:
         make_mixture(make_split([(1, 1, 1)], "films"), make_split([(1, 1, 1)], "photos", other))
     for word in ("films", "photos", key, str(value), str(getattr(MANIFEST, key))):
-        assert word in str(refusal.value)
+        assert word in str(error_info.value)
 
 
 def test_the_identity_depends_on_clips_lengths_and_weights_but_not_on_the_folder():

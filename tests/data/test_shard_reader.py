@@ -254,7 +254,7 @@ def test_folders_opened_by_fsspec_are_read_like_local_ones_by_ranges(scheme, tmp
 
 
 @pytest.mark.parametrize("address", ["pipe:echo x > hit", "simplecache::file:///x", "nosuchsystem://x"])
-def test_commands_chains_and_unknown_systems_are_refused_as_addresses(address, tmp_path, monkeypatch):
+def test_commands_chains_and_unknown_systems_are_errors_as_addresses(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MegaSoraError, match="not read|cannot be opened"):
         ShardSplit.open(address, "train")
@@ -404,18 +404,18 @@ def fault(request, tmp_path):
 def test_a_damaged_tar_is_an_error_with_its_name_and_the_byte(fault):
     """Strict: raised when the split is opened if the length is wrong, else when the clip is read."""
     folder, _, words = fault
-    with pytest.raises(DamagedTar, match=f"{words}|has .* bytes, it was written with") as refusal:
+    with pytest.raises(DamagedTar, match=f"{words}|has .* bytes, it was written with") as error_info:
         shards = ShardSplit.open(folder, "train")
         for i in range(len(shards)):
             shards.read(i, count_letters)
-    assert refusal.value.path == str(folder / TAR)
+    assert error_info.value.path == str(folder / TAR)
     for word in (
-        f"{TAR}: byte {refusal.value.offset}: ",
+        f"{TAR}: byte {error_info.value.offset}: ",
         "restore it, or remove",
         "blocks/000000.json",
         "ingest again",
     ):
-        assert word in str(refusal.value)
+        assert word in str(error_info.value)
 
 
 @pytest.mark.parametrize("change", [-1, 512, None], ids=["shorter", "longer", "missing"])
@@ -436,15 +436,15 @@ def test_a_tar_of_another_length_is_an_error_when_the_split_is_opened(change, tm
 def test_exactly_the_damaged_clips_cannot_be_read(fault):
     """Tolerant: the others are read, and each error names its sample."""
     folder, hit, words = fault
-    shards, refused = ShardSplit.open(folder, "train", strict=False), []
+    shards, damaged_ids = ShardSplit.open(folder, "train", strict=False), []
     for i, record in enumerate(records()):
         try:
             assert torch.equal(shards.read(i, count_letters).patches_LP, record.patches_LP.half())
         except DamagedTar as error:
-            refused.append(error.sample_id)
+            damaged_ids.append(error.sample_id)
             assert error.sample_id == record.sample_id and error.path.endswith(TAR)
             assert error.offset >= 0 and words.split()[0] in str(error)
-    assert refused == hit
+    assert damaged_ids == hit
 
 
 def test_verify_names_every_damaged_clip(fault):
@@ -461,9 +461,9 @@ def test_the_error_for_a_flipped_bit_names_the_file_that_has_it(tmp_path):
     folder = write(tmp_path / "shards", records(), features=True)
     for member, (offset, size, _) in ShardSplit.open(folder, "train").index[2].members.items():
         flip(folder / TAR, offset + size - 1)
-        with pytest.raises(DamagedTar, match=f"byte {offset}: {member} .*of sample 6 is damaged") as refusal:
+        with pytest.raises(DamagedTar, match=f"byte {offset}: {member} .*of sample 6 is damaged") as error_info:
             ShardSplit.open(folder, "train").read(2, None)
-        assert (refusal.value.offset, refusal.value.sample_id) == (offset, 6)
+        assert (error_info.value.offset, error_info.value.sample_id) == (offset, 6)
         if member == "meta.json":
             with pytest.raises(DamagedTar, match=f"byte {offset}: meta.json of sample 6 is damaged"):
                 ShardSplit.open(folder, "train").read_meta(2)
@@ -643,6 +643,6 @@ def test_shards_made_with_other_settings_are_an_error_with_both_values(key, stor
     run = {"codec": "codec-a", "text": "text-a", "data.patch": [1, 1, 1]}
     check_fingerprints(manifest, tmp_path, *run.values())
     run[key] = json.loads(expected) if expected.startswith("[") else expected
-    with pytest.raises(MegaSoraError) as refusal:
+    with pytest.raises(MegaSoraError) as error_info:
         check_fingerprints(manifest, tmp_path, *run.values())
-    assert f"made with {key} {stored}, this run has {expected}; ingest again" in str(refusal.value)
+    assert f"made with {key} {stored}, this run has {expected}; ingest again" in str(error_info.value)

@@ -34,7 +34,7 @@ def meta(sample_id: int) -> dict:
 
 
 def write_block(folder: Path, block: int) -> None:
-    """Four clips, one of them held out and one rejected; a tar holds one clip."""
+    """Four clips, one of them for validation and one rejected; one clip per tar."""
     with BlockWriter(folder, block, max_bytes=3000) as writer:
         for sample_id in range(PER_BLOCK * block, PER_BLOCK * (block + 1)):
             if sample_id % PER_BLOCK != 2:
@@ -108,30 +108,30 @@ def test_a_block_of_rejected_clips_alone_is_complete(tmp_path):
 
 # ---------------------------------------------------------------- kill -9
 
-STEPS = ("fsync", "replace", "mkdir", "unlink", "rmdir", "open", "ftruncate")
+DISK_OPERATIONS = ("fsync", "replace", "mkdir", "unlink", "rmdir", "open", "ftruncate")
 
 
-def die_at(number: int, late: bool, folder: Path) -> bool:
-    """Runs `ingest` in a child that is killed before or after its `number`-th step on the disk. False: it ended."""
+def ingest_killed_at(number: int, late: bool, folder: Path) -> bool:
+    """Runs `ingest` in a child that is killed before or after its disk operation `number`. False if it ended first."""
     child = os.fork()
     if child == 0:
-        left = [number]
+        remaining = [number]
 
-        def deadly(step):
+        def killing(operation):
             def run(*arguments, **options):
-                left[0] -= 1
-                if left[0] == 0 and not late:
+                remaining[0] -= 1
+                if remaining[0] == 0 and not late:
                     os.kill(os.getpid(), signal.SIGKILL)
                 try:
-                    return step(*arguments, **options)
+                    return operation(*arguments, **options)
                 finally:
-                    if left[0] == 0:
+                    if remaining[0] == 0:
                         os.kill(os.getpid(), signal.SIGKILL)
 
             return run
 
-        for name in STEPS:
-            setattr(os, name, deadly(getattr(os, name)))
+        for name in DISK_OPERATIONS:
+            setattr(os, name, killing(getattr(os, name)))
         try:
             ingest(folder)
         except BaseException:
@@ -147,10 +147,10 @@ def die_at(number: int, late: bool, folder: Path) -> bool:
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 def test_a_kill_at_any_step_leaves_complete_blocks_and_the_next_ingest_writes_only_the_others(late, whole, tmp_path):
-    number, complete_ever = 1, set()
+    number, completed = 1, set()
     while True:
         folder = tmp_path / str(number)
-        if not die_at(number, late, folder):
+        if not ingest_killed_at(number, late, folder):
             break
         complete = {}
         for block in range(BLOCKS):
@@ -158,7 +158,7 @@ def test_a_kill_at_any_step_leaves_complete_blocks_and_the_next_ingest_writes_on
                 names = [name for name in whole if f"-{block:06d}-" in name]
                 assert all((folder / name).read_bytes() == whole[name] for name in names)
                 complete.update({name: (folder / name).stat().st_ino for name in names})
-                complete_ever.add(block)
+                completed.add(block)
         if (folder / MANIFEST).exists():
             assert (folder / MANIFEST).read_bytes() == whole[MANIFEST]
         ingest(folder)
@@ -167,7 +167,7 @@ def test_a_kill_at_any_step_leaves_complete_blocks_and_the_next_ingest_writes_on
             (folder / name).stat().st_ino == inode for name, inode in complete.items()
         )  # complete blocks are not rewritten
         number += 1
-    assert number > 40 and complete_ever == set(range(BLOCKS))
+    assert number > 40 and completed == set(range(BLOCKS))
 
 
 def test_without_commit_nothing_is_written(tmp_path):
@@ -187,11 +187,11 @@ def test_a_full_disk_at_any_step_is_an_error_and_no_files_remain(step, tmp_path,
     write_block(tmp_path, 0)
     before = tree(tmp_path)
     while number < 50:
-        number, left = number + 1, [number + 1]
+        number, remaining = number + 1, [number + 1]
 
-        def fail(*arguments, left=left):
-            left[0] -= 1
-            if left[0] == 0:
+        def fail(*arguments, remaining=remaining):
+            remaining[0] -= 1
+            if remaining[0] == 0:
                 raise OSError(28, "No space left on device")
             return real(*arguments)
 
@@ -233,10 +233,10 @@ def test_a_disk_that_returns_other_bytes_is_detected_before_the_block_is_complet
 def test_a_second_writer_of_a_block_is_an_error_with_folder_block_and_holder(tmp_path):
     with BlockWriter(tmp_path, 3, 4000) as writer:
         writer.add("train", record(9), meta(9))
-        with pytest.raises(MegaSoraError) as refusal, BlockWriter(tmp_path, 3, 4000):
+        with pytest.raises(MegaSoraError) as error_info, BlockWriter(tmp_path, 3, 4000):
             pass
         for word in (f"block 3 of {tmp_path}", f"process {os.getpid()} on", "wait for it, or stop it"):
-            assert word in str(refusal.value)
+            assert word in str(error_info.value)
         with BlockWriter(tmp_path, 4, 4000) as other:  # another block has its own lock
             other.commit({}, {})
         writer.commit({}, {})
@@ -276,10 +276,10 @@ def test_a_complete_block_is_not_overwritten(tmp_path):
     assert tree(tmp_path) == before
 
 
-# ---------------------------------------------------------------- what does not fit together
+# ---------------------------------------------------------------- inconsistent blocks and records
 
 
-def test_missing_and_surplus_blocks_are_named(tmp_path):
+def test_missing_and_surplus_blocks_are_errors_with_their_numbers(tmp_path):
     write_block(tmp_path, 1)
     with pytest.raises(MegaSoraError, match="2 of 3 blocks are missing: 0, 2; ingest again"):
         write_manifest(tmp_path, "a", "b", [1, 1, 1], 3, {})
@@ -289,7 +289,7 @@ def test_missing_and_surplus_blocks_are_named(tmp_path):
     assert not (tmp_path / MANIFEST).exists()
 
 
-def test_blocks_that_differ_in_kind_or_share_a_sample_are_refused_by_name(tmp_path):
+def test_blocks_with_different_settings_or_a_common_sample_are_errors_with_their_numbers(tmp_path):
     def block(folder, number, sample_id, dtype="f16", width=3):
         with BlockWriter(folder, number, 4000, dtype) as writer:
             writer.add("train", record(sample_id, width), meta(sample_id))
@@ -306,16 +306,16 @@ def test_blocks_that_differ_in_kind_or_share_a_sample_are_refused_by_name(tmp_pa
             write_manifest(tmp_path / name, "a", "b", [1, 1, 1], 2, {})
 
 
-def test_a_block_whose_files_are_gone_is_not_complete_in_silence(tmp_path):
+def test_a_complete_block_with_missing_or_cut_files_is_an_error(tmp_path):
     write_block(tmp_path, 0)
     for name in ("train-000000-001.tar", "train-000000-001.index.npy"):
-        held = (tmp_path / name).read_bytes()
+        data = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
         with pytest.raises(
             MegaSoraError, match=f"{name}: .*the file is missing.* remove .*000000.json and ingest again"
         ):
             read_block(tmp_path, 0)
-        (tmp_path / name).write_bytes(held)
+        (tmp_path / name).write_bytes(data)
     os.truncate(tmp_path / "val-000000-000.tar", 1000)
     with pytest.raises(DamagedTar, match="val-000000-000.tar: byte 1000: the file has 1000 bytes"):
         read_block(tmp_path, 0)
@@ -324,7 +324,7 @@ def test_a_block_whose_files_are_gone_is_not_complete_in_silence(tmp_path):
         read_block(tmp_path, 0)
 
 
-def test_a_record_that_contradicts_itself_is_refused_and_the_block_goes_on(tmp_path):
+def test_an_inconsistent_record_is_an_error_and_the_block_can_be_continued(tmp_path):
     good, other = record(3), record(9)
     (tmp_path / "raw").write_bytes(b"x" * 10)
     short = Record(9, PatchFile(tmp_path / "raw", (4, 3)), other.grid, other.text_SE, other.native_size, "c")

@@ -288,11 +288,11 @@ REJECTIONS: list[tuple[Callable[[Path], Path], dict, str, list[str]]] = [
 @pytest.mark.parametrize(("make", "limits", "reason", "words"), REJECTIONS, ids=lambda v: getattr(v, "__name__", None))
 def test_incomplete_clips_and_those_beyond_the_limits_are_rejected_with_a_reason(make, limits, reason, words, tmp_path):
     path = make(tmp_path)
-    with pytest.raises(RejectedClip) as rejection:
+    with pytest.raises(RejectedClip) as error_info:
         read_clip(path, IngestConfig(**limits))
-    assert rejection.value.reason == reason
+    assert error_info.value.reason == reason
     for word in [str(path), *words]:
-        assert word in str(rejection.value)
+        assert word in str(error_info.value)
 
 
 def test_an_ingest_rejects_each_bad_clip_alone_and_counts_it_by_its_reason(tmp_path):
@@ -329,9 +329,9 @@ def test_a_clip_too_large_for_memory_is_rejected_before_it_is_decoded(container,
     made = np.zeros((12, 256, 512, 3), np.uint8)  # 4.5 MiB decoded
     path = encode(tmp_path / ("a.mp4" if container == "mp4" else "a.mkv"), made, container=container)
     assert len(read_clip(path, IngestConfig(max_clip_mib=5)).frames_FHWC) == 12
-    with pytest.raises(RejectedClip, match="ingest.max_clip_mib=4") as rejection:
+    with pytest.raises(RejectedClip, match="ingest.max_clip_mib=4") as error_info:
         read_clip(path, IngestConfig(max_clip_mib=4))
-    assert rejection.value.reason == "too many pixels"
+    assert error_info.value.reason == "too many pixels"
 
 
 def test_a_file_name_is_never_taken_for_a_protocol(tmp_path, monkeypatch):
@@ -459,9 +459,9 @@ def test_the_rotation_is_that_of_the_container_library(tmp_path):
 
 def test_a_clip_displayed_at_an_angle_is_rejected(tmp_path):
     path = with_display_matrix(encode(tmp_path / "a.mp4", gradient(2, 16, 24)), 1, 1, -1, 1)
-    with pytest.raises(RejectedClip, match="only quarter turns are") as rejection:
+    with pytest.raises(RejectedClip, match="only quarter turns are") as error_info:
         read_clip(path, LIMITS)
-    assert rejection.value.reason == "tilted"
+    assert error_info.value.reason == "tilted"
 
 
 def test_an_image_is_rotated_as_its_exif_says(tmp_path):
@@ -494,9 +494,9 @@ def test_excerpts_are_the_frames_of_the_clip_between_two_times(name, start, end,
 def test_an_excerpt_beyond_the_end_is_rejected(tmp_path):
     path = encode(tmp_path / "a.mp4", noise(30, 32, 48))
     for start, end, reason in ((2.0, 3.0, "truncated"), (5.0, None, "no frames"), (5.0, 6.0, "no frames")):
-        with pytest.raises(RejectedClip) as rejection:
+        with pytest.raises(RejectedClip) as error_info:
             excerpt(path, start, end)
-        assert rejection.value.reason == reason
+        assert error_info.value.reason == reason
 
 
 def test_excerpts_of_a_clip_longer_than_the_limit_are_allowed(tmp_path):
@@ -577,9 +577,9 @@ def test_a_hole_in_the_frames_is_rejected(tmp_path):
     data, start, end = frames_region(path)
     for place in np.random.default_rng(0).integers(start, end - 1024, 10):
         path.write_bytes(data[:place] + bytes(1024) + data[place + 1024 :])
-        with pytest.raises(RejectedClip) as rejection:
+        with pytest.raises(RejectedClip) as error_info:
             shown(path)
-        assert rejection.value.reason in ("damaged", "unreadable", "truncated")
+        assert error_info.value.reason in ("damaged", "unreadable", "truncated")
 
 
 def test_a_header_of_16k_by_16k_is_rejected_before_decoding(tmp_path):
@@ -590,15 +590,15 @@ def test_a_header_of_16k_by_16k_is_rejected_before_decoding(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     path = encode(tmp_path / "a.mkv", np.zeros((1, 16384, 16, 3), np.uint8), container="matroska")
     for file, words in ((tmp_path / "a.png", "268435456 pixels"), (path, "16384x16 pixels; ingest.max_height=4320")):
-        with pytest.raises(RejectedClip, match=words) as rejection:
+        with pytest.raises(RejectedClip, match=words) as error_info:
             read_clip(file, LIMITS)
-        assert rejection.value.reason == "too large"
+        assert error_info.value.reason == "too large"
 
 
 def test_a_matroska_file_without_a_frame_is_rejected(tmp_path):
     encode(tmp_path / "a.mkv", noise(3, 48, 64), container="matroska")
     data = (tmp_path / "a.mkv").read_bytes()
     (tmp_path / "a.mkv").write_bytes(data[: data.index(b"\x1f\x43\xb6\x75")])  # up to the first cluster
-    with pytest.raises(RejectedClip, match="a.mkv") as rejection:
+    with pytest.raises(RejectedClip, match="a.mkv") as error_info:
         shown(tmp_path / "a.mkv")
-    assert rejection.value.reason in ("no frames", "unreadable")
+    assert error_info.value.reason in ("no frames", "unreadable")

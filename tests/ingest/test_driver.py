@@ -102,7 +102,7 @@ def test_an_ingest_killed_at_any_time_resumes_to_the_same_bytes(clips, reference
     arguments = ["ingest", str(clips), "--out", str(tmp_path / "out"), "codec.channels=24", "ingest.workers=1"]
     command = [sys.executable, "-m", "megasora.cli", *arguments, BLOCKS_OF_3]
     killed = 0
-    for file in ("ingest.json", ".parts/000000", "blocks/000000.json", "blocks/000002.json"):
+    for file in ("ingest.json", ".staging/000000", "blocks/000000.json", "blocks/000002.json"):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 60
             while process.poll() is None and not (tmp_path / "out" / file).exists():
@@ -121,7 +121,7 @@ def test_an_ingest_killed_at_any_time_resumes_to_the_same_bytes(clips, reference
 
 CHANGES = [
     (["ingest.max_fps=6"], {}, "ingest.max_fps: 0.0 -> 6.0"),
-    (["codec.channels=25"], {}, "codec: dct-4x8x8-24-.* -> dct-4x8x8-25-"),
+    (["codec.channels=25"], {}, "codec_fingerprint: dct-4x8x8-24-.* -> dct-4x8x8-25-"),
     (["data.patch=[1,2,1]"], {}, "data.patch: .1, 1, 1. -> .1, 2, 1."),
     (["text.max_tokens=9"], {}, "text.max_tokens: 64 -> 9"),
     (["ingest.clips_per_block=4"], {}, "ingest.clips_per_block: 3 -> 4"),
@@ -178,7 +178,7 @@ def test_an_error_after_the_first_block_preserves_complete_blocks(clips, referen
 
 
 def test_an_output_folder_that_is_not_an_ingest_is_not_changed(clips, tmp_path):
-    for name in ("blocks", ".parts", ".spool"):
+    for name in ("blocks", ".staging", ".spool"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "other").write_text("other")
     before = contents(tmp_path)

@@ -1,4 +1,4 @@
-"""What an operation must agree with: its reference in float64, forward and every gradient, on every way there is."""
+"""Checks shared by the tests of operations: agreement with a reference in float64, reproducibility, compilation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from megasora.kernels.rows import Rows
 
-TOLERANCE = {  # largest difference, as a part of the largest number of a tensor; inputs are rounded before
+TOLERANCE = {  # largest error, as a fraction of the largest value of a tensor; inputs are rounded before
     torch.float64: 1e-12,
     torch.float32: 4e-6,
     torch.float16: 2**-9,
@@ -18,7 +19,7 @@ TOLERANCE = {  # largest difference, as a part of the largest number of a tensor
 }
 
 on_gpu = pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-WAYS = [  # via, device, dtype
+VARIANTS = [  # backend, device, dtype
     pytest.param("torch", "cpu", torch.float64, id="torch-float64"),
     pytest.param("torch", "cpu", torch.float32, id="torch-float32"),
     pytest.param("torch", "cpu", torch.bfloat16, id="torch-bfloat16"),
@@ -33,20 +34,21 @@ WAYS = [  # via, device, dtype
     pytest.param("triton", "cuda", torch.float16, id="gpu-float16", marks=on_gpu),
     pytest.param("triton", "cuda", torch.bfloat16, id="gpu-bfloat16", marks=on_gpu),
 ]
-every_way = pytest.mark.parametrize("via, device, dtype", WAYS)
+each_variant = pytest.mark.parametrize("backend, device, dtype", VARIANTS)
+each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-PACKS = {  # of tokens in rows: lengths of the rows, tokens of padding, width
+PACKS = {  # lengths of rows, tokens of padding, width
     "uneven rows, one empty": ((40, 0, 75, 15), 0, 96),
     "one token": ((1,), 0, 40),
-    "padding longer than a run": ((33, 7), 50, 24),
+    "padding longer than a tile": ((33, 7), 50, 24),
     "all padding": ((0, 0), 9, 24),
     "no token": ((0, 0), 0, 24),
 }
 
 
-def rows_of(lengths: Sequence[int], padding: int, device: str = "cpu") -> Rows:
-    """Rows of these lengths, one behind the other, then padding."""
+def build_rows(lengths: Sequence[int], padding: int, device: str = "cpu") -> Rows:
+    """Consecutive rows of these lengths, then padding."""
     cu = torch.tensor([0, *lengths]).cumsum(0)
     return Rows.from_cu_seqlens(cu, int(cu[-1]) + padding, device)
 
@@ -58,39 +60,62 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def outputs_and_gradients(operation: Operation, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Of `operation(*tensors)`, with gradients of its outputs that are the same for every dtype and device."""
+def for_triton(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in fp32 on the device where Triton runs."""
+    return [x.float().to(TRITON_DEVICE) for x in tensors]
+
+
+def outputs_and_gradients(operation: Operation, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of `operation(*tensors)`; the gradients of its outputs are the same for every dtype and device."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     outputs = operation(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    # rounded to 8 bits, which every dtype holds
+    # rounded to 8 bits, which are exact in every dtype
     grads = [normal(*y.shape, seed=100 + i).bfloat16().to(y) for i, y in enumerate(outputs)]
     return [y.detach() for y in outputs], list(torch.autograd.grad(outputs, leaves, grads))
 
 
 def assert_agrees(
-    operation: Operation, reference: Operation, tensors: list[Tensor], device: str, dtype: torch.dtype
+    operation: Operation, reference: Operation, tensors: Sequence[Tensor], device: str, dtype: torch.dtype
 ) -> None:
-    """`operation` of `tensors` in `dtype` against `reference` of the same numbers in float64; NaN is no agreement."""
+    """Outputs and gradients of `operation` in `dtype` equal those of `reference` on the same values in float64.
+
+    NaN is a failure.
+    """
     rounded = [x.detach().to(dtype) for x in tensors]
     expected = outputs_and_gradients(reference, [x.double() for x in rounded])
-    found = outputs_and_gradients(operation, [x.to(device) for x in rounded])
-    for what, ours, theirs in zip(("output", "gradient"), found, expected, strict=True):
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert a.shape == b.shape and a.dtype == dtype, f"{what} {i}: {a.dtype} {tuple(a.shape)}"
+    actual = outputs_and_gradients(operation, [x.to(device) for x in rounded])
+    for kind, actual_tensors, expected_tensors in zip(("output", "gradient"), actual, expected, strict=True):
+        for i, (a, b) in enumerate(zip(actual_tensors, expected_tensors, strict=True)):
+            assert a.shape == b.shape and a.dtype == dtype, f"{kind} {i}: {a.dtype} {tuple(a.shape)}"
             scale = max(1e-30, float(b.abs().max())) if b.numel() else 1.0
             error = float((a.cpu().double() - b).abs().max()) / scale if b.numel() else 0.0
-            assert error <= TOLERANCE[dtype], f"{what} {i} is {error:.1e} off"
+            assert error <= TOLERANCE[dtype], f"error {error:.1e} of {kind} {i}"
 
 
-def bytes_kept(operation: Operation, tensors: list[Tensor]) -> dict[int, int]:
-    """Storage to its bytes, of all that is kept for the backward pass."""
-    kept = {}
+def assert_gradients_repeat(operation: Operation, tensors: Sequence[Tensor]) -> None:
+    """Gradients of two runs are equal bit by bit."""
+    first, second = (outputs_and_gradients(operation, tensors)[1] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    def note(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+
+def assert_compiles_as_one_graph(operation: Operation, tensors: Sequence[Tensor]) -> None:
+    """torch.compile accepts the operation without a graph break, and the result has its outputs and gradients."""
+    torch._dynamo.reset()
+    compiled = torch.compile(operation, fullgraph=True, backend="aot_eager")
+    actual, expected = outputs_and_gradients(compiled, tensors), outputs_and_gradients(operation, tensors)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def saved_bytes(operation: Operation, tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages that the operation saves for its backward pass."""
+    nbytes = {}
+
+    def record(x: Tensor) -> Tensor:
+        nbytes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
         operation(*[x.detach().requires_grad_() for x in tensors])
-    return kept
+    return sum(nbytes.values())

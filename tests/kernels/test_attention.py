@@ -1,7 +1,7 @@
-"""Attention inside segments: every way of computing it against the plain maths, in float64.
+"""Attention within segments: every backend against the reference, in float64.
 
-Libraries that need a GPU are stood in for by the same maths under their signatures, quirks included. So what is tested
-of them is what is given to them, and what is made of what they return.
+Libraries that need a GPU are replaced by mocks with their signatures and quirks that compute the equations. So these
+tests cover the arguments passed to the libraries and the use of their results.
 """
 
 import functools
@@ -15,19 +15,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from megasora.kernels import attention as module
-from megasora.kernels import attention_packs
+from megasora.kernels import attention_varlen
 from megasora.kernels.attention import (
     Segments,
     attention,
     attention_backward,
     attention_forward,
     attention_reference,
-    automatic,
-    chosen_backend,
+    auto_backend,
     obstacle,
+    resolve_attention_backend,
 )
-from megasora.kernels.attention_buckets import CPU, EFFICIENT, FLASH, PLAIN, fixed_order
-from megasora.kernels.attention_packs import library
+from megasora.kernels.attention_padded import CPU, EFFICIENT, FLASH, MATH, deterministic_algorithms
+from megasora.kernels.attention_varlen import library
 from megasora.kernels.merge_partial_attention import merge_partial_attention
 
 # lengths of the segments' queries and keys; the first pack is self-attention
@@ -35,7 +35,7 @@ PACKS = {
     "uneven": ([5, 1, 12, 7, 7, 1, 30], None),
     "one segment": ([17], None),
     "all of one token": ([1, 1, 1], None),
-    "longer than the kernels' tiles": ([700, 40], None),
+    "longer than the tiles of kernels": ([700, 40], None),
     "captions": ([4, 9, 1, 6, 5], [3, 2, 7, 1, 2]),
     "an empty caption": ([4, 9, 1, 6], [3, 0, 7, 0]),
 }
@@ -76,7 +76,7 @@ def output_and_gradients(function, q, k, v, segments):
 
 
 def check_call(q, k, v, cu_q, cu_k, max_q, max_k, scale):
-    """What the kernels take for granted, or refuse."""
+    """Asserts the preconditions of the kernels."""
     assert all(x.stride(-1) == 1 for x in (q, k, v)), "last dim must be contiguous"
     assert all(s % 8 == 0 for x in (q, k, v) for s in x.stride()[:-1])
     assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous() and cu_k.is_contiguous()
@@ -91,33 +91,33 @@ def ranges_of(cu_q, cu_k):
 
 
 def library_forward(q, k, v, cu_q, cu_k, max_q, max_k, scale=None):
-    """out, and lse [N, L]; where a query has no key, lse is inf, as FlashAttention-2 has it, and out anything."""
+    """out and lse [N, L]; for queries without keys lse is inf, as in FlashAttention-2, and out undefined (NaN)."""
     check_call(q, k, v, cu_q, cu_k, max_q, max_k, scale)
     out = torch.full_like(q, math.nan)
     lse = q.new_full(q.shape[1::-1], math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for i, j in ranges_of(cu_q.tolist(), cu_k.tolist()):
         if j.start < j.stop:
-            out_g, lse_g = PLAIN.forward(*(x.transpose(0, 1)[None] for x in (q[i], k[j], v[j])), None)
+            out_g, lse_g = MATH.forward(*(x.transpose(0, 1)[None] for x in (q[i], k[j], v[j])), None)
             out[i], lse[:, i] = out_g[0].transpose(0, 1), lse_g[0]
     return out, lse
 
 
 def library_backward(grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale=None):
-    """dq, dk, dv; dq of a query without a key is anything, and so is what the segments do not reach of dk and dv."""
+    """dq, dk, dv; undefined (NaN) for queries and keys that are in no segment."""
     check_call(q, k, v, cu_q, cu_k, max_q, max_k, scale)
     assert lse.is_contiguous() and lse.shape == q.shape[1::-1] and out.stride(-1) == grad_out.stride(-1) == 1
     dq, dk, dv = (torch.full_like(x, math.nan) for x in (q, k, v))
     for i, j in ranges_of(cu_q.tolist(), cu_k.tolist()):
         if j.start < j.stop:
-            given = (x.transpose(0, 1)[None] for x in (grad_out[i], q[i], k[j], v[j], out[i]))
-            gradients = PLAIN.backward(*given, lse[:, i][None], None)
+            tensors = (x.transpose(0, 1)[None] for x in (grad_out[i], q[i], k[j], v[j], out[i]))
+            gradients = MATH.backward(*tensors, lse[:, i][None], None)
             dq[i], dk[j], dv[j] = (x[0].transpose(0, 1) for x in gradients)
     return dq, dk, dv
 
 
-def fill(given, computed):
-    assert all(x.is_contiguous() for x in given)
-    for x, y in zip(given, computed, strict=True):
+def copy_to(outputs, results):
+    assert all(x.is_contiguous() for x in outputs)
+    for x, y in zip(outputs, results, strict=True):
         x.copy_(y)
 
 
@@ -141,7 +141,7 @@ def flash2(calls):
         assert dropout_p == softcap == 0.0 and causal is False and window_size_left == window_size_right == -1
         assert alibi_slopes is None
         lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        fill((dq, dk, dv), library_backward(dout, q, k, v, out, softmax_lse, *lengths, softmax_scale))
+        copy_to((dq, dk, dv), library_backward(dout, q, k, v, out, softmax_lse, *lengths, softmax_scale))
         calls.append(deterministic)
         return torch.empty(0)
 
@@ -169,7 +169,7 @@ def flash3_early(calls):
     ):  # fmt: skip
         assert sequed_q is sequed_k is None and causal is False and window_size == (-1, -1)
         lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        fill((dq, dk, dv), library_backward(dout, q, k, v, out, softmax_lse, *lengths, softmax_scale))
+        copy_to((dq, dk, dv), library_backward(dout, q, k, v, out, softmax_lse, *lengths, softmax_scale))
         calls.append(deterministic)
         return dq, dk, dv, torch.empty(0)
 
@@ -202,8 +202,8 @@ def flash3(calls):
     ):  # fmt: skip
         assert window_size_left == window_size_right == -1
         lengths = cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k
-        given = dout, q, k, v, out, softmax_lse, *lengths, dq, dk, dv, softmax_scale, is_causal
-        return early["_flash_attn_backward"](*given, deterministic=deterministic)[-1]
+        tensors = dout, q, k, v, out, softmax_lse, *lengths, dq, dk, dv
+        return early["_flash_attn_backward"](*tensors, softmax_scale, is_causal, deterministic=deterministic)[-1]
 
     return locals()
 
@@ -235,15 +235,15 @@ def varlen(calls):
 
 
 def module_of(functions, **attributes):
-    found = ModuleType("stand_in")
-    vars(found).update(attributes, **{name: f for name, f in functions.items() if name.startswith("_flash")})
-    return found
+    module = ModuleType("mock")
+    vars(module).update(attributes, **{name: f for name, f in functions.items() if name.startswith("_flash")})
+    return module
 
 
 @pytest.fixture
-def forget():
-    """Which libraries there are is looked up once; anew for this test, and again after it."""
-    caches = library, obstacle, automatic
+def fresh_caches():
+    """Clears the caches of installed libraries before and after a test."""
+    caches = library, obstacle, auto_backend
     for cache in caches:
         cache.cache_clear()
     yield
@@ -251,12 +251,12 @@ def forget():
         cache.cache_clear()
 
 
-WAYS = ("sdpa", "math", "flash2", "flash3", "flash3 early", "varlen")
+VARIANTS = ("sdpa", "math", "flash2", "flash3", "flash3 early", "varlen")
 
 
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch, forget):
-    """The functions of one backend; `calls`: whether each backward of a library was to be deterministic."""
+@pytest.fixture(params=VARIANTS)
+def variant(request, monkeypatch, fresh_caches):
+    """The functions of one backend; `calls`: the `deterministic` argument of each backward call of a library."""
     name, calls = request.param.split()[0], []
     if name.startswith("flash"):
         functions = {"flash2": flash2, "flash3": flash3, "flash3 early": flash3_early}[request.param](calls)
@@ -264,9 +264,9 @@ def way(request, monkeypatch, forget):
         key = {"flash2": "flash_attn.flash_attn_interface", "flash3": "flash_attn_interface"}[name]
         monkeypatch.setitem(sys.modules, key, module_of(functions))
     if name == "varlen":
-        monkeypatch.setattr(attention_packs, "aten", module_of(varlen(calls)))
+        monkeypatch.setattr(attention_varlen, "aten", module_of(varlen(calls)))
     if name in module.VARLEN:
-        monkeypatch.setattr(module, "obstacle", lambda *given: None)
+        monkeypatch.setattr(module, "obstacle", lambda *_: None)
     return SimpleNamespace(
         name=name,
         calls=calls,
@@ -276,12 +276,12 @@ def way(request, monkeypatch, forget):
     )
 
 
-def assert_equals_reference(way, q, k, v, segments, tolerance=1e-12):
-    out, gradients = output_and_gradients(way.attention, q, k, v, segments)
+def assert_equals_reference(variant, q, k, v, segments, tolerance=1e-12):
+    out, gradients = output_and_gradients(variant.attention, q, k, v, segments)
     expected, expected_gradients = output_and_gradients(reference, q, k, v, segments)
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=tolerance)
 
 
 def test_reference_is_attention_under_a_block_diagonal_mask():
@@ -296,20 +296,20 @@ def test_reference_is_attention_under_a_block_diagonal_mask():
 
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
-def test_output_and_every_gradient_equal_the_reference(way, lengths, padding):
-    assert_equals_reference(way, *make(*lengths, padding=padding))
+def test_output_and_every_gradient_equal_the_reference(variant, lengths, padding):
+    assert_equals_reference(variant, *make(*lengths, padding=padding))
 
 
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
-def test_log_sum_exp_equals_the_reference(way, lengths):
+def test_log_sum_exp_equals_the_reference(variant, lengths):
     q, k, v, segments = make(*lengths, padding=2)
-    _, lse = way.forward(q, k, v, segments)
+    _, lse = variant.forward(q, k, v, segments)
     torch.testing.assert_close(lse, attention_reference(q, k, v, segments)[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel", [CPU, PLAIN], ids=["cpu", "math"])
+@pytest.mark.parametrize("kernel", [CPU, MATH], ids=["cpu", "math"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_each_kernel_of_buckets_gives_the_output_and_every_gradient(kernel, masked):
+def test_each_bucket_kernel_gives_the_output_and_every_gradient(kernel, masked):
     shapes = (2, 3, 7, 8), (2, 3, 11, 8), (2, 3, 11, 8)
     q, k, v = (normal(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
     real = torch.arange(11) < torch.tensor([[11], [6]])
@@ -322,21 +322,21 @@ def test_each_kernel_of_buckets_gives_the_output_and_every_gradient(kernel, mask
         gradients = kernel.backward(grad_out, q, k, v, out, lse, bias)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-12, atol=1e-12)
-    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, (q, k, v), grad_out), strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+    for gradient, expected_gradient in zip(gradients, torch.autograd.grad(expected, (q, k, v), grad_out), strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
-def test_error_is_the_rounding_of_the_dtype(way, dtype, tolerance):
+def test_error_is_the_rounding_of_the_dtype(variant, dtype, tolerance):
     q, k, v, segments = make([5, 1, 12, 7, 30], padding=3)
     narrow = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     wide = [x.detach().double().requires_grad_() for x in narrow]
-    out, gradients = output_and_gradients(way.attention, *narrow, segments)
+    out, gradients = output_and_gradients(variant.attention, *narrow, segments)
     expected, expected_gradients = output_and_gradients(reference, *wide, segments)
-    for x, wanted in zip((out, *gradients), (expected, *expected_gradients), strict=True):
+    for x, expected_gradient in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         assert x.dtype == dtype
-        torch.testing.assert_close(x.double(), wanted, rtol=tolerance, atol=tolerance)
-    assert way.forward(*narrow, segments)[1].dtype == torch.float32
+        torch.testing.assert_close(x.double(), expected_gradient, rtol=tolerance, atol=tolerance)
+    assert variant.forward(*narrow, segments)[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -344,50 +344,50 @@ def test_error_is_the_rounding_of_the_dtype(way, dtype, tolerance):
     [([12, 0, 6], [8, 5, 0], [3, 20, 0], [6, 10, 3], 20), ([10, 0], [10, 10], [0, 15], [15, 15], 20)],
     ids=["with gaps", "swapped"],
 )
-def test_segments_may_lie_anywhere_and_in_any_order(way, given):
-    assert_equals_reference(way, *make_inputs(20, 30), ranges(*given))
+def test_segments_may_be_anywhere_and_in_any_order(variant, given):
+    assert_equals_reference(variant, *make_inputs(20, 30), ranges(*given))
 
 
-def test_gradients_of_keys_of_several_segments_add_up(way):
+def test_gradients_of_keys_of_several_segments_add_up(variant):
     q, k, v = make_inputs(20, 12)
-    assert_equals_reference(way, q, k, v, ranges([0, 5, 9], [5, 4, 11], [0, 0, 2], [4, 4, 10], 20))
+    assert_equals_reference(variant, q, k, v, ranges([0, 5, 9], [5, 4, 11], [0, 0, 2], [4, 4, 10], 20))
 
 
-def test_no_segment_at_all_gives_zeros(way):
+def test_no_segment_at_all_gives_zeros(variant):
     q, k, v = make_inputs(4, 3)
-    nowhere = Segments.from_ranges(*[torch.zeros(0, dtype=torch.int64)] * 4, 4, "cpu")
-    out, lse = way.forward(q, k, v, nowhere)
+    no_segments = Segments.from_ranges(*[torch.zeros(0, dtype=torch.int64)] * 4, 4, "cpu")
+    out, lse = variant.forward(q, k, v, no_segments)
     assert (out == 0).all() and (lse == -torch.inf).all()
-    assert all((x == 0).all() for x in way.backward(out, q, k, v, out, lse, nowhere))
+    assert all((x == 0).all() for x in variant.backward(out, q, k, v, out, lse, no_segments))
 
 
-def test_a_rank_without_tokens_gets_an_empty_result(way):
+def test_a_rank_without_tokens_gets_an_empty_result(variant):
     q, k, v = make_inputs(0, 0)
-    out, gradients = output_and_gradients(way.attention, q, k, v, ranges([0], [0], [0], [0], 0))
+    out, gradients = output_and_gradients(variant.attention, q, k, v, ranges([0], [0], [0], [0], 0))
     assert out.shape == (0, 3, 8) and all(x.shape == (0, 3, 8) for x in gradients)
 
 
 @pytest.mark.parametrize("lengths", [[13], [6, 7], [2, 11]], ids=str)
-def test_the_layout_in_memory_does_not_matter(way, lengths):
+def test_the_memory_layout_of_the_inputs_does_not_matter(variant, lengths):
     *inputs, segments = make(lengths)
     strided = [x.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_() for x in inputs]
     assert not any(x.is_contiguous() for x in strided)
     packed = torch.stack([x.detach() for x in inputs], 1).unbind(1)
-    expected, expected_gradients = output_and_gradients(way.attention, *inputs, segments)
-    for variant in (strided, [x.requires_grad_() for x in packed]):
-        out, gradients = output_and_gradients(way.attention, *variant, segments)
+    expected, expected_gradients = output_and_gradients(variant.attention, *inputs, segments)
+    for tensors in (strided, [x.requires_grad_() for x in packed]):
+        out, gradients = output_and_gradients(variant.attention, *tensors, segments)
         torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-13, atol=1e-13)
-    ones = torch.autograd.grad(way.attention(*inputs, segments).sum(), inputs)  # a gradient with strides of 0
+    ones = torch.autograd.grad(variant.attention(*inputs, segments).sum(), inputs)  # a gradient with strides of 0
     torch.testing.assert_close(
         ones, torch.autograd.grad(reference(*inputs, segments).sum(), inputs), rtol=1e-12, atol=1e-12
     )
 
 
-def test_parts_of_the_keys_merge_to_the_whole(way):
+def test_attention_to_shards_of_the_keys_merges_to_attention_to_all(variant):
     q, k, v = make_inputs(9, 30)
-    whole = way.forward(q, k, v, ranges([0], [9], [0], [30], 9))
-    parts = [way.forward(q, k, v, ranges([0], [9], [a], [b - a], 9)) for a, b in [(0, 3), (3, 19), (19, 30)]]
+    whole = variant.forward(q, k, v, ranges([0], [9], [0], [30], 9))
+    parts = [variant.forward(q, k, v, ranges([0], [9], [a], [b - a], 9)) for a, b in [(0, 3), (3, 19), (19, 30)]]
     out, lse = parts[0]
     for part in parts[1:]:
         out, lse = merge_partial_attention(out, lse, *part)
@@ -407,21 +407,21 @@ def test_error_of_merging_in_fp32_does_not_grow_with_the_number_of_parts(parts):
     assert (out.double() - expected).norm() < 1.5 * (alone.double() - expected).norm()
 
 
-def test_gradients_of_parts_of_the_keys_add_up_to_those_of_the_whole(way):
+def test_gradients_of_shards_of_the_keys_add_up_to_those_of_all(variant):
     q, k, v = make_inputs(9, 30)
     whole, grad_out = ranges([0], [9], [0], [30], 9), normal(9, 3, 8, seed=7)
-    out, lse = way.forward(q, k, v, whole)
-    expected = way.backward(grad_out, q, k, v, out, lse, whole)
-    lse = lse.contiguous()  # it need not lie as this backend leaves it
+    out, lse = variant.forward(q, k, v, whole)
+    expected = variant.backward(grad_out, q, k, v, out, lse, whole)
+    lse = lse.contiguous()  # any memory layout is accepted
     parts = [
-        way.backward(grad_out, q, k, v, out, lse, ranges([0], [9], [a], [b - a], 9))
+        variant.backward(grad_out, q, k, v, out, lse, ranges([0], [9], [a], [b - a], 9))
         for a, b in [(0, 3), (3, 19), (19, 30)]
     ]
-    for i, wanted in enumerate(expected):
-        torch.testing.assert_close(sum(part[i] for part in parts), wanted, rtol=1e-13, atol=1e-13)
+    for i, expected_gradient in enumerate(expected):
+        torch.testing.assert_close(sum(part[i] for part in parts), expected_gradient, rtol=1e-13, atol=1e-13)
 
 
-def test_a_second_run_of_the_same_forward_computes_nothing(monkeypatch):
+def test_a_second_call_reuses_the_saved_output(monkeypatch):
     q, k, v, segments = make([5, 9], padding=1)
     out, expected = output_and_gradients(attention, q, k, v, segments)
     saved_output = []
@@ -433,7 +433,7 @@ def test_a_second_run_of_the_same_forward_computes_nothing(monkeypatch):
     assert first.requires_grad and not any(x.requires_grad for x in saved_output)
 
 
-def test_recomputed_activations_take_the_attention_from_the_first_run(monkeypatch):
+def test_activation_recompute_reuses_the_saved_output(monkeypatch):
     q, k, v, segments = make([5, 9])
     runs = []
     monkeypatch.setattr(
@@ -449,56 +449,56 @@ def test_recomputed_activations_take_the_attention_from_the_first_run(monkeypatc
     assert len(runs) == 2 and all(map(torch.equal, gradients, expected))
 
 
-def test_padding_gives_zeros_and_gets_no_gradient(way):
+def test_padding_gives_zeros_and_gets_no_gradient(variant):
     q, k, v, segments = make([5, 1, 12], padding=7)
-    out, gradients = output_and_gradients(way.attention, q, k, v, segments)
+    out, gradients = output_and_gradients(variant.attention, q, k, v, segments)
     assert (out[18:] == 0).all() and (out[:18] != 0).all()
     for gradient in gradients:
         assert (gradient[18:] == 0).all()
 
 
-def test_tokens_with_an_empty_caption_get_zeros_and_no_gradient(way):
+def test_tokens_with_an_empty_caption_get_zeros_and_no_gradient(variant):
     q, k, v, segments = make([4, 9, 6], [3, 0, 2])
-    out, (q_gradient, _, _) = output_and_gradients(way.attention, q, k, v, segments)
+    out, (q_gradient, _, _) = output_and_gradients(variant.attention, q, k, v, segments)
     assert (out[4:13] == 0).all() and (q_gradient[4:13] == 0).all()
     assert (out[:4] != 0).all() and (out[13:] != 0).all()
 
 
-def test_a_pack_without_any_key_gives_zeros(way):
+def test_a_pack_without_any_key_gives_zeros(variant):
     q, k, v, segments = make([4, 3], [0, 0], padding=2)
-    assert (way.attention(q, k, v, segments) == 0).all() and (reference(q, k, v, segments) == 0).all()
+    assert (variant.attention(q, k, v, segments) == 0).all() and (reference(q, k, v, segments) == 0).all()
 
 
-def test_a_segment_does_not_see_its_neighbours(way):
+def test_segments_do_not_attend_to_each_other(variant):
     q, k, v, segments = make([5, 6, 5])
-    before = way.attention(q, k, v, segments)
+    before = variant.attention(q, k, v, segments)
     with torch.no_grad():
         for x in (q, k, v):
             x[5:11] += 1.0
-    after = way.attention(q, k, v, segments)
+    after = variant.attention(q, k, v, segments)
     assert torch.equal(before[:5], after[:5]) and torch.equal(before[11:], after[11:])
     assert not torch.isclose(before[5:11], after[5:11]).any()
 
 
-def test_a_segment_of_one_token_returns_its_value(way):
+def test_a_segment_of_one_token_returns_its_value(variant):
     q, k, v, segments = make([1, 4, 1])
-    out = way.attention(q, k, v, segments)
+    out = variant.attention(q, k, v, segments)
     torch.testing.assert_close(out[[0, 5]], v[[0, 5]], rtol=1e-14, atol=1e-14)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_match_raise():
     q, k, v, segments = make([5, 3])
     with pytest.raises(ValueError, match="equal N and K"):
         attention(q, k[:, :2], v[:, :2], segments)
     with pytest.raises(ValueError, match="equal N and K"):
         attention(q, k, v[:-1], segments)
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="same dtype"):
         attention(q, k.float(), v, segments)
-    with pytest.raises(ValueError, match="q has 7 tokens, its segments were made for 8"):
+    with pytest.raises(ValueError, match="q has 7 tokens, its segments 8 queries"):
         attention(q[:-1], k, v, segments)
     with pytest.raises(ValueError, match="k has 7 tokens, its segments end at 8"):
         attention(q, k[:-1], v[:-1], segments)
-    with pytest.raises(ValueError, match=r"lse is \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"lse \(3, 8\) must be \(8, 3\)"):
         attention_backward(q, q, k, v, q, torch.zeros(3, 8, dtype=q.dtype), segments)
     meta = torch.empty(8, 3, 8, dtype=q.dtype, device="meta")
     with pytest.raises(ValueError, match="q on cpu, k on meta, v on meta"):
@@ -509,17 +509,17 @@ H100, A100, B200 = (9, 0), (8, 0), (10, 0)
 
 
 @pytest.fixture
-def machine(monkeypatch, forget):
-    """machine(capability, flash2=version or None, flash3=bool): a GPU, and what is installed."""
+def machine(monkeypatch, fresh_caches):
+    """machine(capability, flash2=version or None, flash3=bool): mocks a GPU and the installed libraries."""
 
-    def made(capability, flash2=None, flash3=False):
+    def mock(capability, flash2=None, flash3=False):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("stand_in") if flash3 else None)
-        stand_in = module_of({}, __version__=flash2) if flash2 else None
-        monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-        monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", stand_in)
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("mock") if flash3 else None)
+        mocked_module = module_of({}, __version__=flash2) if flash2 else None
+        monkeypatch.setitem(sys.modules, "flash_attn", mocked_module)
+        monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", mocked_module)
 
-    return made
+    return mock
 
 
 @pytest.mark.parametrize(
@@ -538,14 +538,14 @@ def machine(monkeypatch, forget):
         ((7, 5), {"flash2": "2.8.3", "flash3": True}, torch.float16, 128, "math"),
     ],
 )
-def test_auto_takes_the_fastest_that_can(machine, capability, installed, dtype, head_dim, expected):
+def test_auto_takes_the_fastest_supported_backend(machine, capability, installed, dtype, head_dim, expected):
     machine(capability, **installed)
-    assert automatic(torch.device("cuda", 0), dtype, head_dim) == expected
+    assert auto_backend(torch.device("cuda", 0), dtype, head_dim) == expected
 
 
-def test_auto_is_flash_attention_for_cpus_there_and_the_equations_elsewhere(forget):
-    assert chosen_backend("auto", torch.empty(1, 1, 60, dtype=torch.float64)) == "sdpa"
-    assert chosen_backend("auto", torch.empty(1, 1, 64, device="meta")) == "math"
+def test_auto_is_sdpa_on_cpus_and_math_on_other_devices(fresh_caches):
+    assert resolve_attention_backend("auto", torch.empty(1, 1, 60, dtype=torch.float64)) == "sdpa"
+    assert resolve_attention_backend("auto", torch.empty(1, 1, 64, device="meta")) == "math"
 
 
 @pytest.mark.parametrize(
@@ -557,25 +557,25 @@ def test_auto_is_flash_attention_for_cpus_there_and_the_equations_elsewhere(forg
         ("varlen", {"dtype": torch.float32}, "it takes bfloat16 and float16, not torch.float32; use 'sdpa'"),
         ("sdpa", {"dtype": torch.float64}, "it takes no float64; use 'math'"),
         ("varlen", {"head_dim": 100}, "head dim 100 must be a multiple of 8; use 'math'"),
-        ("varlen", {"head_dim": 320}, "it takes head dims to 256, not 320; use 'sdpa'"),
-        ("flash3", {"head_dim": 256}, "it takes head dims to 192, not 256; use 'varlen'"),
+        ("varlen", {"head_dim": 320}, "it takes head dims up to 256, not 320; use 'sdpa'"),
+        ("flash3", {"head_dim": 256}, "it takes head dims up to 192, not 256; use 'varlen'"),
         ("flash3", {}, "flash_attn_interface cannot be imported .*; use 'varlen'"),
         ("flash2", {}, "flash_attn is 2.5.8, it needs 2.7 or newer; use 'varlen'"),
         ("flash3", {"capability": A100}, r"it needs compute capability 9, cuda:0 has 8.0; use 'varlen'"),
         ("sdpa", {"capability": (7, 5)}, r"it needs compute capability 8.0, cuda:0 has 7.5; use 'math'"),
     ],
 )
-def test_a_backend_that_cannot_compute_is_refused_with_the_reason_and_another(machine, backend, given, message):
+def test_an_unsupported_backend_raises_with_the_reason_and_an_alternative(machine, backend, given, message):
     machine(given.get("capability", H100), flash2="2.5.8")
     device = torch.device(given.get("device", "cuda:0"))
     q = SimpleNamespace(
         device=device, dtype=given.get("dtype", torch.bfloat16), shape=(4, 2, given.get("head_dim", 64))
     )
     with pytest.raises(ValueError, match=message):
-        chosen_backend(backend, q)
+        resolve_attention_backend(backend, q)
 
 
-def test_a_library_that_is_broken_counts_as_missing(monkeypatch, forget):
+def test_a_broken_library_counts_as_missing(monkeypatch, fresh_caches):
     class Broken:
         def find_spec(self, name, path=None, target=None):
             if name == "flash_attn_interface":
@@ -586,13 +586,13 @@ def test_a_library_that_is_broken_counts_as_missing(monkeypatch, forget):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_libraries_are_told_to_be_deterministic(way, deterministic):
+def test_libraries_receive_the_deterministic_flag(variant, deterministic):
     q, k, v, segments = make([5, 9], padding=1)
-    way.attention(q, k, v, segments, deterministic=deterministic).sum().backward()
-    assert way.calls == ([deterministic] if way.name in module.VARLEN else [])
+    variant.attention(q, k, v, segments, deterministic=deterministic).sum().backward()
+    assert variant.calls == ([deterministic] if variant.name in module.VARLEN else [])
 
 
-def test_fixed_order_leaves_the_settings_as_they_were():
+def test_deterministic_algorithms_restores_the_settings():
     def settings():
         return (
             torch.are_deterministic_algorithms_enabled(),
@@ -600,20 +600,20 @@ def test_fixed_order_leaves_the_settings_as_they_were():
             torch.utils.deterministic.fill_uninitialized_memory,
         )
 
-    for wanted, inside in ((True, (True, False, False)), (False, None)):
-        for before in ((False, False), (True, True)):
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    for enabled, inside in ((True, (True, False, False)), (False, None)):
+        for previous in ((False, False), (True, True)):
+            torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
             try:
-                with pytest.raises(RuntimeError, match="within"), fixed_order(wanted):
-                    assert settings() == (inside or (*before, True))
+                with pytest.raises(RuntimeError, match="within"), deterministic_algorithms(enabled):
+                    assert settings() == (inside or (*previous, True))
                     raise RuntimeError("within")
-                assert settings() == (*before, True)
+                assert settings() == (*previous, True)
             finally:
                 torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("kernel", [FLASH, EFFICIENT], ids=["flash", "efficient"])
-def test_kernels_for_gpus_are_called_by_the_signatures_of_this_pytorch(kernel):
+def test_gpu_kernels_match_the_signatures_of_this_pytorch(kernel):
     q, k, v = (torch.empty(2, 3, m, 8, dtype=torch.bfloat16, device="meta") for m in (7, 11, 11))
     out, lse = kernel.forward(q, k, v, None)
     assert out.shape == q.shape and lse.shape == q.shape[:3]
@@ -621,8 +621,8 @@ def test_kernels_for_gpus_are_called_by_the_signatures_of_this_pytorch(kernel):
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
 
 
-def test_varlen_is_called_by_the_signatures_of_this_pytorch(monkeypatch):
-    monkeypatch.setattr(module, "obstacle", lambda *given: None)
+def test_varlen_matches_the_signatures_of_this_pytorch(monkeypatch):
+    monkeypatch.setattr(module, "obstacle", lambda *_: None)
     q, k, v = (torch.empty(m, 3, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for m in (20, 30, 30))
     segments = Segments.from_ranges(*map(torch.tensor, ([12, 6], [8, 5], [3, 9], [6, 3])), 20, "meta")
     out, lse = attention_forward(q, k, v, segments, "varlen")
@@ -631,7 +631,7 @@ def test_varlen_is_called_by_the_signatures_of_this_pytorch(monkeypatch):
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
 
 
-def test_tensors_without_numbers_give_shapes():
+def test_meta_tensors_give_shapes():
     q, k, v = (torch.empty(m, 3, 8, device="meta", requires_grad=True) for m in (20, 30, 30))
     segments = Segments.from_ranges(*map(torch.tensor, ([12, 6], [8, 5], [3, 9], [6, 3])), 20, "meta")
     out = attention(q, k, v, segments)
@@ -659,8 +659,8 @@ def test_compiled_code_gives_the_same_and_is_compiled_once_for_all_packs(compile
 
 @pytest.fixture
 def on_gpu(request):
-    """Inputs and segments on a GPU, and the same in float64 on the CPU: gaps, a long and many short segments, queries
-    without keys, keys of two segments, padding."""
+    """Inputs and segments on a GPU, and the same in float64 on the CPU: gaps, one long and many short segments, queries
+    without keys, keys in two segments, padding."""
     backend, dtype = request.param
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
@@ -692,14 +692,14 @@ each_on_gpu = pytest.mark.parametrize(
 
 @pytest.mark.gpu
 @each_on_gpu
-def test_a_gpu_gives_the_output_and_every_gradient(on_gpu):
+def test_output_and_every_gradient_on_a_gpu(on_gpu):
     backend, inputs, segments, (wide, wide_segments) = on_gpu
     grad_out = normal(2600, 4, 64, seed=9)
     out = attention(*inputs, segments, backend=backend)
     expected, expected_lse = attention_reference(*wide, wide_segments)
     found = out, *torch.autograd.grad(out, inputs, grad_out.to(out))
-    for x, wanted in zip(found, (expected, *torch.autograd.grad(expected, wide, grad_out)), strict=True):
-        assert (x.cpu().double() - wanted).norm() < 1e-2 * wanted.norm()
+    for x, expected_gradient in zip(found, (expected, *torch.autograd.grad(expected, wide, grad_out)), strict=True):
+        assert (x.cpu().double() - expected_gradient).norm() < 1e-2 * expected_gradient.norm()
         assert (x[2400:] == 0).all()
     _, lse = attention_forward(*inputs, segments, backend)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-2, atol=1e-2)
@@ -707,7 +707,7 @@ def test_a_gpu_gives_the_output_and_every_gradient(on_gpu):
 
 @pytest.mark.gpu
 @each_on_gpu
-def test_gradients_on_a_gpu_have_the_same_bits_at_every_run(on_gpu):
+def test_gradients_on_a_gpu_repeat_bit_by_bit(on_gpu):
     backend, inputs, segments, _ = on_gpu
     out, lse = attention_forward(*inputs, segments, backend)
     first, *others = (attention_backward(out, *inputs, out, lse, segments, backend) for _ in range(4))

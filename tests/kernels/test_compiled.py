@@ -1,4 +1,4 @@
-"""Kernels as a GPU would run them, without one: compiled for A100 and H100, and read back from the machine code."""
+"""Kernels compiled for A100 and H100, without a GPU: registers, shared memory, width of loads and stores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = "1152x96", "3072x64", "3072x128", "5120x128"  # width x head dim
 
 
 def without_interpreter(*command: object) -> subprocess.CompletedProcess:
-    """Python, in a process where kernels are compiled; skips where there is no compiler."""
+    """Runs Python in a process that compiles kernels; skips the test if there is no compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
@@ -30,7 +30,7 @@ def without_interpreter(*command: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module", params=[(chip, dtype) for chip in (80, 90) for dtype in compiled.DTYPES], ids=str)
 def kernels(request, tmp_path_factory) -> list[dict]:
-    """Of every operation and size, for one chip and dtype: in one process, whose start takes seconds."""
+    """The kernels of every operation and size, for one chip and dtype; compiled in one process."""
     path, (chip, dtype) = tmp_path_factory.mktemp("compiled") / "kernels.json", request.param
     without_interpreter(
         "-m", "megasora.testing.compiled", "--chip", chip, "--dtype", dtype,
@@ -39,7 +39,7 @@ def kernels(request, tmp_path_factory) -> list[dict]:
     return json.loads(path.read_text())
 
 
-def listed(kernels: list[dict]) -> str:
+def describe(kernels: list[dict]) -> str:
     return "\n".join(
         f"{k['operation']}: {k['name']}, sm_{k['chip']}, {k['dtype']}, {k['width']}x{k['head_dim']}: {k['registers']} "
         f"registers, {k['spilled']} bytes spilled, {k['shared']} shared, loads {k['loads']}, stores {k['stores']}"
@@ -52,15 +52,15 @@ def test_every_operation_fits_the_registers_and_the_shared_memory(kernels):
     assert {k["operation"] for k in kernels} == set(compiled.OPERATIONS)
     assert {f"{k['width']}x{k['head_dim']}" for k in kernels} == set(SIZES)
     too_large = [k for k in kernels if k["spilled"] or k["shared"] > compiled.SHARED_LIMIT[k["chip"]]]
-    assert not too_large, listed(too_large)
+    assert not too_large, describe(too_large)
 
 
 @pytest.mark.slow
-def test_a_warp_moves_whole_lines_of_memory(kernels):
-    """8 bytes or 16 to a thread at once, both ways: 256 bytes or more of one vector to a warp."""
-    wide = [k for k in kernels if k["name"] != "sum_of_runs_kernel"]  # its numbers are few
+def test_loads_and_stores_are_wide(kernels):
+    """At least 8 bytes per thread and instruction: 256 contiguous bytes or more per warp."""
+    wide = [k for k in kernels if k["name"] != "sum_of_tiles_kernel"]  # it moves few bytes
     narrow = [k for k in wide if max(map(int, k["loads"])) < 8 or max(map(int, k["stores"])) < 8]
-    assert len(wide) > 20 and not narrow, listed(narrow)
+    assert len(wide) > 20 and not narrow, describe(narrow)
 
 
 SCRIPT = """
@@ -70,8 +70,8 @@ from megasora.testing.compiled import compiling_for
 @triton.jit
 def share_kernel(x, y, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    numbers = tl.load(x + i, mask=i < n)
-    tl.store(y + i, numbers / tl.sum(numbers, 0), mask=i < n)
+    values = tl.load(x + i, mask=i < n)
+    tl.store(y + i, values / tl.sum(values, 0), mask=i < n)
 
 x = torch.arange(4096, dtype=torch.float32)
 y = torch.zeros_like(x)
@@ -89,14 +89,14 @@ assert not y.any(), "nothing runs"
 """
 
 
-def test_what_is_compiled_is_known_without_running_it(tmp_path):
-    """64 numbers are two a thread, 8 bytes; 4,096, kept until their sum is known, do not fit its 32 registers."""
+def test_registers_and_widths_are_read_without_running_the_kernel(tmp_path):
+    """64 elements are 8 bytes per thread; 4,096, all held until their sum is known, exceed 32 registers."""
     path = tmp_path / "compile_shares.py"
     path.write_text(SCRIPT)
     without_interpreter(path)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled in this process")
-def test_a_process_that_interprets_says_that_it_cannot_compile():
+def test_compiling_in_an_interpreting_process_raises():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"), compiled.compiling_for(90):
         pass

@@ -1,48 +1,54 @@
-"""3D rotary embedding: turns pairs by angles that are linear in the coords, as the plain maths does in float64."""
+"""3D rotary embedding: properties of the rotation, and agreement with the reference in float64."""
 
 import pytest
 import torch
-import torch._dynamo
-from agreement import TRITON_DEVICE, assert_agrees, bytes_kept, every_way, normal, outputs_and_gradients
-from guarded import walls
+from agreement import (
+    TRITON_DEVICE,
+    assert_agrees,
+    each_backend,
+    each_variant,
+    normal,
+    outputs_and_gradients,
+    saved_bytes,
+)
+from guard_zones import guard_zones
 
-from megasora.kernels.rope3d import Rope, rope3d, rope3d_reference, rope_split, turn_triton
+from megasora.kernels.rope3d import Rope, rope3d, rope3d_reference, rope_split, rotate_triton
 
 BASE = 10_000.0
 SIZES = {  # L, N, K
     "head dim 64": (9, 6, 64),
     "head dim 96": (5, 3, 96),
     "head dim 128": (3, 5, 128),
-    "heads in five tiles, the last not full": (3, 17, 12),
+    "heads in five chunks, the last partly filled": (3, 17, 12),
     "one token": (1, 1, 12),
     "tokens of several programs": (70, 2, 16),
     "no token": (0, 2, 16),
     "no head": (4, 0, 16),
 }
-each_via = pytest.mark.parametrize("via", ["torch", "triton"])
 
 
 def coords_of(num_tokens, largest=40, seed=0):
     return torch.randint(0, largest, (num_tokens, 3), generator=torch.Generator().manual_seed(seed))
 
 
-def rope_of(num_tokens, head_dim, device="cpu", **options):
+def build_rope(num_tokens, head_dim, device="cpu", **options):
     return Rope.build(coords_of(num_tokens), head_dim, BASE, device=device, **options)
 
 
-def turned(x_LNK, coords_L3, **options):
+def rotated(x_LNK, coords_L3, **options):
     return rope3d(x_LNK, Rope.build(coords_L3, x_LNK.shape[-1], BASE, **options))
 
 
 @pytest.mark.parametrize("head_dim", [*range(6, 66, 2), 72, 80, 96, 104, 112, 128, 192, 256])
-def test_split_is_even_and_whole_for_every_even_head_dim(head_dim):
+def test_split_is_even_and_complete_for_every_even_head_dim(head_dim):
     split = rope_split(head_dim)
     assert sum(split) == head_dim
-    assert all(numbers > 0 and numbers % 2 == 0 for numbers in split)
-    assert rope_of(1, head_dim).turn.shape == (1, 1, head_dim // 2)
+    assert all(size > 0 and size % 2 == 0 for size in split)
+    assert build_rope(1, head_dim).rotation.shape == (1, 1, head_dim // 2)
 
 
-def test_split_of_128_is_the_one_of_wan():
+def test_split_of_128_is_that_of_wan():
     assert rope_split(128) == (44, 42, 42)
 
 
@@ -52,7 +58,7 @@ def test_rotation_depends_only_on_relative_position(shift):
     q, k = normal(10, 2, 24), normal(10, 2, 24, seed=1)
 
     def products(c):
-        return torch.einsum("qnk,snk->nqs", turned(q, c), turned(k, c))
+        return torch.einsum("qnk,snk->nqs", rotated(q, c), rotated(k, c))
 
     torch.testing.assert_close(products(coords), products(coords + torch.tensor(shift)), rtol=0, atol=2e-4)
     assert not torch.allclose(products(coords), products(coords * 2), atol=1e-1)
@@ -60,86 +66,86 @@ def test_rotation_depends_only_on_relative_position(shift):
 
 @pytest.mark.parametrize("split", [None, (12, 6, 6), (0, 12, 12), (4, 18, 2)], ids=str)
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_each_axis_turns_its_own_part_of_the_head(axis, split):
+def test_each_axis_rotates_its_own_pairs(axis, split):
     coords = torch.zeros(1, 3, dtype=torch.int32)
     coords[0, axis] = 3
     rope = Rope.build(coords, 24, BASE, split)
-    first, numbers = sum(rope.split[:axis]) // 2, rope.split[axis]
+    first, size = sum(rope.split[:axis]) // 2, rope.split[axis]
     expected = torch.zeros(12)
-    expected[first : first + numbers // 2] = 3 * BASE ** -(torch.arange(0, numbers, 2) / max(numbers, 1))
-    torch.testing.assert_close(rope.turn[0, 0].angle(), expected)
+    expected[first : first + size // 2] = 3 * BASE ** -(torch.arange(0, size, 2) / max(size, 1))
+    torch.testing.assert_close(rope.rotation[0, 0].angle(), expected)
 
 
-@each_via
-def test_one_step_in_time_turns_the_first_pair_by_one_radian(via):
+@each_backend
+def test_one_step_in_time_rotates_the_first_pair_by_one_radian(backend):
     x = torch.zeros(1, 1, 24, device=TRITON_DEVICE)
     x[..., 0] = 1
-    out = rope3d(x, Rope.build(torch.tensor([[1, 0, 0]]), 24, BASE, device=TRITON_DEVICE), via).cpu()[0, 0]
+    out = rope3d(x, Rope.build(torch.tensor([[1, 0, 0]]), 24, BASE, device=TRITON_DEVICE), backend).cpu()[0, 0]
     torch.testing.assert_close(out[:2], torch.tensor([0.5403023058681398, 0.8414709848078965]), rtol=1e-6, atol=0)
     assert (out[2:] == 0).all()
 
 
-@each_via
-def test_length_is_kept_and_the_origin_does_not_turn(via):
+@each_backend
+def test_rotation_preserves_length_and_leaves_the_origin_unchanged(backend):
     x = normal(10, 2, 24).float().to(TRITON_DEVICE)
     far, origin = (Rope.build(c, 24, BASE, device=TRITON_DEVICE) for c in (coords_of(10, 1000), torch.zeros(10, 3)))
-    torch.testing.assert_close(rope3d(x, far, via).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
-    assert torch.equal(rope3d(x, origin, via), x)
+    torch.testing.assert_close(rope3d(x, far, backend).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
+    assert torch.equal(rope3d(x, origin, backend), x)
 
 
 @pytest.mark.parametrize("far, tolerance", [(100, 3e-7), (10_000, 3e-7), (100_000, 2e-6)])
-def test_kernel_turns_by_large_angles_as_well_as_by_small_ones(far, tolerance):
-    """Positions of either sign, at their full speed: against cos and sin in float64 of the angle that fp32 has."""
+def test_kernel_is_accurate_for_large_angles(far, tolerance):
+    """Positive and negative positions, against cos and sin in float64 of the fp32 angle."""
     position = (torch.rand(64, generator=torch.Generator().manual_seed(0)) * 2 - 1) * far
     coords = torch.stack((position, torch.zeros(64), torch.zeros(64)), 1)
     rope = Rope.build(coords, 64, BASE, (64, 0, 0), device=TRITON_DEVICE)
     ones = torch.zeros(64, 1, 32, 2)
     ones[..., 0] = 1
-    found = rope3d(ones.flatten(-2).to(TRITON_DEVICE), rope, "triton").cpu().view(64, 32, 2)
+    actual = rope3d(ones.flatten(-2).to(TRITON_DEVICE), rope, "triton").cpu().view(64, 32, 2)
     angle = (position[:, None] * rope.frequency_P.cpu()).double()
-    torch.testing.assert_close(found.double(), torch.stack((angle.cos(), angle.sin()), -1), rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual.double(), torch.stack((angle.cos(), angle.sin()), -1), rtol=0, atol=tolerance)
 
 
-def test_scaled_angles_leave_the_fastest_pair_and_slow_the_slowest_by_the_scale():
-    plain, scaled = (rope_of(1, 24, split=(12, 10, 2), scale=s).frequency_P for s in ((1, 1, 1), (4, 1.5, 3)))
-    ratio = plain / scaled
+def test_the_ntk_factor_keeps_the_fastest_pair_and_divides_the_frequency_of_the_slowest():
+    unscaled, scaled = (build_rope(1, 24, split=(12, 10, 2), scale=s).frequency_P for s in ((1, 1, 1), (4, 1.5, 3)))
+    ratio = unscaled / scaled
     torch.testing.assert_close(ratio[[0, 5, 6, 10, 11]], torch.tensor([1, 4, 1, 1.5, 3]))
     assert (ratio[:6].diff() > 0).all() and (ratio[6:11].diff() > 0).all()
 
 
-def test_scaling_is_that_of_a_larger_base():
-    scaled = rope_of(1, 24, split=(24, 0, 0), scale=(4, 1, 1)).frequency_P
+def test_the_ntk_factor_equals_a_larger_base():
+    scaled = build_rope(1, 24, split=(24, 0, 0), scale=(4, 1, 1)).frequency_P
     larger = Rope.build(torch.zeros(1, 3), 24, BASE * 4 ** (24 / 22), (24, 0, 0)).frequency_P
     torch.testing.assert_close(scaled, larger)
 
 
-@every_way
+@each_variant
 @pytest.mark.parametrize("size", SIZES)
-def test_output_and_gradient_are_those_of_the_maths(size, via, device, dtype):
+def test_output_and_gradient_equal_the_reference(size, backend, device, dtype):
     num_tokens, num_heads, head_dim = SIZES[size]
-    ours, theirs = rope_of(num_tokens, head_dim, device), rope_of(num_tokens, head_dim)
+    rope, cpu_rope = build_rope(num_tokens, head_dim, device), build_rope(num_tokens, head_dim)
     assert_agrees(
-        lambda x: rope3d(x, ours, via),
-        lambda x: rope3d_reference(x, theirs),
+        lambda x: rope3d(x, rope, backend),
+        lambda x: rope3d_reference(x, cpu_rope),
         [normal(num_tokens, num_heads, head_dim)],
         device,
         dtype,
     )
 
 
-@every_way
-def test_positions_between_and_any_split_are_those_of_the_maths(via, device, dtype):
+@each_variant
+def test_fractional_positions_and_any_split_equal_the_reference(backend, device, dtype):
     coords = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)) * 30 - 10
-    given = 24, BASE, (2, 22, 0), (2.0, 1.5, 1.0)
-    ours, theirs = Rope.build(coords, *given, device=device), Rope.build(coords, *given)
+    options = 24, BASE, (2, 22, 0), (2.0, 1.5, 1.0)
+    rope, cpu_rope = Rope.build(coords, *options, device=device), Rope.build(coords, *options)
     x = normal(9, 2, 24)
-    assert_agrees(lambda x: rope3d(x, ours, via), lambda x: rope3d_reference(x, theirs), [x], device, dtype)
+    assert_agrees(lambda x: rope3d(x, rope, backend), lambda x: rope3d_reference(x, cpu_rope), [x], device, dtype)
 
 
-@every_way
-def test_views_need_not_be_contiguous(via, device, dtype):
-    """Heads between others, as a fused projection gives them; heads before tokens; every second number."""
-    ours, theirs = rope_of(7, 24, device), rope_of(7, 24)
+@each_variant
+def test_inputs_need_not_be_contiguous(backend, device, dtype):
+    """Heads of a fused projection; heads before tokens; every second element."""
+    rope, cpu_rope = build_rope(7, 24, device), build_rope(7, 24)
     views = {
         (7, 3, 2, 24): lambda wide: wide[:, 1],
         (2, 7, 24): lambda wide: wide.transpose(0, 1),
@@ -147,68 +153,68 @@ def test_views_need_not_be_contiguous(via, device, dtype):
     }
     for shape, view in views.items():
         assert_agrees(
-            lambda wide, view=view: rope3d(view(wide), ours, via),
-            lambda wide, view=view: rope3d_reference(view(wide), theirs),
+            lambda wide, view=view: rope3d(view(wide), rope, backend),
+            lambda wide, view=view: rope3d_reference(view(wide), cpu_rope),
             [normal(*shape)],
             device,
             dtype,
         )
 
 
-def test_gradient_of_the_reference_is_the_slope_of_its_output():
-    rope = rope_of(3, 12)
+def test_gradient_of_the_reference_equals_finite_differences():
+    rope = build_rope(3, 12)
     assert torch.autograd.gradcheck(lambda x: rope3d_reference(x, rope), normal(3, 2, 12).requires_grad_())
 
 
-@each_via
-def test_nothing_is_kept(via):
-    rope = rope_of(40, 16, TRITON_DEVICE)
+@each_backend
+def test_nothing_is_saved(backend):
+    rope = build_rope(40, 16, TRITON_DEVICE)
     x = normal(40, 2, 16).float().to(TRITON_DEVICE)
-    assert not bytes_kept(lambda x: rope3d(x, rope, via), [x])
+    assert not saved_bytes(lambda x: rope3d(x, rope, backend), [x])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_kernel_writes_all_of_its_output_and_nothing_else(size):
     num_tokens, num_heads, head_dim = SIZES[size]
-    rope, x = rope_of(num_tokens, head_dim, TRITON_DEVICE), normal(num_tokens, num_heads, head_dim).float()
-    with walls():
-        turn_triton(x.to(TRITON_DEVICE), rope.coords_L3, rope.frequency_P, rope.split, False)
+    rope, x = build_rope(num_tokens, head_dim, TRITON_DEVICE), normal(num_tokens, num_heads, head_dim).float()
+    with guard_zones():
+        rotate_triton(x.to(TRITON_DEVICE), rope.coords_L3, rope.frequency_P, rope.split, False)
 
 
-@each_via
-def test_it_compiles_as_one_graph(via):
+@each_backend
+def test_it_compiles_as_one_graph(backend):
     torch._dynamo.reset()
     x = normal(9, 2, 12).float().to(TRITON_DEVICE)
 
-    def plain(x, rope):
-        return rope3d(x * 2, rope, via).sin()
+    def eager(x, rope):
+        return rope3d(x * 2, rope, backend).sin()
 
-    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     for seed in range(2):  # the second with other angles
         rope = Rope.build(coords_of(9, seed=seed), 12, BASE, device=TRITON_DEVICE)
-        found, expected = (outputs_and_gradients(lambda x, f=f, r=rope: f(x, r), [x]) for f in (compiled, plain))
-        for a, b in zip(found, expected, strict=True):
+        actual, expected = (outputs_and_gradients(lambda x, f=f, r=rope: f(x, r), [x]) for f in (compiled, eager))
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
 
 
-def test_operator_is_registered_as_torch_wants_it():
-    rope = rope_of(5, 12, TRITON_DEVICE)
+def test_operator_passes_opcheck():
+    rope = build_rope(5, 12, TRITON_DEVICE)
     x = normal(5, 2, 12).float().to(TRITON_DEVICE)
-    torch.library.opcheck(turn_triton, (x, rope.coords_L3, rope.frequency_P, rope.split, False))
+    torch.library.opcheck(rotate_triton, (x, rope.coords_L3, rope.frequency_P, rope.split, False))
 
 
-@each_via
-def test_meta_tensors_pass_through(via):
+@each_backend
+def test_meta_tensors_give_shapes_and_dtypes(backend):
     x = torch.empty(9, 2, 12, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    y = rope3d(x, rope_of(9, 12, "meta"), via)
+    y = rope3d(x, build_rope(9, 12, "meta"), backend)
     y.sum().backward()
     assert (y.shape, y.dtype, x.grad.shape) == (x.shape, x.dtype, x.shape)
 
 
-def test_input_that_does_not_fit_is_refused():
+def test_invalid_arguments_raise():
     coords, x = torch.zeros(5, 3), torch.zeros(5, 2, 12)
     rope = Rope.build(coords, 12, BASE)
-    with pytest.raises(ValueError, match=r"coords \(5, 2\) of torch.float32 must be numbers \[L, 3\]"):
+    with pytest.raises(ValueError, match=r"coords \(5, 2\) of torch.float32 must be real, \[L, 3\]"):
         Rope.build(coords[:, :2], 12, BASE)
     with pytest.raises(ValueError, match=r"split=\(4, 4, 2\) must be three even numbers that add up to head_dim=12"):
         Rope.build(coords, 12, BASE, (4, 4, 2))
@@ -224,11 +230,11 @@ def test_input_that_does_not_fit_is_refused():
         rope3d(x[:4], rope)
     with pytest.raises(ValueError, match=r"x \(5, 2, 10\) must have .* head dim 12 = 4 \+ 4 \+ 4"):
         rope3d(x[..., :10], rope)
-    with pytest.raises(ValueError, match=r"x \(5, 24\) of torch.float32 must be \[L, N, K\]"):
+    with pytest.raises(ValueError, match=r"x \(5, 24\) of torch.float32 must be floating point \[L, N, K\]"):
         rope3d(x.flatten(1), rope)
     with pytest.raises(ValueError, match="of torch.int64 must be"):
         rope3d(x.long(), rope)
     with pytest.raises(ValueError, match="x on meta, rope on cpu"):
         rope3d(x.to("meta"), rope)
     with pytest.raises(ValueError, match="takes no float64"):
-        rope3d(x.double(), rope, via="triton")
+        rope3d(x.double(), rope, backend="triton")

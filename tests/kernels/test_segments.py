@@ -1,4 +1,4 @@
-"""Which queries see which keys: what is refused, and that either way over the segments shows each query its keys."""
+"""Segments: invalid input, and that both forms assign to each query the keys of its segment."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megasora.kernels.segments import BUCKET_WASTE, Segments, Tokens
+from megasora.kernels.segments import BUCKET_WASTE, Segments, TokenIndex
 
 
 def cumulative(lengths):
@@ -23,7 +23,7 @@ def ranges(start_q, length_q, start_k, length_k, num_queries):
 
 
 def scattered(seed):
-    """Segments with gaps between them, in any order, some without queries or keys; keys lie anywhere."""
+    """Segments with gaps, in random order, some without queries or keys; keys anywhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high, *size):
@@ -36,7 +36,7 @@ def scattered(seed):
     return Segments.from_ranges(start_q[order], length_q[order], draw(40, 9), draw(9, 9), num_queries, "cpu")
 
 
-def seen(segments):
+def keys_by_query(segments):
     """The keys of each query, in order, by the ranges."""
     keys = [[] for _ in range(segments.num_queries)]
     for (a, m), (c, n) in zip(segments.queries, segments.keys, strict=True):
@@ -51,7 +51,7 @@ CASES = {
     "captions": pack([4, 9, 1, 6], [3, 0, 7, 0], padding=2),
     "gaps": ranges([12, 0, 6], [8, 5, 0], [3, 20, 0], [6, 10, 3], 22),
     "swapped": ranges([10, 0], [10, 10], [0, 15], [15, 15], 20),
-    "keys of which some follow": ranges([0, 4, 8], [4, 4, 4], [0, 3, 9], [3, 3, 3], 12),
+    "keys of which some are contiguous": ranges([0, 4, 8], [4, 4, 4], [0, 3, 9], [3, 3, 3], 12),
     "shared keys": ranges([0, 5, 9], [5, 4, 11], [0, 0, 2], [4, 4, 10], 20),
     **{f"scattered {seed}": scattered(seed) for seed in range(6)},
 }
@@ -59,42 +59,43 @@ each_case = pytest.mark.parametrize("segments", CASES.values(), ids=CASES)
 
 
 @each_case
-def test_lengths_without_gaps_show_each_query_the_keys_of_its_segment(segments):
+def test_varlen_assigns_each_query_the_keys_of_its_segment(segments):
     varlen = segments.varlen
-    keys = varlen.keys.take(torch.arange(100)).tolist()
-    found = []
+    keys = varlen.keys.gather(torch.arange(100)).tolist()
+    actual = []
     cu_q, cu_k = varlen.cu_q.tolist(), varlen.cu_k.tolist()
     for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
         assert a < b and c <= d
-        found += [keys[c:d]] * (b - a)
-    assert found == seen(segments)
+        actual += [keys[c:d]] * (b - a)
+    assert actual == keys_by_query(segments)
     assert cu_q[0] == cu_k[0] == 0 and cu_k[-1] == len(keys)
     assert (varlen.max_q, varlen.max_k) == (varlen.cu_q.diff().max(), varlen.cu_k.diff().max())
     assert varlen.cu_q.dtype == varlen.cu_k.dtype == torch.int32
 
 
 @each_case
-def test_queries_without_a_key_are_named(segments):
-    keyless = segments.varlen.keyless
-    assert ([] if keyless is None else keyless.tolist()) == [i for i, keys in enumerate(seen(segments)) if not keys]
+def test_keyless_are_the_queries_without_keys(segments):
+    keyless = [] if segments.varlen.keyless is None else segments.varlen.keyless.tolist()
+    assert keyless == [i for i, keys in enumerate(keys_by_query(segments)) if not keys]
 
 
 @each_case
-def test_buckets_show_each_query_the_keys_of_its_segment(segments):
-    found = [[] for _ in range(segments.num_queries)]
+def test_buckets_assign_each_query_the_keys_of_its_segment(segments):
+    actual = [[] for _ in range(segments.num_queries)]
     for queries, keys in segments.buckets:
-        numbers = [side.take(torch.arange(100)) for side in (queries, keys)]
-        assert [x.shape for x in numbers] == [queries.shape, keys.shape]
-        real = [torch.ones(s.shape, dtype=torch.bool) if s.real is None else s.real for s in (queries, keys)]
-        for i, j, is_query, is_key in zip(*numbers, *real, strict=True):
+        indices = [side.pad(torch.arange(100)) for side in (queries, keys)]
+        assert [x.shape for x in indices] == [queries.shape, keys.shape]
+        valid = [torch.ones(s.shape, dtype=torch.bool) if s.valid is None else s.valid for s in (queries, keys)]
+        for i, j, is_query, is_key in zip(*indices, *valid, strict=True):
             for query in i[is_query].tolist():
-                found[query] = j[is_key].tolist()
-        for side, x, is_real in zip((queries, keys), numbers, real, strict=True):
-            assert side.real_of(x).tolist() == x[is_real].tolist() == side.real_tokens.take(torch.arange(100)).tolist()
-    assert found == seen(segments)
+                actual[query] = j[is_key].tolist()
+        for side, x, is_valid in zip((queries, keys), indices, valid, strict=True):
+            valid_tokens = side.valid_tokens.gather(torch.arange(100)).tolist()
+            assert side.unpad(x).tolist() == x[is_valid].tolist() == valid_tokens
+    assert actual == keys_by_query(segments)
 
 
-def test_no_query_with_a_key_is_no_call():
+def test_without_keys_there_are_no_calls():
     for segments in (pack([4, 3], [0, 0]), pack([0, 0], [2, 1], padding=2), ranges([0], [0], [0], [0], 0)):
         assert segments.varlen is None and segments.buckets == ()
 
@@ -104,19 +105,19 @@ def test_no_query_with_a_key_is_no_call():
     [pack([5, 1, 12], padding=3), pack([4, 9, 6], [3, 0, 7]), ranges([3, 0], [5, 3], [20, 11], [4, 9], 9)],
     ids=["a pack", "captions", "from the middle"],
 )
-def test_keys_that_follow_each_other_are_not_copied(segments):
+def test_contiguous_keys_are_not_copied(segments):
     x = torch.zeros(40, 2, 4)
     first = min(start for start, length in segments.keys if length)
-    assert segments.varlen.keys.take(x).data_ptr() == x[first].data_ptr()
+    assert segments.varlen.keys.gather(x).data_ptr() == x[first].data_ptr()
 
 
-def test_either_way_is_made_once():
+def test_both_forms_are_computed_once():
     segments = pack([5, 1, 12], padding=3)
     assert segments.varlen is segments.varlen and segments.buckets is segments.buckets
 
 
 class Transfers(TorchDispatchMode):
-    """Counts what goes from the CPU to another device."""
+    """Counts transfers from the CPU to another device."""
 
     count = 0
 
@@ -127,9 +128,9 @@ class Transfers(TorchDispatchMode):
         return result
 
 
-def test_lengths_and_numbers_of_tokens_go_to_the_device_in_one_transfer():
-    given = map(torch.tensor, ([12, 0], [8, 5], [3, 20], [6, 10]))
-    segments = Segments.from_ranges(*given, 22, "meta")
+def test_varlen_needs_one_transfer_to_the_device():
+    columns = map(torch.tensor, ([12, 0], [8, 5], [3, 20], [6, 10]))
+    segments = Segments.from_ranges(*columns, 22, "meta")
     with Transfers() as transfers:
         varlen = segments.varlen
     assert transfers.count == 1
@@ -137,14 +138,14 @@ def test_lengths_and_numbers_of_tokens_go_to_the_device_in_one_transfer():
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_values_of_a_token_that_comes_twice_add_up(deterministic):
-    tokens = Tokens.from_index(torch.tensor([2, 0, 2]), shared=True, device="cpu")
-    into = torch.zeros(4, 2)
-    tokens.put(torch.tensor([[1.0, 2], [3, 4], [5, 6]]), into, deterministic)
-    assert into.tolist() == [[3, 4], [0, 0], [6, 8], [0, 0]]
+def test_values_of_duplicate_tokens_add_up(deterministic):
+    tokens = TokenIndex.from_index(torch.tensor([2, 0, 2]), has_duplicates=True, device="cpu")
+    out = torch.zeros(4, 2)
+    tokens.scatter(torch.tensor([[1.0, 2], [3, 4], [5, 6]]), out, deterministic)
+    assert out.tolist() == [[3, 4], [0, 0], [6, 8], [0, 0]]
 
 
-def test_buckets_compute_little_more_than_the_segments_need():
+def test_buckets_have_little_padding():
     lengths = torch.randint(1, 400, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     cu = cumulative(lengths)
     segments = Segments.from_cu_seqlens(cu, cu, sum(lengths), "cpu")
@@ -153,18 +154,18 @@ def test_buckets_compute_little_more_than_the_segments_need():
     assert len(segments.buckets) <= 2 + math.log(400, BUCKET_WASTE)
 
 
-def test_one_segment_of_many_keys_does_not_lengthen_those_of_few():
+def test_a_segment_with_many_keys_does_not_pad_those_with_few():
     segments = ranges([0, 10, 20], [10, 10, 10], [0, 9, 2000], [9, 1900, 11], 30)
     assert sum(math.prod(b.queries.shape) * b.keys.shape[1] for b in segments.buckets) <= 10 * 1900 + 20 * 11
 
 
 @pytest.mark.parametrize("lengths", [[100], [25, 25, 25, 25]], ids=str)
-def test_a_pack_of_equal_segments_is_one_call_without_padding_or_copies(lengths):
+def test_equal_segments_are_one_call_without_padding_or_copies(lengths):
     segments = pack(lengths)
     assert len(segments.buckets) == 1
     x = torch.zeros(100, 2, 4)
     for side in segments.buckets[0]:
-        assert side.real is None and side.take(x).data_ptr() == x.data_ptr()
+        assert side.valid is None and side.pad(x).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -175,24 +176,24 @@ def test_a_pack_of_equal_segments_is_one_call_without_padding_or_copies(lengths)
         ([0, 4], [0, 3, 2], 4, "cu_k must be cumulative lengths from 0"),
         ([0], [0], 4, "cu_q must be cumulative lengths from 0"),
         ([0, 4], [0, 2, 4], 4, "cu_q has 1 segments, cu_k 2"),
-        ([0, 5], [0, 5], 4, "cu_q ends at 5, behind the last of 4 queries"),
+        ([0, 5], [0, 5], 4, "cu_q ends at 5, after the last of 4 queries"),
     ],
 )
-def test_lengths_that_cannot_be_are_refused(cu_q, cu_k, num_queries, message):
+def test_invalid_cu_seqlens_raise(cu_q, cu_k, num_queries, message):
     with pytest.raises(ValueError, match=message):
         Segments.from_cu_seqlens(torch.tensor(cu_q), torch.tensor(cu_k), num_queries, "cpu")
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("columns", "message"),
     [
         (([0, 3], [4, 4], [0, 4], [4, 4], 8), "a query is in two segments"),
         (([0], [4], [0, 4], [4, 4], 8), "1 ranges of queries, 2 of keys"),
-        (([5], [4], [0], [4], 8), "segments end at query 9, behind the last of 8"),
+        (([5], [4], [0], [4], 8), "segments end at query 9, after the last of 8"),
         (([0], [-1], [0], [4], 8), "must not begin or end before 0"),
         (([0], [1], [-2], [4], 8), "must not begin or end before 0"),
     ],
 )
-def test_ranges_that_cannot_be_are_refused(given, message):
+def test_invalid_ranges_raise(columns, message):
     with pytest.raises(ValueError, match=message):
-        ranges(*given)
+        ranges(*columns)

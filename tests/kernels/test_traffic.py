@@ -1,4 +1,4 @@
-"""Bytes that operations move, against the least there is; counted in Triton's interpreter."""
+"""Traffic of operations against the least possible, counted in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from megasora.kernels.launch import INTERPRETED
 from megasora.testing.operations import OPERATIONS, Size, backward, forward
 from megasora.testing.traffic import Traffic
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter, which does not run beside a GPU")
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, which is off beside a GPU")
 
-# A long pack in small. Beside the activations stand vectors of rows and of runs, and a few numbers for each token and
-# head: one part in 128 of the activations here, in a pack of 64K tokens or more, of any width.
-LONG = Size(tokens=1024, width=128, head_dim=128, row=1024)
-# What every program reads alike, however long the pack is, comes from a cache.
+# The proportions of a pack of 64K tokens or more: vectors of rows and of tiles, and the statistics of tokens and heads,
+# are 1/128 of the activations.
+LONG = Size(tokens=1024, width=128, head_dim=128, row_tokens=1024)
+# Read by every program, and therefore cached.
 IN_CACHE = ".frequency_P", ".weight_D", ".bias_D", ".q_weight", ".k_weight"
 
 
 @pytest.fixture
-def long_runs(monkeypatch):
-    monkeypatch.setattr(rows, "RUN", {0: rows.RUN[65_536]})
+def long_tiles(monkeypatch):
+    monkeypatch.setattr(rows, "TILE_TOKENS", {0: rows.TILE_TOKENS[65_536]})
 
 
-@pytest.mark.usefixtures("long_runs")
+@pytest.mark.usefixtures("long_tiles")
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_operation_moves_little_more_than_it_must(operation):
-    size = replace(LONG, tokens=256) if "rope" in operation else LONG  # it has no rows, and takes the interpreter long
+def test_traffic_is_within_5_percent_of_the_least(operation):
+    size = replace(LONG, tokens=256) if "rope" in operation else LONG  # it has no rows, and is slow in the interpreter
     problem = OPERATIONS[operation](size, torch.bfloat16, "cpu")
-    with Traffic() as there:
-        outputs = forward(problem.ours, problem.inputs)
+    with Traffic() as traffic:
+        outputs = forward(problem.triton, problem.inputs)
     backward_pass = backward(problem.inputs, outputs)
-    moved = {"forward": there}
+    traffic_of = {"forward": traffic}
     if backward_pass is not None:
-        with Traffic() as moved["backward"]:
+        with Traffic() as traffic_of["backward"]:
             backward_pass()
-    assert moved.keys() == problem.least_bytes.keys()
-    for name, least in problem.least_bytes.items():
-        bytes_of = {place: n for place, n in moved[name].by_place.items() if not place.endswith(IN_CACHE)}
-        assert 1 <= sum(bytes_of.values()) / least <= 1.05, (name, bytes_of)
+    assert traffic_of.keys() == problem.least_bytes.keys()
+    for direction, least in problem.least_bytes.items():
+        bytes_of = {name: n for name, n in traffic_of[direction].by_argument.items() if not name.endswith(IN_CACHE)}
+        assert 1 <= sum(bytes_of.values()) / least <= 1.05, (direction, bytes_of)
 
 
 @triton.jit
@@ -57,32 +57,32 @@ def add_kernel(x, total, BLOCK: tl.constexpr):
     tl.atomic_add(total + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, BLOCK)))
 
 
-def test_lanes_that_are_masked_or_share_an_address_move_nothing():
+def test_masked_lanes_and_repeated_addresses_do_not_count():
     x, y = torch.arange(64.0), torch.zeros(64, dtype=torch.float64)
     with Traffic() as traffic:
         pairs_kernel[1,](x, y, 10, 64)
         pairs_kernel[1,](x, y, 6, 64)
     assert y[:12].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 0, 0]
-    assert traffic.by_place == {"pairs_kernel.x": (5 + 3) * 4, "pairs_kernel.y": (10 + 6) * 8}
+    assert traffic.by_argument == {"pairs_kernel.x": (5 + 3) * 4, "pairs_kernel.y": (10 + 6) * 8}
     assert traffic.bytes == 8 * 4 + 16 * 8
 
 
-def test_what_is_added_to_in_place_is_read_and_written():
+def test_atomic_additions_read_and_write():
     x, total = torch.ones(16), torch.zeros(16)
     with Traffic() as traffic:
         add_kernel[2,](x, total, 16)
     assert total.tolist() == [2.0] * 16
-    assert traffic.by_place == {"add_kernel.x": 2 * 64, "add_kernel.total": 2 * 2 * 64}
+    assert traffic.by_argument == {"add_kernel.x": 2 * 64, "add_kernel.total": 2 * 2 * 64}
 
 
-def test_operators_around_the_kernels_count_and_views_do_not():
+def test_pytorch_operators_count_and_views_do_not():
     x, rows_of_x = torch.ones(8, 4), torch.ones(4)
     with Traffic() as traffic:
         y = x.T.contiguous()  # 128 bytes, read and written
         y[2:].copy_(y[:2])  # 2 x 8 numbers, read and written
         x += rows_of_x.expand(8, 4)  # read, and 16 bytes of 4 numbers; written
         torch.empty(1000)
-    assert traffic.by_place == {"aten.clone": 256, "aten.copy_": 128, "aten.add_": 128 + 16 + 128}
+    assert traffic.by_argument == {"aten.clone": 256, "aten.copy_": 128, "aten.add_": 128 + 16 + 128}
     with Traffic() as nothing:
         x.view(32)[3:].unflatten(0, (-1, 29)).detach()
     assert nothing.bytes == 0

@@ -137,7 +137,7 @@ def test_the_backend_named_is_the_one_that_auto_takes_on_this_machine():
         1, 1, doctor.HEAD_DIM, dtype=torch.bfloat16 if gpu else torch.float32, device="cuda" if gpu else "cpu"
     )
     (auto,) = [f.name for f in doctor.attention_backends(torch) if f.value == "usable, taken by auto"]
-    assert auto == attention.chosen_backend("auto", q)
+    assert auto == attention.resolve_attention_backend("auto", q)
 
 
 def test_an_installed_flash_attention_that_does_not_import_gets_a_remedy(monkeypatch):

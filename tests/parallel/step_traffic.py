@@ -172,10 +172,10 @@ class ExpectedTraffic:
 
     def partial_gradients(self) -> None:
         zero_size = self.mesh.data_context.size
-        whole = self.config.parallel.zero_stage == 1 and self.dtype == torch.bfloat16
+        is_partitioned = self.config.parallel.zero_stage > 1 or self.dtype == FP32
         for name, placement in self.engine.placements.items():
             elements = self.local_elements(name)
-            least = elements if whole else elements // zero_size
+            least = elements // zero_size if is_partitioned else elements
             for axis in placement.partial_axes:
                 self.add(getattr(self.mesh, axis), "all_reduce", FP32, least, least + 2 * zero_size)
 

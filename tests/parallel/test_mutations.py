@@ -45,14 +45,14 @@ def backward_of_summed_chunk(ctx, grad):
     return collectives.local_chunk(grad, ctx.axis) * ctx.axis.size, None
 
 
-def norm_of_local_squares(ctx, x, weight, eps, size, total, via, original=RMSNorm.forward):
-    y = original(ctx, x, weight, eps, size, None, via)
-    ctx.total = total
+def norm_of_local_squares(ctx, x, weight, eps, size, all_reduce, backend, original=RMSNorm.forward):
+    y = original(ctx, x, weight, eps, size, None, backend)
+    ctx.all_reduce = all_reduce
     return y
 
 
 def gradient_of_local_elements(ctx, grad, original=RMSNorm.backward):
-    ctx.total = None
+    ctx.all_reduce = None
     return original(ctx, grad)
 
 

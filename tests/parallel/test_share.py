@@ -48,7 +48,7 @@ def drop_tokens(record):
 
 
 def pack_of(grids, gap):
-    records = [record(10 * number + 7, grid) for number, grid in enumerate(grids)]
+    records = [record(10 * i + 7, grid) for i, grid in enumerate(grids)]
     records = [drop_tokens(r) if r.sample_id % 20 == 7 else r for r in records]
     return make_batch(records, gap + sum(len(r.patches_LP) for r in records))
 
@@ -124,16 +124,16 @@ def test_a_share_is_noised_bit_for_bit_like_the_pack(grids, gap, ring, ulysses, 
     pack = pack_of(grids, gap)
     config = config_for(pack, ring, ulysses, tensor)
     objective = objective_of(config)
-    whole, target, weight = objective.add_noise(pack, STEP)
+    noised_pack, target, weight = objective.add_noise(pack, STEP)
     summed = 0
     for share in shares_of(pack, config):
         noised, share_target, share_weight = objective.add_noise(share, STEP)
         for g, i, in_pack, in_share in pieces(pack, share):
-            assert torch.equal(noised.patches_LP[in_share], whole.patches_LP[in_pack])
+            assert torch.equal(noised.patches_LP[in_share], noised_pack.patches_LP[in_pack])
             assert torch.equal(share_target[in_share], target[in_pack])
             assert torch.equal(share_weight[in_share], weight[in_pack])
-            assert torch.equal(timestep_L(noised)[in_share], timestep_L(whole)[in_pack])
-            assert noised.drop_text_G[i] == whole.drop_text_G[g]
+            assert torch.equal(timestep_L(noised)[in_share], timestep_L(noised_pack)[in_pack])
+            assert noised.drop_text_G[i] == noised_pack.drop_text_G[g]
             row_L = segment_ids(noised.cu_rows, len(noised.patches_LP))
             assert (noised.row_segment_R[row_L[in_share]] == i).all()
         assert set(noised.cu_segments.tolist()) <= set(noised.cu_rows.tolist())
@@ -194,7 +194,7 @@ def random_model(config):
 
 def losses_and_gradients(model, config, packs, padding=0.0):
     """({sample id: its loss}, gradients of the sum); `padding` is the value of the tokens after the last clip."""
-    found = {}
+    losses = {}
     model.zero_grad()
     for clips, budget in packs:
         pack = make_batch([record(i, CLIPS[i]) for i in clips], budget)
@@ -204,8 +204,8 @@ def losses_and_gradients(model, config, packs, padding=0.0):
         error = velocity_error(model(noised), target.double(), weight)
         error.squared_error_sum.backward()
         for g, (a, b) in enumerate(zip(pack.cu_segments, pack.cu_segments[1:], strict=False)):
-            found[clips[g]] = float(error.squared_error_L[a:b].sum())
-    return found, {name: p.grad.clone() for name, p in model.named_parameters()}
+            losses[clips[g]] = float(error.squared_error_L[a:b].sum())
+    return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 PACKINGS = {
@@ -224,7 +224,7 @@ def test_a_clips_loss_and_the_gradient_do_not_depend_on_its_pack(dialect):
     expected, expected_gradients = losses_and_gradients(model, config, [(list(CLIPS), 246)])
     assert min(expected.values()) > 0.1
     for name, (packs, padding) in PACKINGS.items():
-        found, gradients = losses_and_gradients(model, config, packs, padding)
-        assert found == pytest.approx(expected, rel=1e-10), name
+        losses, gradients = losses_and_gradients(model, config, packs, padding)
+        assert losses == pytest.approx(expected, rel=1e-10), name
         error, worst = layouts.relative_error(gradients, expected_gradients)
         assert error <= 1e-10, (name, worst)

@@ -123,11 +123,11 @@ def first_moments(layout):
 
 @cache
 def full_moments(layout):
-    found = {}
+    moments = {}
     for rank in run_ranks(first_moments, layout.processes, layout):
-        found |= rank
-    names = sorted({name for name, _ in found})
-    return {name: torch.cat([found[key] for key in sorted(found) if key[0] == name]) for name in names}
+        moments |= rank
+    names = sorted({name for name, _ in moments})
+    return {name: torch.cat([moments[key] for key in sorted(moments) if key[0] == name]) for name in names}
 
 
 ZBV = dict(pipeline=2, schedule="zbv", depth=4, packs=2)
@@ -141,8 +141,8 @@ ZBV = dict(pipeline=2, schedule="zbv", depth=4, packs=2)
 )
 def test_bf16_gradients_of_two_data_ranks_are_summed_in_fp32(split, single):
     """One process adds the gradients of two packs in fp32; two data ranks with one pack each give the same bits."""
-    found, expected = full_moments(split), full_moments(single)
-    assert found.keys() == expected.keys() and len(found) > 20
-    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+    actual, expected = full_moments(split), full_moments(single)
+    assert actual.keys() == expected.keys() and len(actual) > 20
+    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
     in_bf16 = [name for name, moments in expected.items() if torch.equal(moments, moments.bfloat16().float())]
     assert len(in_bf16) < 5, in_bf16  # such as null_text, to which only one of the packs contributes

@@ -186,9 +186,7 @@ def test_bouncing_shapes_stay_inside_and_first_move_in_their_direction():
         spec, _ = clips.clip_at(2, "train", index, **(EVERYTHING | {"bounce_fraction": 1.0}))
         assert spec.motion == "bounce"
         path, diameter = clips.positions(spec), clips.SIZES[spec.size]
-        reach = (
-            diameter / 3 if spec.shape == "triangle" else diameter / 2
-        )  # px; a lower bound for every shape
+        reach = diameter / 3 if spec.shape == "triangle" else diameter / 2  # px; a lower bound for every shape
         assert (path >= reach - 1e-9).all()
         assert (path <= np.array([spec.width, spec.height]) - reach + 1e-9).all()
         if spec.frames > 2:

@@ -1,8 +1,8 @@
-"""Attention of a whole pack in one call, by the variable-length kernels of flash-attn 3 and 2 and of PyTorch itself.
+"""Attention without padding: one call per pack, by the variable-length kernels of flash-attn 3 and 2 and of PyTorch.
 
-The maths, and who uses it: attention.py. These kernels take lengths without gaps: a Varlen (segments.py) orders the
-segments by their queries and fills gaps by segments without keys, whose output and gradient are set to 0 here, as
-libraries leave there what they like. They are imported when first asked for; nobody needs to have them.
+See attention.py. These kernels take cumulative lengths without gaps: `Varlen` (segments.py) orders the segments by
+their queries and turns gaps into segments without keys. The libraries leave the output and gradient of these undefined;
+they are set to 0 here. flash-attn is optional and imported on first use.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megasora.kernels.attention_buckets import aligned, assembled, fixed_order
+from megasora.kernels.attention_padded import aligned, deterministic_algorithms, scatter_all
 from megasora.kernels.segments import Varlen
 
 aten = torch.ops.aten
 
 
 class VarlenKernel(NamedTuple):
-    """What computes a pack: q [Lq, N, K], k, v [n, N, K] of the keys of a Varlen, lse [N, Lq] in fp32.
+    """Forward and backward of a pack: q [Lq, N, K], k, v [n, N, K] of the keys of a Varlen, lse [N, Lq] in fp32.
 
     forward(q, k, v, varlen) -> out, lse
     backward(grad_out, q, k, v, out, lse, varlen, deterministic) -> dq, dk, dv
@@ -36,10 +36,10 @@ class VarlenKernel(NamedTuple):
 
 @functools.cache
 def library(name: str) -> ModuleType | str:
-    """A module that need not be there, or why it cannot be imported."""
+    """An optional module, or why it cannot be imported."""
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:  # built for another PyTorch, it raises any of them
+    except (ImportError, OSError, RuntimeError) as error:  # any of them, if it is built for another PyTorch
         return f"{name} cannot be imported ({error})"
 
 
@@ -48,10 +48,10 @@ FLASH2 = "flash_attn.flash_attn_interface"
 
 
 def flash3_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
-    # By position, in which all versions agree; the early ones give no defaults.
+    # Positional: all versions agree on the order, and the early ones have no defaults.
     no_cache = (None,) * 4  # k_new, v_new, qv, out
     lengths = varlen.cu_q, varlen.cu_k, None, None, None, varlen.max_q, varlen.max_k
-    no_pages = (None,) * 9  # nor rotation, nor scales of fp8
+    no_pages = (None,) * 9  # nor rotary embedding, nor fp8 scales
     scale, causal = 1 / math.sqrt(q.shape[-1]), False
     return library(FLASH3)._flash_attn_forward(q, k, v, *no_cache, *lengths, *no_pages, scale, causal)[:2]
 
@@ -106,38 +106,40 @@ def like_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
 
 
-def varlen_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+def torch_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
     lengths = varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k
     return aten._flash_attention_forward(q, k, v, *lengths, 0.0, False, False)[:2]
 
 
-def varlen_backward(
+def torch_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, varlen: Varlen, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths = varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k
     no_dropout = torch.empty(0, dtype=torch.int64, device=q.device)
-    with fixed_order(deterministic):
+    with deterministic_algorithms(deterministic):
         return aten._flash_attention_backward(grad_out, q, k, v, out, lse, *lengths, 0.0, False, no_dropout, no_dropout)
 
 
 VARLEN = {
     "flash3": VarlenKernel(flash3_forward, flash3_backward),
     "flash2": VarlenKernel(flash2_forward, flash2_backward),
-    "varlen": VarlenKernel(varlen_forward, varlen_backward),
+    "varlen": VarlenKernel(torch_forward, torch_backward),
 }
 
 
-def pack_forward(kernel: VarlenKernel, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None) -> tuple[Tensor, Tensor]:
+def varlen_forward(
+    kernel: VarlenKernel, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None
+) -> tuple[Tensor, Tensor]:
     if varlen is None:
         return torch.zeros_like(q), q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
-    out, lse = kernel.forward(aligned(q), aligned(varlen.keys.take(k)), aligned(varlen.keys.take(v)), varlen)
-    if varlen.keyless is not None:  # libraries leave there what they like
+    out, lse = kernel.forward(aligned(q), aligned(varlen.keys.gather(k)), aligned(varlen.keys.gather(v)), varlen)
+    if varlen.keyless is not None:  # undefined in the libraries
         out.index_fill_(0, varlen.keyless, 0.0)
         lse.index_fill_(1, varlen.keyless, -math.inf)
     return out, lse.T
 
 
-def pack_backward(
+def varlen_backward(
     kernel: VarlenKernel,
     grad_out: Tensor,
     q: Tensor,
@@ -150,19 +152,21 @@ def pack_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if varlen is None:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    inputs = (aligned(x) for x in (grad_out, q, varlen.keys.take(k), varlen.keys.take(v), out))
+    inputs = (aligned(x) for x in (grad_out, q, varlen.keys.gather(k), varlen.keys.gather(v), out))
     dq, dk, dv = kernel.backward(*inputs, lse.T.contiguous(), varlen, deterministic)
     if varlen.keyless is not None:
         dq.index_fill_(0, varlen.keyless, 0.0)
-    return dq, *(assembled([(varlen.keys, x)], like, 0.0, deterministic) for x, like in ((dk, k), (dv, v)))
+    return dq, *(scatter_all([(varlen.keys, x)], like, 0.0, deterministic) for x, like in ((dk, k), (dv, v)))
 
 
-def missing(name: str) -> str | None:
-    found = library(name)
-    return found if isinstance(found, str) else None
+def import_error(name: str) -> str | None:
+    """Why the module cannot be imported; None if it can."""
+    module = library(name)
+    return module if isinstance(module, str) else None
 
 
-def outdated(name: str, oldest: tuple[int, int]) -> str | None:
+def version_error(name: str, oldest: tuple[int, int]) -> str | None:
+    """Why the version of the module is not supported; None if it is."""
     version = library(name).__version__
     is_old = tuple(map(int, version.split(".")[:2])) < oldest
     return f"{name} is {version}, it needs {oldest[0]}.{oldest[1]} or newer" if is_old else None

@@ -1,8 +1,8 @@
-"""Attention bucket by bucket: segments of similar lengths side by side, padded to the longest, in one batched call.
+"""Attention with padding: one batched call per bucket, whose segments are padded to the longest. See attention.py.
 
-The maths, and who uses it: attention.py. Here it is computed by PyTorch's scaled dot product kernels ("sdpa"), or by
-the equations as they stand ("math"). Padding among the keys is masked by a bias of -inf; a query that is repeated as
-padding gets a log-sum-exp of +inf in the backward pass, so that its p, and with it its part in dk and dv, is 0.
+Backend "sdpa" uses PyTorch's scaled dot product kernels, "math" the equations. Padding keys are masked by a bias of
+-inf. A padding query (a repeated one) gets a log-sum-exp of +inf in the backward pass, so that its p, and with it its
+contribution to dk and dv, is 0.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch.nn.functional as F
 import torch.utils.deterministic
 from torch import Tensor
 
-from megasora.kernels.launch import widened
-from megasora.kernels.segments import Bucket, Segments, Side, Tokens
+from megasora.kernels.launch import upcast
+from megasora.kernels.segments import Bucket, PaddedSide, Segments, TokenIndex
 
 aten = torch.ops.aten
 
-LSE_ALIGNMENT = 32  # memory-efficient attention reads the log-sum-exp of so many queries at once
-BIAS_ALIGNMENT = 16  # and its bias in runs of so many keys
+LSE_ALIGNMENT = 32  # queries: memory-efficient attention wants the log-sum-exp padded to a multiple of this
+BIAS_ALIGNMENT = 16  # keys: the same for the memory of a row of its bias
 
 
 @contextmanager
-def fixed_order(wanted: bool) -> Iterator[None]:
-    """PyTorch's GPU kernels add up in one order inside, where wanted; what was set before stands again afterwards."""
-    if not wanted:
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms inside, if `enabled`; restores the previous settings."""
+    if not enabled:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
+    previous = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -40,44 +40,44 @@ def fixed_order(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.use_deterministic_algorithms(previous, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def aligned(x: Tensor) -> Tensor:
-    """GPU kernels read 16 bytes at once: a copy where `x` [..., K] does not let them, which is rare."""
+    """`x` [..., K], or a copy if GPU kernels could not read it 16 bytes at once."""
     fits = x.stride(-1) == 1 and all(s % 8 == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 class BucketKernel(NamedTuple):
-    """What computes one bucket: q [g, N, mq, K], k, v [g, N, mk, K], lse [g, N, mq]; bias [g, N, mq, mk] of 0 and -inf,
-    which is added to the scores, or None.
+    """Forward and backward of one bucket: q [g, N, mq, K], k, v [g, N, mk, K], lse [g, N, mq]; bias [g, N, mq, mk] of 0
+    and -inf, which is added to the scores, or None.
 
     forward(q, k, v, bias) -> out, lse        backward(grad_out, q, k, v, out, lse, bias) -> dq, dk, dv
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    in_any_order: bool  # the backward adds up as it comes, unless inside `fixed_order`
+    nondeterministic: bool  # whether the backward needs `deterministic_algorithms` for a fixed order of its sums
 
 
-def plain_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+def math_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     scores = torch.matmul(q, k.mT) / math.sqrt(q.shape[-1])
     return scores if bias is None else scores + bias
 
 
-def plain_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    q_wide, k_wide, v_wide = widened(q, k, v)
-    scores = plain_scores(q_wide, k_wide, bias)
+def math_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    q_wide, k_wide, v_wide = upcast(q, k, v)
+    scores = math_scores(q_wide, k_wide, bias)
     return torch.matmul(scores.softmax(-1), v_wide).to(q.dtype), scores.logsumexp(-1)
 
 
-def plain_backward(
+def math_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g_wide, q_wide, k_wide, v_wide, out_wide = widened(grad_out, q, k, v, out)
-    p = (plain_scores(q_wide, k_wide, bias) - lse[..., None]).exp()
+    g_wide, q_wide, k_wide, v_wide, out_wide = upcast(grad_out, q, k, v, out)
+    p = (math_scores(q_wide, k_wide, bias) - lse[..., None]).exp()
     delta = (g_wide * out_wide).sum(-1, keepdim=True)
     ds = p * (torch.matmul(g_wide, v_wide.mT) - delta) / math.sqrt(q.shape[-1])
     gradients = torch.matmul(ds, k_wide), torch.matmul(ds.mT, q_wide), torch.matmul(p.mT, g_wide)
@@ -123,7 +123,7 @@ def efficient_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = aligned(q), aligned(k), aligned(v)
-    # As its forward pads it: exp(s - inf) = 0, so that queries which are not there have no part in dk and dv.
+    # As padded by its forward: exp(s - inf) = 0, so that the padding contributes nothing to dk and dv.
     padded_lse = F.pad(lse, (0, -lse.shape[-1] % LSE_ALIGNMENT), value=math.inf).contiguous()
     no_dropout = torch.empty(0, dtype=torch.int64, device=q.device)
     return aten._scaled_dot_product_efficient_attention_backward(
@@ -131,16 +131,16 @@ def efficient_backward(
     )[:3]
 
 
-PLAIN = BucketKernel(plain_forward, plain_backward, False)
+MATH = BucketKernel(math_forward, math_backward, False)
 CPU = BucketKernel(cpu_forward, cpu_backward, False)
 FLASH = BucketKernel(flash_forward, flash_backward, True)
 EFFICIENT = BucketKernel(efficient_forward, efficient_backward, True)
 
 
 def bucket_kernel(backend: str, q: Tensor, is_padded: bool) -> BucketKernel:
-    """For queries [..., K] of a bucket whose keys are padded or not."""
+    """The kernel for queries [..., K] of a bucket. `is_padded`: whether its keys have padding."""
     if backend == "math":
-        return PLAIN
+        return MATH
     if q.device.type == "cpu":
         return CPU
     is_flash = not is_padded and q.dtype != torch.float32 and q.shape[-1] <= 256
@@ -148,39 +148,39 @@ def bucket_kernel(backend: str, q: Tensor, is_padded: bool) -> BucketKernel:
 
 
 def key_bias(bucket: Bucket, dtype: torch.dtype, num_heads: int) -> Tensor | None:
-    """[g, N, mq, mk]: 0 at keys, -inf at their padding; None without padding."""
-    real = bucket.keys.real
-    if real is None:
+    """[g, N, mq, mk]: 0 at keys, -inf at padding; None without padding."""
+    valid = bucket.keys.valid
+    if valid is None:
         return None
-    num_segments, mk = real.shape
-    stored = torch.zeros(num_segments, 1, 1, mk + -mk % BIAS_ALIGNMENT, dtype=dtype, device=real.device)
-    bias = stored[..., :mk].masked_fill_(~real[:, None, None], -math.inf)
+    num_segments, mk = valid.shape
+    stored = torch.zeros(num_segments, 1, 1, mk + -mk % BIAS_ALIGNMENT, dtype=dtype, device=valid.device)
+    bias = stored[..., :mk].masked_fill_(~valid[:, None, None], -math.inf)
     return bias.expand(num_segments, num_heads, bucket.queries.shape[1], mk)
 
 
-def by_head(side: Side, x: Tensor) -> Tensor:
+def to_heads(side: PaddedSide, x: Tensor) -> Tensor:
     """[L, N, K] -> [g, N, m, K]"""
-    return side.take(x).transpose(1, 2)
+    return side.pad(x).transpose(1, 2)
 
 
-def by_token(side: Side, x: Tensor) -> tuple[Tokens, Tensor]:
-    """The real ones of [g, N, m, ...], and whose they are."""
-    return side.real_tokens, side.real_of(x.transpose(1, 2))
+def from_heads(side: PaddedSide, x: Tensor) -> tuple[TokenIndex, Tensor]:
+    """[g, N, m, ...] -> [count, N, ...] without padding, and its tokens."""
+    return side.valid_tokens, side.unpad(x.transpose(1, 2))
 
 
-def buckets_forward(backend: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+def padded_forward(backend: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for bucket in segments.buckets:
-        q_b, k_b, v_b = by_head(bucket.queries, q), by_head(bucket.keys, k), by_head(bucket.keys, v)
+        q_b, k_b, v_b = to_heads(bucket.queries, q), to_heads(bucket.keys, k), to_heads(bucket.keys, v)
         bias = key_bias(bucket, q.dtype, q.shape[1])
         out_b, lse_b = bucket_kernel(backend, q, bias is not None).forward(q_b, k_b, v_b, bias)
-        outs.append(by_token(bucket.queries, out_b))
-        lses.append(by_token(bucket.queries, lse_b))
+        outs.append(from_heads(bucket.queries, out_b))
+        lses.append(from_heads(bucket.queries, lse_b))
     lse_like = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    return assembled(outs, q, 0.0), assembled(lses, lse_like, -math.inf)
+    return scatter_all(outs, q, 0.0), scatter_all(lses, lse_like, -math.inf)
 
 
-def buckets_backward(
+def padded_backward(
     backend: str,
     grad_out: Tensor,
     q: Tensor,
@@ -192,30 +192,32 @@ def buckets_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dqs, dks, dvs = [], [], []
-    grad_out, out = grad_out.contiguous(), out.contiguous()  # what the kernels assume
+    grad_out, out = grad_out.contiguous(), out.contiguous()  # required by the kernels
     for bucket in segments.buckets:
-        q_b, k_b, v_b = by_head(bucket.queries, q), by_head(bucket.keys, k), by_head(bucket.keys, v)
-        grad_b, out_b = by_head(bucket.queries, grad_out), by_head(bucket.queries, out)
-        lse_b = bucket.queries.take(lse)
-        if bucket.queries.real is not None:  # a repeated query must not count twice: p = exp(s - inf) = 0
-            lse_b = lse_b.masked_fill(~bucket.queries.real[..., None], math.inf)
+        q_b, k_b, v_b = to_heads(bucket.queries, q), to_heads(bucket.keys, k), to_heads(bucket.keys, v)
+        grad_b, out_b = to_heads(bucket.queries, grad_out), to_heads(bucket.queries, out)
+        lse_b = bucket.queries.pad(lse)
+        if bucket.queries.valid is not None:  # padding: p = exp(s - inf) = 0
+            lse_b = lse_b.masked_fill(~bucket.queries.valid[..., None], math.inf)
         bias = key_bias(bucket, q.dtype, q.shape[1])
         kernel = bucket_kernel(backend, q, bias is not None)
-        with fixed_order(deterministic and kernel.in_any_order):
+        with deterministic_algorithms(deterministic and kernel.nondeterministic):
             dq_b, dk_b, dv_b = kernel.backward(grad_b, q_b, k_b, v_b, out_b, lse_b.transpose(1, 2), bias)
-        dqs.append(by_token(bucket.queries, dq_b))
-        dks.append(by_token(bucket.keys, dk_b))
-        dvs.append(by_token(bucket.keys, dv_b))
-    return tuple(assembled(parts, like, 0.0, deterministic) for parts, like in ((dqs, q), (dks, k), (dvs, v)))
+        dqs.append(from_heads(bucket.queries, dq_b))
+        dks.append(from_heads(bucket.keys, dk_b))
+        dvs.append(from_heads(bucket.keys, dv_b))
+    return tuple(scatter_all(parts, like, 0.0, deterministic) for parts, like in ((dqs, q), (dks, k), (dvs, v)))
 
 
-def assembled(parts: list[tuple[Tokens, Tensor]], like: Tensor, fill: float, deterministic: bool = True) -> Tensor:
-    """What belongs to some tokens, [count, ...] each, in one tensor of the shape and dtype of `like`, else `fill`."""
+def scatter_all(
+    parts: list[tuple[TokenIndex, Tensor]], like: Tensor, fill: float, deterministic: bool = True
+) -> Tensor:
+    """A tensor of the shape and dtype of `like`: `parts`, values [count, ...] at their tokens, and `fill` elsewhere."""
     if len(parts) == 1:
         tokens, x = parts[0]
         if tokens.start == 0 and tokens.count == len(like):
             return x.contiguous()
     result = torch.full(like.shape, fill, dtype=like.dtype, device=like.device)
     for tokens, x in parts:
-        tokens.put(x, result, deterministic)
+        tokens.scatter(x, result, deterministic)
     return result

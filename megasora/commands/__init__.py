@@ -1,0 +1,1 @@
+"""Commands of `megasora` that combine several packages."""

@@ -1,0 +1,58 @@
+"""`megasora checkpoint import-wan|export`: weights from and for other programs, in one safetensors file."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megasora.build import patch_dim
+from megasora.checkpoint.safetensors_file import check_new_file
+from megasora.checkpoint.sharded import ShardedCheckpoint, export
+from megasora.checkpoint.store import find_checkpoint, verify_checksums
+from megasora.checkpoint.wan import WanFolder, import_wan, read_wan
+from megasora.config import load
+from megasora.model.dit import VideoDiT
+from megasora.model.init import initial_value
+from megasora.observe.byte_progress import byte_progress
+from megasora.sampling.pipeline import CHECKPOINT_KINDS
+from megasora.text.embedders import FeatureEmbedder
+
+BYTES_PER_WEIGHT = 4  # fp32
+
+
+def import_wan_to_file(folder: Path, out: Path) -> None:
+    """Writes the weights of a Wan model to `out`, and prints the settings of a run that starts from them."""
+    wan = read_wan(folder)
+    config = load(None, wan.settings())
+    shapes = parameter_shapes(wan)
+    with byte_progress("import", num_bytes(shapes)) as advance:
+        import_wan(wan, shapes, partial(initial_value, seed=config.run.seed), out, advance)
+    print(f"weights in {out}; to train them further, append to `megasora train YAML`:")
+    print(" \\\n".join(shlex.quote(setting) for setting in (*wan.settings(), f"model.init_from={out}")))
+
+
+def parameter_shapes(wan: WanFolder) -> dict[str, torch.Size]:
+    """Shapes of the parameters of the VideoDiT for these weights; the text encoder need not be on this machine."""
+    config = load(None, wan.settings())
+    m = config.model
+    with torch.device("meta"):
+        model = VideoDiT(m, patch_dim(config), FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def export_to_file(checkpoint: Path, weights: str, out: Path) -> None:
+    """Writes the full weights of a checkpoint or of the newest one of a run to `out`. `weights`: ema or raw."""
+    check_new_file(out)
+    folder = find_checkpoint(checkpoint)
+    verify_checksums(folder)
+    sharded = ShardedCheckpoint(folder)
+    with byte_progress("export", num_bytes(sharded.shapes)) as advance:
+        export(sharded, CHECKPOINT_KINDS[weights], out, advance)
+    print(f"{weights} weights of {folder} in {out}")
+
+
+def num_bytes(shapes: dict[str, torch.Size]) -> int:
+    return BYTES_PER_WEIGHT * sum(shape.numel() for shape in shapes.values())
