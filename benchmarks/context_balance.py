@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import surroundings, write_record
+from benchmarks.record import environment, write_record
 from megasora.batch import ContextSplit
 from megasora.parallel.context_split import (
     attention_work_per_rank,
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         if ranks < ULYSSES or ranks % ULYSSES:
             parser.error(f"--ranks {ranks} must be a multiple of {ULYSSES}, the Ulysses ranks of USP")
 
-    head = surroundings()
+    head = environment()
     torch.set_num_threads(1)
     console = Console(width=156)
     cases = []

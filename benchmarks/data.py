@@ -38,7 +38,7 @@ from rich.table import Table
 from zlib_ng.zlib_ng import crc32
 
 from benchmarks.buckets import count_arithmetic, measure_seconds
-from benchmarks.record import surroundings, write_record
+from benchmarks.record import environment, write_record
 from megasora.build import patch_dim
 from megasora.config import Config, load
 from megasora.data.loader import PackLoader
@@ -478,7 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--videos", type=int, nargs=4, default=[4, 120, 720, 1280], metavar=("N", "FRAMES", "H", "W"))
     options = parser.parse_args(arguments)
 
-    head, console = surroundings(), Console(width=156)
+    head, console = environment(), Console(width=156)
     torch.set_num_threads(1)
     preset = load(str(PRESET), [])
     break_even = attention_break_even_tokens(preset.model, patch_dim(preset))

@@ -1,7 +1,7 @@
-"""What benchmarks.kernels measured, as a picture: python -m benchmarks.figure benchmarks/results/GPU.json
+"""Plots the results of benchmarks.kernels: python -m benchmarks.figure benchmarks/results/GPU.json
 
-Above: each operation and width at one number of tokens, forward and backward: the fraction of a plain copy's speed that
-each way reaches. Below: MFU of a block, by tokens and by what it recomputes.
+Top: each operation and width at one number of tokens, forward and backward: fraction of a plain copy's bandwidth, by
+variant. Bottom: MFU of a block, by tokens and model.recompute.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"ours": "#0072b2", "compile": "#e69f00", "eager": "#8a8a8a", "liger": "#009e73", "quack": "#cc79a7"}
-MARKS = {"ours": "o", "compile": "s", "eager": "^", "liger": "D", "quack": "v"}
+COLOURS = {"triton": "#0072b2", "compile": "#e69f00", "eager": "#8a8a8a", "liger": "#009e73", "quack": "#cc79a7"}
+MARKS = {"triton": "o", "compile": "s", "eager": "^", "liger": "D", "quack": "v"}
 BAR = 0.26
 RECOMPUTE = ("none", "keep_attention", "full")
 
 
 def draw(record: Mapping, path: Path) -> None:
-    """`record`: what is in the JSON file. Writes a PNG or SVG, as the name of `path` ends; parts that were not measured
-    are left empty."""
+    """Writes a PNG or SVG, by the suffix of `path`. `record`: the content of the JSON file; missing results are left
+    empty."""
     lines = operation_lines(record)
     shapes = list(dict.fromkeys(b["shape"] for b in record.get("blocks", [])))
     figure = Figure(figsize=(13, 4.6 + 0.19 * (len(lines) + 4)), layout="constrained")
@@ -43,31 +43,31 @@ def draw(record: Mapping, path: Path) -> None:
 
 
 def compared_tokens(record: Mapping) -> int | None:
-    """The pack in which the most ways were measured."""
-    found = [(o["tokens"], o["way"]) for o in record.get("operations", [])]
-    counts = {tokens: len({way for t, way in found if t == tokens}) for tokens, _ in found}
+    """Tokens of the packs with the most variants."""
+    pairs = [(o["tokens"], o["variant"]) for o in record.get("operations", [])]
+    counts = {tokens: len({variant for t, variant in pairs if t == tokens}) for tokens, _ in pairs}
     return max(counts, key=counts.get, default=None)
 
 
 def operation_lines(record: Mapping) -> list[tuple[str, int]]:
-    """Operation and width of each line of the picture, from above."""
-    here = [o for o in record.get("operations", []) if o["tokens"] == compared_tokens(record)]
-    names = list(dict.fromkeys(o["operation"] for o in here))
-    found = {(o["operation"], o["width"]) for o in here}
-    return sorted(found, key=lambda line: (names.index(line[0]), line[1]))
+    """Operation and width of each line of the plot, from the top."""
+    results = [o for o in record.get("operations", []) if o["tokens"] == compared_tokens(record)]
+    names = list(dict.fromkeys(o["operation"] for o in results))
+    lines = {(o["operation"], o["width"]) for o in results}
+    return sorted(lines, key=lambda line: (names.index(line[0]), line[1]))
 
 
 def draw_operations(both: tuple[Axes, Axes], record: Mapping, lines: list[tuple[str, int]]) -> None:
     tokens = compared_tokens(record)
     for axes, direction in zip(both, ("forward", "backward"), strict=True):
-        points: dict[str, list[tuple[float, int]]] = {way: [] for way in COLOURS}
+        points: dict[str, list[tuple[float, int]]] = {variant: [] for variant in COLOURS}
         for o in record.get("operations", []):
             if o["tokens"] == tokens and o["direction"] == direction and o["of_copy"] is not None:
-                points[o["way"]].append((o["of_copy"], lines.index((o["operation"], o["width"]))))
-        for way, where in points.items():
-            if where:
-                x, y = zip(*where, strict=True)
-                axes.scatter(x, y, s=34, color=COLOURS[way], marker=MARKS[way], label=way, zorder=3)
+                points[o["variant"]].append((o["of_copy"], lines.index((o["operation"], o["width"]))))
+        for variant, coordinates in points.items():
+            if coordinates:
+                x, y = zip(*coordinates, strict=True)
+                axes.scatter(x, y, s=34, color=COLOURS[variant], marker=MARKS[variant], label=variant, zorder=3)
         axes.axvline(1, color="black", linewidth=1)
         names = [name for name, _ in lines]
         for y in range(1, len(lines)):
@@ -88,15 +88,15 @@ def draw_operations(both: tuple[Axes, Axes], record: Mapping, lines: list[tuple[
 
 
 def draw_blocks(axes: Axes, record: Mapping, shape: str) -> None:
-    here = [b for b in record["blocks"] if b["shape"] == shape]
-    groups = sorted({(b["tokens"], b["recompute"]) for b in here}, key=lambda g: (g[0], RECOMPUTE.index(g[1])))
-    for place, way in enumerate(("ours", "compile", "eager")):
-        measured = [b for b in here if b["variant"] == way and b["mfu"]]
+    results = [b for b in record["blocks"] if b["shape"] == shape]
+    groups = sorted({(b["tokens"], b["recompute"]) for b in results}, key=lambda g: (g[0], RECOMPUTE.index(g[1])))
+    for place, variant in enumerate(("triton", "compile", "eager")):
+        measured = [b for b in results if b["variant"] == variant and b["mfu"]]
         bars = [(groups.index((b["tokens"], b["recompute"])), b["mfu"]) for b in measured]
         if bars:
             x, mfu = zip(*bars, strict=True)
             at = [group + (place - 1) * BAR for group in x]
-            drawn = axes.bar(at, mfu, BAR * 0.92, color=COLOURS[way], label=way, zorder=3)
+            drawn = axes.bar(at, mfu, BAR * 0.92, color=COLOURS[variant], label=variant, zorder=3)
             axes.bar_label(drawn, [f"{100 * m:.0f}" for m in mfu], fontsize=7, padding=1)
     for group in range(1, len(groups)):
         if groups[group][0] != groups[group - 1][0]:
@@ -115,7 +115,9 @@ def draw_blocks(axes: Axes, record: Mapping, shape: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("record", type=Path, help="JSON file of benchmarks.kernels; the picture goes beside it")
+    parser.add_argument(
+        "record", type=Path, help="JSON file of benchmarks.kernels; the plot is written to the same folder"
+    )
     path = parser.parse_args(arguments).record
     draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
 

@@ -1,12 +1,11 @@
-"""Time on a GPU, and the limits that it is held against, measured in the same run.
+"""Times work on a GPU, and measures the GPU's limits in the same run.
 
-A pass is timed between two events on the GPU. Before the first, its level-2 cache is overwritten, so that inputs come
-from memory, and the GPU is given something to wait for, so that all launches of the pass are queued when it begins:
-what is timed is the GPU's work, not Python's. Several ways to compute one thing take turns (A B C A B C ...), after
-turns that are not counted; medians are reported.
+A pass is timed between two CUDA events. Before the first, the L2 cache is overwritten, so that inputs come from memory,
+and the GPU sleeps, so that all launches of the pass are queued when it begins: the time is that of the GPU, not of
+Python. Trials of several variants alternate (A B C A B C ...), after warm-up trials; medians are reported.
 
-    copy      GB/s that a copy from memory to memory moves, reading and writing, 2 x 1 GiB
-    matmul    TFLOP/s of an 8,192 x 8,192 x 8,192 product of normal numbers in bf16
+    copy      GB/s of a copy in GPU memory, counting reads and writes: 2 x 1 GiB
+    matmul    TFLOP/s of an 8,192 x 8,192 x 8,192 product in bf16 of normally distributed values
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ import triton
 
 Result = TypeVar("Result")
 
-WAIT_CYCLES = 3_000_000  # about 2 ms, in which a few hundred launches are queued
+WAIT_CYCLES = 3_000_000  # about 2 ms, enough to queue a few hundred launches
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
-LEAST_TURNS, MOST_TURNS = 3, 20
-TURNS_S = 0.2  # that the turns of one way take, if not fewer than the least
+MIN_TRIALS, MAX_TRIALS = 3, 20
+TRIALS_SECONDS = 0.2  # target for all trials of a variant, within these limits
 
 
-class Clock:
-    """Times passes on the current GPU."""
+class CudaTimer:
+    """Times passes on the current GPU with CUDA events."""
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties().L2_cache_size
@@ -39,7 +38,7 @@ class Clock:
         self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
 
     def time(self, name: str, function: Callable[[], Result]) -> Result:
-        """What `function` gives; its time is among those that `take` has under `name`."""
+        """Returns the result of `function`, and records its time under `name`."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(WAIT_CYCLES)
         self.overwritten.zero_()
@@ -49,72 +48,72 @@ class Clock:
         self.events[name].append((start, end))
         return result
 
-    def take(self) -> dict[str, float]:
-        """Milliseconds of each pass since the last call; of a name, the sum."""
+    def pop_times(self) -> dict[str, float]:
+        """Milliseconds recorded since the last call, by name; times of the same name are summed."""
         torch.cuda.synchronize()
         ms = {name: sum(a.elapsed_time(b) for a, b in pairs) for name, pairs in self.events.items()}
         self.events.clear()
         return ms
 
-    def drop(self) -> None:
-        """After a pass that failed: what it timed, and the memory that it had."""
+    def discard(self) -> None:
+        """After a failed pass: discards its times and frees its cached memory."""
         self.events.clear()
         torch.cuda.empty_cache()
 
 
 @dataclass
-class Timed:
-    """One way."""
+class TrialTimes:
+    """The times of one variant."""
 
-    ms: dict[str, list[float]] = field(default_factory=dict)  # of each pass, all turns
-    error: str | None = None  # why there are none
+    ms: dict[str, list[float]] = field(default_factory=dict)  # of each pass, one per trial
+    error: str | None = None  # why it failed
 
     @property
     def medians(self) -> dict[str, float]:
         return {name: float(np.median(times)) for name, times in self.ms.items()}
 
 
-Way = Callable[[Clock], None]  # one turn: calls `clock.time` for each pass
+Trial = Callable[[CudaTimer], None]  # one trial: calls `timer.time` for each pass
 
 
-def take_turns(ways: Mapping[str, Way], clock: Clock, warm_up: int = 2) -> dict[str, Timed]:
-    """Times every way. One that fails, for want of memory or anything else, says so in `error` and is left out."""
-    timed = {name: Timed() for name in ways}
+def run_trials(variants: Mapping[str, Trial], timer: CudaTimer, warm_up: int = 2) -> dict[str, TrialTimes]:
+    """Times all variants, with alternating trials. A variant that fails gets an `error` and no further trials."""
+    timed = {name: TrialTimes() for name in variants}
     longest = 0.0
 
-    def turn(name: str) -> dict[str, float] | None:
+    def run(name: str) -> dict[str, float] | None:
         try:
-            ways[name](clock)
-            return clock.take()
-        except Exception as error:  # of a compiler, a library, the GPU's memory: the others go on
-            timed[name] = Timed(error=named(error))
-        clock.drop()
+            variants[name](timer)
+            return timer.pop_times()
+        except Exception as error:  # e.g. of a compiler or a library, or out of memory: the other variants continue
+            timed[name] = TrialTimes(error=describe_error(error))
+        timer.discard()
         return None
 
-    for name in ways:
+    for name in variants:
         for _ in range(warm_up):
-            ms = turn(name)
+            ms = run(name)
             if ms is None:
                 break
         if ms is not None:
             longest = max(longest, sum(ms.values()))
-    turns = int(np.clip(1e3 * TURNS_S / max(longest, 1e-3), LEAST_TURNS, MOST_TURNS))
-    for _ in range(turns):
-        for name in ways:
-            if timed[name].error is None and (ms := turn(name)) is not None:
+    num_trials = int(np.clip(1e3 * TRIALS_SECONDS / max(longest, 1e-3), MIN_TRIALS, MAX_TRIALS))
+    for _ in range(num_trials):
+        for name in variants:
+            if timed[name].error is None and (ms := run(name)) is not None:
                 for key, value in ms.items():
                     timed[name].ms.setdefault(key, []).append(value)
     return timed
 
 
-def named(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class Deadline:
-    """When to stop starting things."""
+    """A point in time after which no new measurement is started."""
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
@@ -124,21 +123,22 @@ class Deadline:
         return time.monotonic() > self.end
 
 
-def measure_limits(clock: Clock) -> dict[str, float]:
+def measure_limits(timer: CudaTimer) -> dict[str, float]:
+    """Bandwidth of a copy in GB/s and speed of a matrix product in TFLOP/s; see above."""
     source = torch.empty(COPY_BYTES, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    ways = {
-        "copy": lambda clock: clock.time("copy", lambda: target.copy_(source)),
-        "matmul": lambda clock: clock.time("matmul", lambda: torch.mm(a, b)),
+    variants = {
+        "copy": lambda timer: timer.time("copy", lambda: target.copy_(source)),
+        "matmul": lambda timer: timer.time("matmul", lambda: torch.mm(a, b)),
     }
-    timed = take_turns(ways, clock)
-    copy_ms, matmul_ms = (timed[name].medians[name] for name in ways)
+    timed = run_trials(variants, timer)
+    copy_ms, matmul_ms = (timed[name].medians[name] for name in variants)
     return {"copy_gb_s": 2 * COPY_BYTES / copy_ms / 1e6, "matmul_tflop_s": 2 * MATMUL_SIZE**3 / matmul_ms / 1e9}
 
 
-def gpu_surroundings() -> dict[str, object]:
-    """What GPU, and what runs on it."""
+def gpu_environment() -> dict[str, object]:
+    """The GPU and the versions of CUDA and Triton."""
     properties = torch.cuda.get_device_properties()
     return {
         "name": properties.name,

@@ -32,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.record import surroundings, write_record
+from benchmarks.record import environment, write_record
 from megasora.batch import VideoBatch
 from megasora.build import build_model, patch_dim
 from megasora.config import Config, load
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
         if width < HEAD_DIM or width % HEAD_DIM:
             parser.error(f"--widths {width} must be a multiple of {HEAD_DIM}, the head dim")
 
-    head, console = surroundings(), Console(width=120)
+    head, console = environment(), Console(width=120)
     results = [
         measure(dialect, width, mode, options.tokens)
         for dialect in DIALECTS

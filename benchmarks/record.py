@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: its numbers in a JSON file, with the date, the commit and the machine at the top."""
+"""The JSON file of a benchmark: date, commit and machine first, then the results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 
-def surroundings() -> dict[str, object]:
-    """When, what code, and on what it was measured. A copy of the code without its history has no commit: None."""
+def environment() -> dict[str, object]:
+    """Date, commit, machine and versions; the commit is None outside of a git checkout."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
@@ -43,6 +43,6 @@ def surroundings() -> dict[str, object]:
 
 
 def write_record(path: Path, head: Mapping[str, object], body: Mapping[str, object]) -> None:
-    """`head` is what `surroundings` gave before the measurement, `body` what was measured. Folders are made."""
+    """Writes `head`, from `environment`, and `body`, the results. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**head, **body}, indent=1, default=float) + "\n", encoding="utf-8")

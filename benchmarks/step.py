@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.context_balance import contiguous_split, even_split, heavy_tailed, max_over_mean
-from benchmarks.record import surroundings, write_record
+from benchmarks.record import environment, write_record
 from megasora.batch import ContextSplit, VideoBatch
 from megasora.build import patch_dim
 from megasora.config import Config, load
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="packs")
     options = parser.parse_args(arguments)
 
-    head, console, cases = surroundings(), Console(width=156), []
+    head, console, cases = environment(), Console(width=156), []
     settings = [
         f"data.tokens_per_pack={options.tokens}", f"model.width={options.width}", "model.heads=4", "model.depth=2",
         "codec.channels=16", "run.dtype=float32",

@@ -4,7 +4,7 @@ The block is the model's own (megasora/model/block.py), in bf16 and in the shape
 a caption of 512 tokens. MFU is the FLOPs of megasora/model/flops.py (three times the forward pass, no recompute)
 divided by the time and by the FLOP/s of a large matrix product in the same run. The variants:
 
-    ours       model.kernel_backend=triton
+    triton     model.kernel_backend=triton
     eager      model.kernel_backend=torch: the same maths in PyTorch
     compile    torch.compile of a block whose kernels are replaced by their references in plain PyTorch
 
@@ -26,7 +26,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.gpu import Clock, take_turns
+from benchmarks.gpu import CudaTimer, run_trials
 from megasora.batch import VideoBatch
 from megasora.build import build_model, patch_dim
 from megasora.config import CodecConfig, Config, ModelConfig, RunConfig
@@ -48,7 +48,7 @@ SHAPES = {  # width, heads, MLP width
 GRIDS = {8_192: (8, 32, 32), 36_864: (36, 32, 32), 73_728: (72, 32, 32)}  # tokens: frames, rows, columns of them
 WORDS = 512
 RECOMPUTE = ("none", "keep_attention", "full")
-KERNELS = {"ours": "triton", "eager": "torch", "compile": "torch"}
+KERNELS = {"triton": "triton", "eager": "torch", "compile": "torch"}
 REFERENCES: list[tuple[ModuleType, str, Callable]] = [  # (module, operation that it calls, reference)
     (model_block, "adaln_modulate", lambda *x, backend, **options: adaln_modulate_reference(*x, **options)),
     (model_block, "gated_residual_adaln", lambda *x, backend, **options: gated_residual_adaln_reference(*x, **options)),
@@ -159,32 +159,32 @@ def with_angles(inputs: BlockInputs) -> BlockInputs:
     return inputs._replace(rope=Angles(inputs.rope.cos.contiguous(), inputs.rope.sin.contiguous()))
 
 
-def turn_of(step: Step, leaves: list[Tensor], retained: list[float]) -> Callable[[Clock], None]:
-    def turn(clock: Clock) -> None:
+def build_trial(step: Step, leaves: list[Tensor], retained: list[float]) -> Callable[[CudaTimer], None]:
+    def trial(timer: CudaTimer) -> None:
         before = torch.cuda.memory_allocated()
-        out_LD = clock.time("forward", step)
+        out_LD = timer.time("forward", step)
         retained.append((torch.cuda.memory_allocated() - before) / 2**30)
         grad_LD = torch.ones_like(out_LD)
-        clock.time("backward", lambda: torch.autograd.grad(out_LD, leaves, grad_LD, allow_unused=True))
+        timer.time("backward", lambda: torch.autograd.grad(out_LD, leaves, grad_LD, allow_unused=True))
 
-    return turn
+    return trial
 
 
-def measure_block(case: Case, matmul_tflop_s: float, clock: Clock) -> list[BlockResult]:
+def measure_block(case: Case, matmul_tflop_s: float, timer: CudaTimer) -> list[BlockResult]:
     torch._dynamo.reset()
     flops = block_flops(case)
-    turns, retained = {}, {variant: [] for variant in KERNELS}
+    trials, retained = {}, {variant: [] for variant in KERNELS}
     for variant, kernels in KERNELS.items():
         block, x_LD, inputs = build_block(case, kernels, "cuda")
         leaves = [x for x in (x_LD, *inputs, *block.parameters()) if isinstance(x, Tensor) and x.requires_grad]
         if variant == "compile":
             compiled = torch.compile(block, dynamic=False)
             step = forward_step(compiled, x_LD, with_angles(inputs), case.recompute)
-            turns[variant] = reference_operations()(turn_of(step, leaves, retained[variant]))
+            trials[variant] = reference_operations()(build_trial(step, leaves, retained[variant]))
         else:
-            turns[variant] = turn_of(forward_step(block, x_LD, inputs, case.recompute), leaves, retained[variant])
+            trials[variant] = build_trial(forward_step(block, x_LD, inputs, case.recompute), leaves, retained[variant])
     results = []
-    for variant, times in take_turns(turns, clock, warm_up=1).items():
+    for variant, times in run_trials(trials, timer, warm_up=1).items():
         fields = dataclasses.asdict(case) | {"variant": variant, "flops": float(flops)}
         if times.error is not None:
             results.append(BlockResult(**fields, **dict.fromkeys(MEASUREMENTS), error=times.error))
@@ -203,7 +203,7 @@ def block_table(results: list[BlockResult]) -> Table:
     table = Table(
         title="a block, forward and backward, bf16: MFU (ms, GiB retained), relative to the matrix product of this run"
     )
-    for name in ("shape", "tokens", "recompute", *KERNELS, "compile / ours, time"):
+    for name in ("shape", "tokens", "recompute", *KERNELS, "compile / triton, time"):
         table.add_column(name, justify="left" if name in ("shape", "recompute") else "right")
     for shape, tokens, recompute in dict.fromkeys((r.shape, r.tokens, r.recompute) for r in results):
         rows = {r.variant: r for r in results if (r.shape, r.tokens, r.recompute) == (shape, tokens, recompute)}
@@ -211,6 +211,6 @@ def block_table(results: list[BlockResult]) -> Table:
             f"{r.mfu:.1%} ({r.ms:.1f}, {r.retained_gib:.1f})" if r is not None and r.mfu is not None else "-"
             for r in map(rows.get, KERNELS)
         ]
-        pair = [getattr(rows.get(variant), "ms", None) for variant in ("compile", "ours")]
+        pair = [getattr(rows.get(variant), "ms", None) for variant in ("compile", "triton")]
         table.add_row(shape, f"{tokens:,}", recompute, *cells, "-" if None in pair else f"{pair[0] / pair[1]:.2f}")
     return table

@@ -1,9 +1,9 @@
-"""Other cuts of our kernels on this GPU: python -m benchmarks.kernels --tune
+"""Searches launch configurations of our kernels on this GPU: python -m benchmarks.kernels --tune
 
-Each table of a kernel file (a LaunchConfig by chip, see kernels/launch.py) is tried on its operation at two widths, one field
-after the other: the best of each is kept for the next. What is printed is a line for the file, to be read and put there
-by hand; nothing is chosen at run time, so that all ranks cut alike. A line appears where the best is faster than what
-stands there by more than timings differ.
+Each table of a kernel file (LaunchConfig by architecture, see kernels/launch.py) is tuned on one operation at two
+widths, one field after the other: the best value of a field is used for the next. Prints a table line for each
+configuration that is faster than the current one by more than timings vary. It has to be added to the file by hand:
+nothing is tuned at run time, so that all ranks use the same configuration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from rich.console import Console
 
-from benchmarks.gpu import Clock, take_turns
+from benchmarks.gpu import CudaTimer, run_trials
 from megasora.kernels import (
     adaln,
     gated_add,
@@ -29,7 +29,7 @@ from megasora.kernels import (
 from megasora.kernels.launch import LaunchConfig, architecture, launch_config
 from megasora.testing.operations import OPERATIONS, Problem, Size, backward, forward
 
-FILES: dict[str, ModuleType] = {  # operation that a file's tables are tried on
+FILES: dict[str, ModuleType] = {  # operation that the tables of a file are tuned on: the file
     "gated_residual_adaln": adaln,
     "gated_add": gated_add,
     "rope3d": rope3d,
@@ -37,65 +37,66 @@ FILES: dict[str, ModuleType] = {  # operation that a file's tables are tried on
     "rms_norm": rms_norm,
     "merge_partial_attention": merge_partial_attention,
 }
-CANDIDATES = {  # of each field of a LaunchConfig, in the order in which they are tried
+CANDIDATES = {  # values of each field of a LaunchConfig, in the order of the search
     "tile_elements": (1024, 2048, 4096, 8192),
     "elements_per_thread": (8, 16, 32),
     "num_stages": (1, 2, 3, 4),
 }
 TOKENS, WIDTHS = 65_536, (1536, 5120)
-WORTH = 0.98  # of the time of what stands there
+MAX_TIME_RATIO = 0.98  # a faster configuration is printed if it takes at most this fraction of the current time
 
 
 def tables(module: ModuleType) -> Iterator[str]:
+    """Names of the launch tables of a kernel file."""
     for name, value in vars(module).items():
-        if isinstance(value, dict) and value and all(isinstance(launch, LaunchConfig) for launch in value.values()):
+        if isinstance(value, dict) and value and all(isinstance(config, LaunchConfig) for config in value.values()):
             yield name
 
 
-def tune(clock: Clock, console: Console) -> None:
+def tune(timer: CudaTimer, console: Console) -> None:
     gpu = torch.device("cuda")
     for operation, module in FILES.items():
         problems = [OPERATIONS[operation](Size(TOKENS, width), torch.bfloat16, gpu) for width in WIDTHS]
         for table in tables(module):
-            standing = launch_config(getattr(module, table), gpu)
-            best, times = search(partial(scores, clock, problems, module, table), standing)
-            line = f"{module.__name__.rpartition('.')[2]}.{table}: {times:.2f} of the time of {standing}"
-            console.print(line if times < WORTH else f"{line}; stays", highlight=False)
-            if times < WORTH:
+            current = launch_config(getattr(module, table), gpu)
+            best, times = search(partial(scores, timer, problems, module, table), current)
+            line = f"{module.__name__.rpartition('.')[2]}.{table}: {times:.2f} of the time of {current}"
+            console.print(line if times < MAX_TIME_RATIO else f"{line}; unchanged", highlight=False)
+            if times < MAX_TIME_RATIO:
                 console.print(f'    "{architecture(gpu)}": {best},', highlight=False)
 
 
-def search(score: Callable[[list[LaunchConfig]], list[float]], standing: LaunchConfig) -> tuple[LaunchConfig, float]:
-    """The best cut and its time over that of `standing`. `score`: mean times, inf for what does not run."""
-    best, ratio = standing, 1.0
+def search(score: Callable[[list[LaunchConfig]], list[float]], current: LaunchConfig) -> tuple[LaunchConfig, float]:
+    """The best configuration, and its time over that of `current`. `score`: mean times, inf for failures."""
+    best, ratio = current, 1.0
     for name, values in CANDIDATES.items():
-        launches = [best, *(best._replace(**{name: v}) for v in values if v != getattr(best, name))]
-        times = score(launches)
-        first = min(range(len(launches)), key=times.__getitem__)
-        best, ratio = launches[first], ratio * times[first] / times[0]
+        configs = [best, *(best._replace(**{name: v}) for v in values if v != getattr(best, name))]
+        times = score(configs)
+        first = min(range(len(configs)), key=times.__getitem__)
+        best, ratio = configs[first], ratio * times[first] / times[0]
     return best, ratio
 
 
 def scores(
-    clock: Clock, problems: list[Problem], module: ModuleType, table: str, launches: list[LaunchConfig]
+    timer: CudaTimer, problems: list[Problem], module: ModuleType, table: str, configs: list[LaunchConfig]
 ) -> list[float]:
-    """Geometric mean over the problems of both passes' ms with each cut; inf where one does not run."""
-    logs = [0.0] * len(launches)
+    """For each configuration the geometric mean over the problems of the ms of both passes; inf if one fails."""
+    logs = [0.0] * len(configs)
     for problem in problems:
-        ways = {str(i): turn_of(module, table, launch, problem) for i, launch in enumerate(launches)}
-        timed = take_turns(ways, clock)
-        for i in range(len(launches)):
+        variants = {str(i): build_trial(module, table, config, problem) for i, config in enumerate(configs)}
+        timed = run_trials(variants, timer)
+        for i in range(len(configs)):
             times = timed[str(i)]
             logs[i] += math.inf if times.error is not None else math.log(sum(times.medians.values()))
     return [math.exp(total / len(problems)) for total in logs]
 
 
-def turn_of(module: ModuleType, table: str, launch: LaunchConfig, problem: Problem) -> Callable[[Clock], None]:
-    def turn(clock: Clock) -> None:
-        with mock.patch.object(module, table, {"any": launch}):
-            outputs = clock.time("forward", lambda: forward(problem.triton, problem.inputs))
+def build_trial(module: ModuleType, table: str, config: LaunchConfig, problem: Problem) -> Callable[[CudaTimer], None]:
+    def trial(timer: CudaTimer) -> None:
+        with mock.patch.object(module, table, {"any": config}):
+            outputs = timer.time("forward", lambda: forward(problem.triton, problem.inputs))
             backward_pass = backward(problem.inputs, outputs)
             if backward_pass is not None:
-                clock.time("backward", backward_pass)
+                timer.time("backward", backward_pass)
 
-    return turn
+    return trial

@@ -16,7 +16,7 @@ branch is added to the residual stream (`gated_residual_adaln`). x, branch [L, D
 The backward pass saves y, the branch if it has a gate, and of each token its mean and 1 / sqrt(var + eps); n and the
 row vectors expanded to tokens would be as large as x each. Computed in fp32 at least and rounded once; z is computed
 from y as rounded, so the fused operation equals gated_add and then adaln_modulate. At padding y = x (or x + branch) and
-z = 0; values of z there get no gradient.
+z = 0; gradients of z there are ignored.
 
 Least traffic in bf16, bytes per element: adaln_modulate 4 forward (x, z), 6 backward (x, dz, dx). gated_residual_adaln
 8 forward (x, branch, y, z), 12 backward (dy, dz, y, branch, dx, dbranch); without a gate dbranch is dx, and backward 8.

@@ -6,8 +6,8 @@ Built from ranges or from cu_seqlens. Ranges may be anywhere; a query is in one 
 several; queries in none are padding. Two forms for attention kernels are computed from the ranges, on the CPU, on first
 use, and reused by all layers:
 
-`buckets`: segments of similar lengths, padded to the longest of their bucket, for kernels that take a batch [g, N, m,
-K]. Hundreds of short clips need a few calls; one long clip needs neither padding nor copies.
+`buckets`: segments of similar lengths, padded to the longest of their bucket, for kernels that take a batch
+[g, N, m, K]. Hundreds of short clips need a few calls; one long clip needs neither padding nor copies.
 
 `varlen`: one call for all segments, for kernels that take cumulative lengths, which allow no gaps. Segments are in the
 order of their queries, and gaps between or after them become segments without keys, so that queries stay in place. Keys

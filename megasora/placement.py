@@ -1,4 +1,4 @@
-"""How each parameter is placed on the mesh: sharded or replicated over the tensor axis, and over which axes its gradient
+"""Placement of parameters on the mesh: whether each is sharded over the tensor axis, and over which axes its gradient
 is partial. Initialisation, gradient sums, the gradient norm, checkpoints and the replica check all read it.
 
 Over data and context every parameter is replicated and ZeRO sums its gradient, so a placement describes the tensor and

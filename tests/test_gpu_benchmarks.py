@@ -1,4 +1,4 @@
-"""The benchmarks of kernels and blocks, without a GPU: what is counted, what is shown, and that turns are taken."""
+"""The GPU benchmarks without a GPU: counts, tables, plots, and the order of trials."""
 
 import json
 import math
@@ -20,93 +20,100 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("options", [[], ["--tune"], ["--quick"]])
 def test_without_a_gpu_it_says_so_and_writes_nothing(options, tmp_path, capsys):
     kernels.main([*options, "--out", str(tmp_path / "results")])
-    said = capsys.readouterr().out
-    assert "no GPU here" in said and "make gpu" in said and len(said.splitlines()) == 1
+    output = capsys.readouterr().out
+    assert "no GPU here" in output and "make gpu" in output and len(output.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-# ---- turns
+# ---- trials
 
 
-class Ticks:
-    """A clock on which every pass takes as many milliseconds as its function gives."""
+class FakeTimer:
+    """A timer on which every pass takes the milliseconds that its function returns."""
 
     def __init__(self):
-        self.seen, self.ms, self.dropped = [], {}, 0
+        self.ms, self.discarded = {}, 0
 
     def time(self, name, function):
         self.ms[name] = function()
 
-    def take(self):
+    def pop_times(self):
         ms, self.ms = self.ms, {}
         return ms
 
-    def drop(self):
-        self.dropped += 1
+    def discard(self):
+        self.discarded += 1
         self.ms = {}
 
 
-def test_ways_take_turns_and_one_that_fails_leaves_the_others():
-    clock, order = Ticks(), []
+def test_trials_alternate_and_a_failing_variant_does_not_stop_the_others():
+    timer, order = FakeTimer(), []
 
-    def way(name, times, last=None):
-        given = iter(times)
+    def variant(name, times, last=None):
+        remaining = iter(times)
 
-        def turn(clock):
+        def trial(timer):
             order.append(name)
             if last is not None and order.count(name) > last:
                 raise torch.cuda.OutOfMemoryError("16 GiB")
-            ms = next(given)
-            clock.time("forward", lambda: ms)
-            clock.time("backward", lambda: 2 * ms)
+            ms = next(remaining)
+            timer.time("forward", lambda: ms)
+            timer.time("backward", lambda: 2 * ms)
 
-        return turn
+        return trial
 
-    fast, broken, dying = way("fast", [900, 800, 3, 1, 2]), way("broken", [], last=0), way("dying", [9] * 9, last=3)
-    timed = gpu.take_turns({"fast": fast, "broken": broken, "dying": dying}, clock)
+    fast, broken, dying = (
+        variant("fast", [900, 800, 3, 1, 2]),
+        variant("broken", [], last=0),
+        variant("dying", [9] * 9, last=3),
+    )
+    timed = gpu.run_trials({"fast": fast, "broken": broken, "dying": dying}, timer)
     assert order == ["fast", "fast", "broken", "dying", "dying", "fast", "dying", "fast", "dying", "fast"]
     assert timed["fast"].medians == {"forward": 2, "backward": 4}
     assert timed["fast"].error is None
     assert (timed["broken"].error, timed["dying"].error) == ("out of memory", "out of memory")
-    assert not timed["dying"].ms and clock.dropped == 2
+    assert not timed["dying"].ms and timer.discarded == 2
 
 
-def test_the_search_keeps_the_best_of_each_field():
+def test_the_search_uses_the_best_value_of_each_field():
     tried = []
 
-    def score(launches):
-        tried.extend(launches)
-        return [abs(math.log2(x.tile / 4096)) + x.stages + (math.inf if x.numbers == 8 else 1) for x in launches]
+    def score(configs):
+        tried.extend(configs)
+        return [
+            abs(math.log2(x.tile_elements / 4096)) + x.num_stages + (math.inf if x.elements_per_thread == 8 else 1)
+            for x in configs
+        ]
 
-    best, ratio = tune.search(score, LaunchConfig(tile=2048, numbers=16, stages=3))
-    assert best == LaunchConfig(tile=4096, numbers=16, stages=1)
+    best, ratio = tune.search(score, LaunchConfig(tile_elements=2048, elements_per_thread=16, num_stages=3))
+    assert best == LaunchConfig(tile_elements=4096, elements_per_thread=16, num_stages=1)
     assert ratio == pytest.approx((4 / 5) * (2 / 4))
     assert len(set(tried)) < 4 * 3 * 4 / 2  # not all combinations
 
 
-def test_every_operation_that_has_tables_is_tuned_by_them():
-    found = {operation: list(tune.tables(module)) for operation, module in tune.FILES.items()}
-    assert all(found.values()) and set(found) <= set(OPERATIONS)
+def test_every_tuned_file_has_tables():
+    tables = {operation: list(tune.tables(module)) for operation, module in tune.FILES.items()}
+    assert all(tables.values()) and set(tables) <= set(OPERATIONS)
 
 
-# ---- numbers
+# ---- counts
 
 
 def test_least_bytes_are_those_of_performance_notes():
-    size = Size(tokens=64, width=256, head_dim=64, row=32)
-    numbers = {  # bytes for each number of an activation, forward and backward
+    size = Size(tokens=64, width=256, head_dim=64, row_tokens=32)
+    expected = {  # bytes per element of an activation, forward and backward
         "adaln_modulate": (4, 6), "gated_residual_adaln": (8, 12), "gated_residual_norm": (8, 12),
         "residual_adaln": (8, 8), "gated_add": (6, 6), "rope3d": (4, 4),
         "qk_norm_rope3d, per_head": (2 * 4, 2 * 6 + 4), "qk_norm_rope3d, across_heads": (2 * 4, 2 * 6 + 4),  # and v's
         "rms_norm": (4, 6), "merge_partial_attention": (10,),
     }  # fmt: skip
-    assert numbers.keys() == OPERATIONS.keys()
+    assert expected.keys() == OPERATIONS.keys()
     for name, build in OPERATIONS.items():
         least = build(size, torch.bfloat16, "cpu").least_bytes
-        assert tuple(least.values()) == tuple(n * 64 * 256 for n in numbers[name]), name
+        assert tuple(least.values()) == tuple(n * 64 * 256 for n in expected[name]), name
 
 
-def test_attention_of_one_clip_is_as_much_arithmetic_as_the_pack():
+def test_the_one_clip_has_the_flops_of_the_pack():
     for _, lengths, heads in kernels.attention_cases(quick=False):
         whole = round(sum(n * n for n in lengths) ** 0.5)
         pack, one = (kernels.attention_flops(clips, heads, 128)["backward"] for clips in (lengths, [whole]))
@@ -187,26 +194,26 @@ def test_a_block_written_plainly_calls_no_operation_of_ours(monkeypatch):
 
 def made_up_record() -> dict:
     """As benchmarks.kernels writes it, with some of it missing."""
-    operations, speed = [], {"ours": 0.95, "compile": 0.7, "eager": 0.2, "liger": 0.5}
+    operations, speed = [], {"triton": 0.95, "compile": 0.7, "eager": 0.2, "liger": 0.5}
     for i, operation in enumerate(kernels.TIMED):
         for j, width in enumerate(kernels.WIDTHS):
             for tokens in (kernels.TOKENS, 4096):
-                for way in ("ours", "eager") if tokens == 4096 else speed:
-                    if way == "liger" and operation != "rms_norm":
+                for variant in ("triton", "eager") if tokens == 4096 else speed:
+                    if variant == "liger" and operation != "rms_norm":
                         continue
                     for direction in ("forward", "backward")[: 1 if operation.startswith("merge") else 2]:
-                        of_copy = speed[way] - 0.03 * j - 0.01 * i - 0.1 * (direction == "backward")
-                        result = OperationResult(operation, tokens, width, way, direction, 0.5, 2e3, of_copy, 1e9)
+                        of_copy = speed[variant] - 0.03 * j - 0.01 * i - 0.1 * (direction == "backward")
+                        result = OperationResult(operation, tokens, width, variant, direction, 0.5, 2e3, of_copy, 1e9)
                         operations.append(vars(result))
     failed = OperationResult("rope3d", kernels.TOKENS, 5120, "quack", "both", None, None, None, 1e9, "out of memory")
     results = []
     for case in transformer_block.block_cases(quick=False):
-        for way, mfu in (("ours", 0.56), ("compile", 0.44), ("eager", 0.31)):
-            if (case.tokens, way) == (73_728, "eager"):
-                results.append(BlockResult(*vars(case).values(), way, 1e14, *[None] * 5, error="out of memory"))
+        for variant, mfu in (("triton", 0.56), ("compile", 0.44), ("eager", 0.31)):
+            if (case.tokens, variant) == (73_728, "eager"):
+                results.append(BlockResult(*vars(case).values(), variant, 1e14, *[None] * 5, error="out of memory"))
             else:
                 mfu -= 0.04 * transformer_block.RECOMPUTE.index(case.recompute)
-                results.append(BlockResult(*vars(case).values(), way, 1e14, 200.0, 70.0, 400.0, mfu, 12.0))
+                results.append(BlockResult(*vars(case).values(), variant, 1e14, 200.0, 70.0, 400.0, mfu, 12.0))
     passes = {"forward": 500.0, "backward": 400.0}
     packs = [AttentionResult("heavy tail", 65_536, 40, 128, 17, 20_000, 30_000, passes, passes, dict(passes))]
     return {
@@ -224,7 +231,7 @@ def text_of(table) -> list[list[str]]:
     return [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
 
 
-def test_tables_show_what_was_measured():
+def test_tables_show_the_results():
     record = made_up_record()
     operations = [OperationResult(**o) for o in record["operations"]]
     lines = text_of(kernels.operation_table(kernels.TOKENS, operations))
@@ -242,14 +249,14 @@ def test_tables_show_what_was_measured():
 
 
 @pytest.mark.parametrize("missing", [(), ("operations", "blocks")])
-def test_a_picture_is_drawn_of_what_there_is(missing, tmp_path):
+def test_the_plot_shows_the_results_that_exist(missing, tmp_path):
     record = {name: value for name, value in made_up_record().items() if name not in missing}
     figure.draw(record, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert len(figure.operation_lines(record)) == (0 if missing else 36)
 
 
-def test_results_are_in_the_file_as_they_come(tmp_path):
+def test_results_are_written_at_once(tmp_path):
     path = kernels.record_path(tmp_path / "results", "NVIDIA H100 80GB HBM3")
     assert path == tmp_path / "results" / "nvidia-h100-80gb-hbm3.json"
     assert kernels.record_path(tmp_path / "mine.json", "any") == tmp_path / "mine.json"

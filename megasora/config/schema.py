@@ -19,7 +19,7 @@ class RunConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
     threads: int = 0  # CPU threads of torch per process; 0: cores / processes
     debug_parallel: bool = False  # compare hashes of the tensors that must be equal on several ranks
-    debug_every: int = 100  # steps between two such comparisons; the first is at step 0
+    debug_every: int = 100  # steps between two such comparisons; the first is step 1
     hang_seconds: float = 540.0  # without a heartbeat for this long, the watchdog aborts the run
     ledger: bool = False  # log the sample ids of each step
 

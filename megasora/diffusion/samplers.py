@@ -20,8 +20,8 @@ def timestep_grid(steps: int, factor: Tensor) -> list[Tensor]:
 def integrate(velocity: Velocity, x: Tensor, timesteps: Sequence[Tensor], solver: str) -> Tensor:
     """x at the last of `timesteps`, from x at the first; elements whose timesteps are all 0 do not change.
 
-    `timesteps[i]` broadcasts with `x`. `solver`: `euler`, one model call per step, or `heun`, second order, two per step
-    except the last (EDM, arXiv 2206.00364, alg. 1).
+    `timesteps[i]` broadcasts with `x`. `solver`: `euler`, one model call per step, or `heun`, second order, two per
+    step except the last (EDM, arXiv 2206.00364, alg. 1).
     """
     last = len(timesteps) - 2
     for i, (t, next_t) in enumerate(zip(timesteps[:-1], timesteps[1:], strict=True)):

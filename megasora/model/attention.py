@@ -49,7 +49,9 @@ class AcrossHeadsNorm(nn.Module):
 
     def forward(self, x_LNK: Tensor) -> Tensor:
         all_heads = self.width, self.sum_over_heads
-        return rms_norm(x_LNK.flatten(-2), self.weight, NORM_EPS, *all_heads, backend=self.kernel_backend).view(x_LNK.shape)
+        return rms_norm(x_LNK.flatten(-2), self.weight, NORM_EPS, *all_heads, backend=self.kernel_backend).view(
+            x_LNK.shape
+        )
 
 
 class NoNorm(nn.Module):

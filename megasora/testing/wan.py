@@ -1,5 +1,5 @@
-"""A tiny Wan model for tests: diffusers' WanTransformer3DModel in the proportions of Wan 1.3B with random weights, saved
-by diffusers; a pack of clips; and the outputs of diffusers for each clip. Needs diffusers."""
+"""A tiny Wan model for tests: diffusers' WanTransformer3DModel in the proportions of Wan 1.3B, with random weights; a
+pack of clips; and the outputs of diffusers for each clip. Needs diffusers."""
 
 from __future__ import annotations
 

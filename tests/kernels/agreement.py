@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from megasora.kernels.rope3d import Rope
 from megasora.kernels.rows import Rows
 
 TOLERANCE = {  # largest error, as a fraction of the largest value of a tensor; inputs are rounded before
@@ -51,6 +52,17 @@ def build_rows(lengths: Sequence[int], padding: int, device: str = "cpu") -> Row
     """Consecutive rows of these lengths, then padding."""
     cu = torch.tensor([0, *lengths]).cumsum(0)
     return Rows.from_cu_seqlens(cu, int(cu[-1]) + padding, device)
+
+
+ROPE_BASE = 10_000.0
+
+
+def random_coords(num_tokens: int, largest: int = 40, seed: int = 0) -> Tensor:
+    return torch.randint(0, largest, (num_tokens, 3), generator=torch.Generator().manual_seed(seed))
+
+
+def build_rope(num_tokens: int, head_dim: int, device: str = "cpu", **options: object) -> Rope:
+    return Rope.build(random_coords(num_tokens), head_dim, ROPE_BASE, device=device, **options)
 
 
 Operation = Callable[..., Tensor | tuple[Tensor, ...]]

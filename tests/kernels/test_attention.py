@@ -340,12 +340,12 @@ def test_error_is_the_rounding_of_the_dtype(variant, dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "columns",
     [([12, 0, 6], [8, 5, 0], [3, 20, 0], [6, 10, 3], 20), ([10, 0], [10, 10], [0, 15], [15, 15], 20)],
     ids=["with gaps", "swapped"],
 )
-def test_segments_may_be_anywhere_and_in_any_order(variant, given):
-    assert_equals_reference(variant, *make_inputs(20, 30), ranges(*given))
+def test_segments_may_be_anywhere_and_in_any_order(variant, columns):
+    assert_equals_reference(variant, *make_inputs(20, 30), ranges(*columns))
 
 
 def test_gradients_of_keys_of_several_segments_add_up(variant):
@@ -386,12 +386,12 @@ def test_the_memory_layout_of_the_inputs_does_not_matter(variant, lengths):
 
 def test_attention_to_shards_of_the_keys_merges_to_attention_to_all(variant):
     q, k, v = make_inputs(9, 30)
-    whole = variant.forward(q, k, v, ranges([0], [9], [0], [30], 9))
+    all_keys = variant.forward(q, k, v, ranges([0], [9], [0], [30], 9))
     parts = [variant.forward(q, k, v, ranges([0], [9], [a], [b - a], 9)) for a, b in [(0, 3), (3, 19), (19, 30)]]
     out, lse = parts[0]
     for part in parts[1:]:
         out, lse = merge_partial_attention(out, lse, *part)
-    torch.testing.assert_close((out, lse), whole, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close((out, lse), all_keys, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("parts", [2, 8, 64])
@@ -409,9 +409,9 @@ def test_error_of_merging_in_fp32_does_not_grow_with_the_number_of_parts(parts):
 
 def test_gradients_of_shards_of_the_keys_add_up_to_those_of_all(variant):
     q, k, v = make_inputs(9, 30)
-    whole, grad_out = ranges([0], [9], [0], [30], 9), normal(9, 3, 8, seed=7)
-    out, lse = variant.forward(q, k, v, whole)
-    expected = variant.backward(grad_out, q, k, v, out, lse, whole)
+    all_keys, grad_out = ranges([0], [9], [0], [30], 9), normal(9, 3, 8, seed=7)
+    out, lse = variant.forward(q, k, v, all_keys)
+    expected = variant.backward(grad_out, q, k, v, out, lse, all_keys)
     lse = lse.contiguous()  # any memory layout is accepted
     parts = [
         variant.backward(grad_out, q, k, v, out, lse, ranges([0], [9], [a], [b - a], 9))
@@ -549,7 +549,7 @@ def test_auto_is_sdpa_on_cpus_and_math_on_other_devices(fresh_caches):
 
 
 @pytest.mark.parametrize(
-    ("backend", "given", "message"),
+    ("backend", "properties", "message"),
     [
         ("flash", {}, "backend='flash' must be auto or one of flash3, flash2, varlen, sdpa, math"),
         ("varlen", {"device": "cpu"}, "no kernel for device cpu; use 'sdpa' or 'auto'"),
@@ -565,11 +565,11 @@ def test_auto_is_sdpa_on_cpus_and_math_on_other_devices(fresh_caches):
         ("sdpa", {"capability": (7, 5)}, r"it needs compute capability 8.0, cuda:0 has 7.5; use 'math'"),
     ],
 )
-def test_an_unsupported_backend_raises_with_the_reason_and_an_alternative(machine, backend, given, message):
-    machine(given.get("capability", H100), flash2="2.5.8")
-    device = torch.device(given.get("device", "cuda:0"))
+def test_an_unsupported_backend_raises_with_the_reason_and_an_alternative(machine, backend, properties, message):
+    machine(properties.get("capability", H100), flash2="2.5.8")
+    device = torch.device(properties.get("device", "cuda:0"))
     q = SimpleNamespace(
-        device=device, dtype=given.get("dtype", torch.bfloat16), shape=(4, 2, given.get("head_dim", 64))
+        device=device, dtype=properties.get("dtype", torch.bfloat16), shape=(4, 2, properties.get("head_dim", 64))
     )
     with pytest.raises(ValueError, match=message):
         resolve_attention_backend(backend, q)
@@ -667,18 +667,18 @@ def on_gpu(request):
     reason = obstacle(backend, torch.device("cuda", 0), dtype, 64)
     if reason is not None:
         pytest.skip(reason)
-    given = (
+    columns = (
         [10, *range(1500, 2300, 40), 2400],
         [1400, *[33] * 20, 90],
         [0, *range(1500, 2300, 40), 20],
         [1400] + [36] * 20,
     )
-    given[3].append(0)
-    given[2][5], given[3][5] = 1490, 90  # crosses the keys of others
-    given = [torch.tensor(x) for x in given]
+    columns[3].append(0)
+    columns[2][5], columns[3][5] = 1490, 90  # overlaps the keys of other segments
+    columns = [torch.tensor(x) for x in columns]
     inputs = [x.detach().to("cuda", dtype) for x in make_inputs(2600, 2400, heads=4, head_dim=64)]
-    segments = Segments.from_ranges(*given, 2600, "cuda")
-    expected = [x.cpu().double().requires_grad_() for x in inputs], Segments.from_ranges(*given, 2600, "cpu")
+    segments = Segments.from_ranges(*columns, 2600, "cuda")
+    expected = [x.cpu().double().requires_grad_() for x in inputs], Segments.from_ranges(*columns, 2600, "cpu")
     return backend, [x.requires_grad_() for x in inputs], segments, expected
 
 
@@ -686,7 +686,7 @@ each_on_gpu = pytest.mark.parametrize(
     "on_gpu",
     [(name, torch.bfloat16) for name in ("flash3", "flash2", "varlen", "sdpa", "math")] + [("sdpa", torch.float32)],
     indirect=True,
-    ids=lambda given: f"{given[0]} {given[1]}".replace("torch.", ""),
+    ids=lambda param: f"{param[0]} {param[1]}".replace("torch.", ""),
 )
 
 
@@ -697,9 +697,9 @@ def test_output_and_every_gradient_on_a_gpu(on_gpu):
     grad_out = normal(2600, 4, 64, seed=9)
     out = attention(*inputs, segments, backend=backend)
     expected, expected_lse = attention_reference(*wide, wide_segments)
-    found = out, *torch.autograd.grad(out, inputs, grad_out.to(out))
-    for x, expected_gradient in zip(found, (expected, *torch.autograd.grad(expected, wide, grad_out)), strict=True):
-        assert (x.cpu().double() - expected_gradient).norm() < 1e-2 * expected_gradient.norm()
+    actual = out, *torch.autograd.grad(out, inputs, grad_out.to(out))
+    for x, expected_tensor in zip(actual, (expected, *torch.autograd.grad(expected, wide, grad_out)), strict=True):
+        assert (x.cpu().double() - expected_tensor).norm() < 1e-2 * expected_tensor.norm()
         assert (x[2400:] == 0).all()
     _, lse = attention_forward(*inputs, segments, backend)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-2, atol=1e-2)

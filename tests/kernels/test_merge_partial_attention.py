@@ -129,9 +129,7 @@ def test_error_does_not_grow_with_the_number_of_parts(backend):
     expected_out = (weights[..., None] * values.double()).sum(0).to(TRITON_DEVICE)
     expected_lse = scores.double().logsumexp(0).to(TRITON_DEVICE)
     out, lse = values[0].to(TRITON_DEVICE), scores[0].to(TRITON_DEVICE)
-    for value, score in zip(
-        values[1:].to(TRITON_DEVICE), scores[1:].to(TRITON_DEVICE), strict=True
-    ):
+    for value, score in zip(values[1:].to(TRITON_DEVICE), scores[1:].to(TRITON_DEVICE), strict=True):
         out, lse = merge_partial_attention(out, lse, value, score, backend=backend)
     torch.testing.assert_close(out.double(), expected_out, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-6)

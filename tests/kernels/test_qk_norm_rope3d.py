@@ -7,6 +7,7 @@ from agreement import (
     assert_agrees,
     assert_compiles_as_one_graph,
     assert_gradients_repeat,
+    build_rope,
     each_backend,
     each_variant,
     for_triton,
@@ -24,10 +25,8 @@ from megasora.kernels.qk_norm_rope3d import (
     qk_norm_rope3d,
     qk_norm_rope3d_reference,
 )
-from megasora.kernels.rope3d import Rope
 
 EPS = 1e-6
-BASE = 10_000.0
 SIZES = {  # L, N, K
     "head dim 64, longer than a tile": (35, 3, 64),
     "head dim 96": (3, 3, 96),
@@ -37,11 +36,6 @@ SIZES = {  # L, N, K
     "no token": (0, 2, 16),
 }
 each_norm = pytest.mark.parametrize("norm", ["per_head", "across_heads", "none"])
-
-
-def build_rope(num_tokens, head_dim, device="cpu"):
-    coords = torch.randint(0, 40, (num_tokens, 3), generator=torch.Generator().manual_seed(0))
-    return Rope.build(coords, head_dim, BASE, device=device)
 
 
 def weights_of(num_heads, head_dim, norm):

@@ -3,19 +3,21 @@
 import pytest
 import torch
 from agreement import (
+    ROPE_BASE,
     TRITON_DEVICE,
     assert_agrees,
+    build_rope,
     each_backend,
     each_variant,
     normal,
     outputs_and_gradients,
+    random_coords,
     saved_bytes,
 )
 from guard_zones import guard_zones
 
 from megasora.kernels.rope3d import Rope, rope3d, rope3d_reference, rope_split, rotate_triton
 
-BASE = 10_000.0
 SIZES = {  # L, N, K
     "head dim 64": (9, 6, 64),
     "head dim 96": (5, 3, 96),
@@ -28,16 +30,8 @@ SIZES = {  # L, N, K
 }
 
 
-def coords_of(num_tokens, largest=40, seed=0):
-    return torch.randint(0, largest, (num_tokens, 3), generator=torch.Generator().manual_seed(seed))
-
-
-def build_rope(num_tokens, head_dim, device="cpu", **options):
-    return Rope.build(coords_of(num_tokens), head_dim, BASE, device=device, **options)
-
-
 def rotated(x_LNK, coords_L3, **options):
-    return rope3d(x_LNK, Rope.build(coords_L3, x_LNK.shape[-1], BASE, **options))
+    return rope3d(x_LNK, Rope.build(coords_L3, x_LNK.shape[-1], ROPE_BASE, **options))
 
 
 @pytest.mark.parametrize("head_dim", [*range(6, 66, 2), 72, 80, 96, 104, 112, 128, 192, 256])
@@ -54,7 +48,7 @@ def test_split_of_128_is_that_of_wan():
 
 @pytest.mark.parametrize("shift", [(1, 0, 0), (0, 5, 0), (0, 0, 9), (7, 3, 20), (0.25, 0.5, -3.0)], ids=str)
 def test_rotation_depends_only_on_relative_position(shift):
-    coords = coords_of(10)
+    coords = random_coords(10)
     q, k = normal(10, 2, 24), normal(10, 2, 24, seed=1)
 
     def products(c):
@@ -69,10 +63,10 @@ def test_rotation_depends_only_on_relative_position(shift):
 def test_each_axis_rotates_its_own_pairs(axis, split):
     coords = torch.zeros(1, 3, dtype=torch.int32)
     coords[0, axis] = 3
-    rope = Rope.build(coords, 24, BASE, split)
+    rope = Rope.build(coords, 24, ROPE_BASE, split)
     first, size = sum(rope.split[:axis]) // 2, rope.split[axis]
     expected = torch.zeros(12)
-    expected[first : first + size // 2] = 3 * BASE ** -(torch.arange(0, size, 2) / max(size, 1))
+    expected[first : first + size // 2] = 3 * ROPE_BASE ** -(torch.arange(0, size, 2) / max(size, 1))
     torch.testing.assert_close(rope.rotation[0, 0].angle(), expected)
 
 
@@ -80,7 +74,7 @@ def test_each_axis_rotates_its_own_pairs(axis, split):
 def test_one_step_in_time_rotates_the_first_pair_by_one_radian(backend):
     x = torch.zeros(1, 1, 24, device=TRITON_DEVICE)
     x[..., 0] = 1
-    out = rope3d(x, Rope.build(torch.tensor([[1, 0, 0]]), 24, BASE, device=TRITON_DEVICE), backend).cpu()[0, 0]
+    out = rope3d(x, Rope.build(torch.tensor([[1, 0, 0]]), 24, ROPE_BASE, device=TRITON_DEVICE), backend).cpu()[0, 0]
     torch.testing.assert_close(out[:2], torch.tensor([0.5403023058681398, 0.8414709848078965]), rtol=1e-6, atol=0)
     assert (out[2:] == 0).all()
 
@@ -88,7 +82,9 @@ def test_one_step_in_time_rotates_the_first_pair_by_one_radian(backend):
 @each_backend
 def test_rotation_preserves_length_and_leaves_the_origin_unchanged(backend):
     x = normal(10, 2, 24).float().to(TRITON_DEVICE)
-    far, origin = (Rope.build(c, 24, BASE, device=TRITON_DEVICE) for c in (coords_of(10, 1000), torch.zeros(10, 3)))
+    far, origin = (
+        Rope.build(c, 24, ROPE_BASE, device=TRITON_DEVICE) for c in (random_coords(10, 1000), torch.zeros(10, 3))
+    )
     torch.testing.assert_close(rope3d(x, far, backend).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
     assert torch.equal(rope3d(x, origin, backend), x)
 
@@ -98,7 +94,7 @@ def test_kernel_is_accurate_for_large_angles(far, tolerance):
     """Positive and negative positions, against cos and sin in float64 of the fp32 angle."""
     position = (torch.rand(64, generator=torch.Generator().manual_seed(0)) * 2 - 1) * far
     coords = torch.stack((position, torch.zeros(64), torch.zeros(64)), 1)
-    rope = Rope.build(coords, 64, BASE, (64, 0, 0), device=TRITON_DEVICE)
+    rope = Rope.build(coords, 64, ROPE_BASE, (64, 0, 0), device=TRITON_DEVICE)
     ones = torch.zeros(64, 1, 32, 2)
     ones[..., 0] = 1
     actual = rope3d(ones.flatten(-2).to(TRITON_DEVICE), rope, "triton").cpu().view(64, 32, 2)
@@ -115,7 +111,7 @@ def test_the_ntk_factor_keeps_the_fastest_pair_and_divides_the_frequency_of_the_
 
 def test_the_ntk_factor_equals_a_larger_base():
     scaled = build_rope(1, 24, split=(24, 0, 0), scale=(4, 1, 1)).frequency_P
-    larger = Rope.build(torch.zeros(1, 3), 24, BASE * 4 ** (24 / 22), (24, 0, 0)).frequency_P
+    larger = Rope.build(torch.zeros(1, 3), 24, ROPE_BASE * 4 ** (24 / 22), (24, 0, 0)).frequency_P
     torch.testing.assert_close(scaled, larger)
 
 
@@ -136,7 +132,7 @@ def test_output_and_gradient_equal_the_reference(size, backend, device, dtype):
 @each_variant
 def test_fractional_positions_and_any_split_equal_the_reference(backend, device, dtype):
     coords = torch.rand(9, 3, generator=torch.Generator().manual_seed(0)) * 30 - 10
-    options = 24, BASE, (2, 22, 0), (2.0, 1.5, 1.0)
+    options = 24, ROPE_BASE, (2, 22, 0), (2.0, 1.5, 1.0)
     rope, cpu_rope = Rope.build(coords, *options, device=device), Rope.build(coords, *options)
     x = normal(9, 2, 24)
     assert_agrees(lambda x: rope3d(x, rope, backend), lambda x: rope3d_reference(x, cpu_rope), [x], device, dtype)
@@ -191,7 +187,7 @@ def test_it_compiles_as_one_graph(backend):
 
     compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
     for seed in range(2):  # the second with other angles
-        rope = Rope.build(coords_of(9, seed=seed), 12, BASE, device=TRITON_DEVICE)
+        rope = Rope.build(random_coords(9, seed=seed), 12, ROPE_BASE, device=TRITON_DEVICE)
         actual, expected = (outputs_and_gradients(lambda x, f=f, r=rope: f(x, r), [x]) for f in (compiled, eager))
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -213,17 +209,17 @@ def test_meta_tensors_give_shapes_and_dtypes(backend):
 
 def test_invalid_arguments_raise():
     coords, x = torch.zeros(5, 3), torch.zeros(5, 2, 12)
-    rope = Rope.build(coords, 12, BASE)
+    rope = Rope.build(coords, 12, ROPE_BASE)
     with pytest.raises(ValueError, match=r"coords \(5, 2\) of torch.float32 must be real, \[L, 3\]"):
-        Rope.build(coords[:, :2], 12, BASE)
+        Rope.build(coords[:, :2], 12, ROPE_BASE)
     with pytest.raises(ValueError, match=r"split=\(4, 4, 2\) must be three even numbers that add up to head_dim=12"):
-        Rope.build(coords, 12, BASE, (4, 4, 2))
+        Rope.build(coords, 12, ROPE_BASE, (4, 4, 2))
     with pytest.raises(ValueError, match=r"split=\(3, 3, 6\) must be three even"):
-        Rope.build(coords, 12, BASE, (3, 3, 6))
+        Rope.build(coords, 12, ROPE_BASE, (3, 3, 6))
     with pytest.raises(ValueError, match=r"head_dim=13"):
-        Rope.build(coords, 13, BASE)
+        Rope.build(coords, 13, ROPE_BASE)
     with pytest.raises(ValueError, match=r"scale=\(1.0, 0.0, 1.0\) must be three numbers above 0"):
-        Rope.build(coords, 12, BASE, scale=(1.0, 0.0, 1.0))
+        Rope.build(coords, 12, ROPE_BASE, scale=(1.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="base=0 must be above 0"):
         Rope.build(coords, 12, 0)
     with pytest.raises(ValueError, match=r"x \(4, 2, 12\) must have the 5 tokens of coords \(5, 3\)"):

@@ -79,8 +79,8 @@ def test_pytorch_operators_count_and_views_do_not():
     x, rows_of_x = torch.ones(8, 4), torch.ones(4)
     with Traffic() as traffic:
         y = x.T.contiguous()  # 128 bytes, read and written
-        y[2:].copy_(y[:2])  # 2 x 8 numbers, read and written
-        x += rows_of_x.expand(8, 4)  # read, and 16 bytes of 4 numbers; written
+        y[2:].copy_(y[:2])  # 2 x 8 elements, read and written
+        x += rows_of_x.expand(8, 4)  # x and the 4 elements of 16 bytes are read, x is written
         torch.empty(1000)
     assert traffic.by_argument == {"aten.clone": 256, "aten.copy_": 128, "aten.add_": 128 + 16 + 128}
     with Traffic() as nothing:

@@ -3,7 +3,8 @@
 #
 # In: a Python whose PyTorch sees a GPU (PYTHON), and the wheels of prepare.sh in .whl/ if packages are missing.
 # Out, in $OUT (default benchmarks/results/gpu): stages.jsonl (exit code and seconds of each stage), log.txt,
-# attention.json, kernels.json, profile.json, runs.json, runs.tar.gz (metrics, logs, report of the runs), sample.mp4.
+# attention.json, kernels.json, profile.json, runs.json, runs.tar.gz (metrics, logs, report of the runs), sample.mp4 with
+# its contact sheet.
 #
 #   BUDGET=530     seconds for everything; a stage ends at its own limit or at what remains of the budget
 #   STAGES="..."   of: tests attention bench train profile resume (in this order)
