@@ -54,15 +54,18 @@ class Trainer:
         ]
         store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.checkpoint.keep)
         self.saver = CheckpointSaver(store, saved_fragments, task.is_primary, world.rank, world.barrier)
-        self.layout = {"processes": world.size, **dataclasses.asdict(config.parallel)}
-        self.step, self.saved_layout = self.resume()
+        self.parallel_settings = {"processes": world.size, **dataclasses.asdict(config.parallel)}
+        self.step, self.saved_settings = self.resume()
         on_gpu = world.device.type == "cuda"
-        self.peak_flops_per_s = measure_matmul_flops_per_s(world.device) if on_gpu else None
+        self.matmul_flops_per_s = measure_matmul_flops_per_s(world.device) if on_gpu else None
 
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> None:
-        """Raises StopRequested after a requested stop, NonFiniteError, or what the task raises."""
+        """Trains from the current step to `run.steps` and logs.
+
+        Raises StopRequested after a requested stop, NonFiniteError, or what the task raises.
+        """
         if self.step >= self.config.run.steps:
             return
         with RunLog(self.config, self.world.rank, self.step) as log:
@@ -74,6 +77,7 @@ class Trainer:
             raise StopRequested(f"saved after step {self.step}; the same command resumes from there")
 
     def train(self, log: RunLog) -> None:
+        """The loop over batches, until the last step or a requested stop."""
         stopwatch, config = Stopwatch(self.world.device), self.config
         self.heartbeat(f"the loader, for step {self.step + 1}")
         for batch in self.task.batches():
@@ -94,7 +98,7 @@ class Trainer:
             self.heartbeat(f"the loader, for step {self.step + 1}")
 
     def train_step(self, batch: Any, stopwatch: Stopwatch) -> dict[str, Any]:
-        """One optimizer step; returns a line of metrics.jsonl, over all ranks."""
+        """One optimizer step; returns a line of metrics.jsonl: sums over all ranks, times and memory of this rank."""
         lr = lr_at(self.step, self.config.run.steps, self.config.optim)
         output = self.task.train_step(batch, self.step, lr, stopwatch.lap)
         self.ema.update()
@@ -104,7 +108,7 @@ class Trainer:
         self.check_finite(metrics, output)
         stopwatch.lap("optimizer")
         times = stopwatch.read()
-        peak = self.peak_flops_per_s
+        attainable = self.matmul_flops_per_s
         return {
             "step": self.step + 1,
             "loss": metrics.loss,
@@ -113,13 +117,13 @@ class Trainer:
             "tokens_per_second": metrics.num_tokens / times["step"],
             **metrics.columns,
             **{f"time_{name}": round(seconds, 5) for name, seconds in times.items()},
-            "mfu": totals["flops"] / times["step"] / (peak * self.world.size) if peak else None,
+            "mfu": totals["flops"] / times["step"] / (attainable * self.world.size) if attainable else None,
             "peak_memory_gib": round(peak_memory(self.world.device) / 2**30, 3),
         }
 
     def sum_over_ranks(self, batch: Any, output: StepOutput) -> dict[str, float]:
         """Sums over all ranks, by name: those of the task, FLOPs and stop requests; one all-reduce in fp64."""
-        flops = self.task.flops(batch) if self.peak_flops_per_s else 0.0
+        flops = self.task.flops(batch) if self.matmul_flops_per_s else 0.0
         summands = {**output.sums, "flops": flops, "stop_requested": self.stop_requested()}
         values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in summands.values()])
         return dict(zip(summands, self.world.all_reduce_sum(values).tolist(), strict=True))
@@ -142,25 +146,28 @@ class Trainer:
         info = {"parameters": self.task.num_parameters, **self.task.run_info()}
         log.write_run_info(info, self.world.device, self.world.size)
         log.print(f"from step {self.step} to {self.config.run.steps}")
-        if self.saved_layout != self.layout:
-            saved, now = (" ".join(f"{k}={v}" for k, v in x.items()) for x in (self.saved_layout, self.layout))
-            log.print(f"step {self.step} was saved by {saved}; this launch has {now}")
+        if self.saved_settings != self.parallel_settings:
+            saved, new = (
+                " ".join(f"{k}={v}" for k, v in settings.items())
+                for settings in (self.saved_settings, self.parallel_settings)
+            )
+            log.print(f"step {self.step} was saved by {saved}; this launch has {new}")
 
     # ------------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
         self.heartbeat(f"the save after step {self.step}")
-        state = {"layout": self.layout, "ema_updates": self.ema.updates, "task": self.task.state_dict()}
+        state = {"parallel": self.parallel_settings, "ema_updates": self.ema.updates, "task": self.task.state_dict()}
         self.saver.save(self.step, state)
 
     def resume(self) -> tuple[int, dict[str, Any]]:
-        """Loads the newest checkpoint, if there is one; returns (its step or 0, the layout that saved it)."""
+        """Loads the newest checkpoint, if there is one; returns (its step or 0, the settings that saved it)."""
         state = self.saver.load_newest()
         if self.world.is_main:
             prepare_run_folder(self.config, state["step"] if state is not None else 0)
         self.world.barrier()
         if state is None:
-            return 0, self.layout
+            return 0, self.parallel_settings
         self.task.load_state_dict(state["task"], state["step"])
         self.ema.updates = state["ema_updates"]
-        return state["step"], state["layout"]
+        return state["step"], state["parallel"]

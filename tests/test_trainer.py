@@ -78,7 +78,7 @@ class LinearRegression:
 
     def finish_step(self, batch, output, totals, step):
         self.position += EXAMPLES_PER_STEP
-        return StepMetrics(totals["squared_error"] / output.num_targets, EXAMPLES_PER_STEP, {"position": self.position})
+        return StepMetrics(totals["squared_error"] / output.loss_count, EXAMPLES_PER_STEP, {"position": self.position})
 
     def validate(self):
         return {"loss": float(self.weight.detach().square().sum())} if self.world.is_main else None

@@ -1,4 +1,4 @@
-"""Everything a run logs while it trains.
+"""The logs that the training loop writes.
 
 main process   metrics.jsonl (one line per step), validation.jsonl, wandb, the progress line, run.json
 other ranks    only the ledger, if they record the clips of their batches

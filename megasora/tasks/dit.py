@@ -2,8 +2,8 @@
 
     StepBatch  --add_noise-->  noised shares, target velocities, weights  --engine.train_step-->  AdamW step, losses
 
-All that is drawn is keyed by (seed, step, sample id), and the loss is one sum over the tokens of all ranks divided once
-by their number, so neither the layout of the ranks nor a resume changes a run.
+The objective's random numbers are keyed by (seed, step, sample id), and the loss is one sum over the tokens of all
+ranks, divided once by their number. So neither the layout nor a resume changes a run, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class PackLosses:
 
     def __init__(self, targets: list[Tensor], weights: list[Tensor], num_tokens: int):
         self.targets, self.weights, self.num_tokens = targets, weights, num_tokens
-        self.error_sum = torch.zeros((), dtype=torch.float64)
+        self.error_sum = torch.zeros((), dtype=torch.float64, device=weights[0].device)
 
     def __call__(self, prediction: Tensor, index: int) -> Tensor:
         """This rank's part of the global mean, scalar with gradient. `index`: of the pack in the step."""
         error = velocity_error(prediction, self.targets[index], self.weights[index]).squared_error_sum
-        self.error_sum += error.detach().double().cpu()
+        self.error_sum += error.detach().double()
         return error / self.num_tokens
 
 
@@ -135,7 +135,7 @@ class DiTTask:
         shares = [share.to(self.world.device) for share in batch.shares]
         noised, targets, weights = map(list, zip(*(self.objective.add_noise(s, step) for s in shares), strict=True))
         if self.config.run.debug_parallel and step % self.config.run.debug_every == 0:
-            self.check_replicas(batch.packs, noised, step)
+            self.check_consistency(batch.packs, noised, step)
         local_tokens = torch.tensor(sum(int(weight.sum()) for weight in weights), device=self.world.device)
         num_tokens = int(all_reduce_sum(local_tokens, self.mesh.data_context))
         lap("data")
@@ -150,7 +150,7 @@ class DiTTask:
 
     def finish_step(self, batch: StepBatch, output: StepOutput, totals: dict[str, float], step: int) -> StepMetrics:
         # every tensor rank has computed the error of all tokens of its packs
-        loss = totals["squared_error"] / self.mesh.tensor.size / output.num_targets
+        loss = totals["squared_error"] / self.mesh.tensor.size / output.loss_count
         if totals["damaged_clips"] > 0:
             self.record_damaged_clips(batch, step)
         self.cursor = batch.next_cursor
@@ -172,7 +172,7 @@ class DiTTask:
         by_rank = self.world.broadcast_object(by_rank)
         self.damage.register([clip for rank in by_rank for clip in rank])
 
-    def check_replicas(self, packs: list[VideoBatch], noised: list[VideoBatch], step: int) -> None:
+    def check_consistency(self, packs: list[VideoBatch], noised: list[VideoBatch], step: int) -> None:
         """Raises MegaSoraError on all ranks if packs or parameters that must be equal on several ranks differ."""
         mesh, engine = self.mesh, self.engine
         check_packs(packs, (mesh.tensor, mesh.context, mesh.pipeline), self.world, step)

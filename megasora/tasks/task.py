@@ -23,7 +23,7 @@ class StepOutput(NamedTuple):
     """What `Task.train_step` returns on one rank."""
 
     grad_norm: float  # global norm before clipping, equal on all ranks
-    num_targets: int  # elements that the loss is a mean of, over all ranks
+    loss_count: int  # number of elements that the loss is a mean of, over all ranks; for `finish_step`
     sums: dict[str, Tensor | float]  # this rank's summands, with the same keys on all ranks; the loop adds them up
 
 
@@ -36,7 +36,7 @@ class StepMetrics(NamedTuple):
 
 
 class Task(Protocol):
-    """A model under training with its data. The loop calls each method on all ranks, in the same order."""
+    """What a run trains: model, optimizer, objective and data. Each method is called on all ranks, in one order."""
 
     num_parameters: int  # of the full model
 
@@ -44,7 +44,7 @@ class Task(Protocol):
         """What run.json says of the model and the data; `tokens_per_step`, `clips` and `layout` are also printed."""
 
     def fragments(self) -> list[Fragment]:
-        """This rank's live fp32 weights and moments: what a checkpoint saves and loads, and the EMA follows."""
+        """This rank's live fp32 weights and moments: what a checkpoint saves and loads, and the EMA averages."""
 
     def is_primary(self, fragment: Fragment) -> bool:
         """Whether this rank saves the fragment; of replicas on several ranks, exactly one is primary."""

@@ -278,7 +278,7 @@ def train_steps(config: Config, steps: int = STEPS) -> dict | None:
         output = task.train_step(build_step_batch(config, mesh), step, lr, lambda phase: None)
         norms.append(output.grad_norm)
         error_sum = float(world.all_reduce_sum(output.sums["squared_error"]))
-        losses.append(error_sum / mesh.tensor.size / output.num_targets)
+        losses.append(error_sum / mesh.tensor.size / output.loss_count)
         if step == 0:
             exp_avg = gather_full_tensors(engine, world, "exp_avg")
         is_partitioned = config.parallel.zero_stage == 3

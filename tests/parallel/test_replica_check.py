@@ -223,11 +223,11 @@ def train_with_check(settings, broken):
     checked = []
 
     class CheckedTask(DiTTask):
-        def check_replicas(self, packs, noised, step):
+        def check_consistency(self, packs, noised, step):
             checked.append(step)
             if broken is not None and step == 1 and self.world.rank == 1:
                 flip_a_bit(self.engine.parameters[broken])
-            super().check_replicas(packs, noised, step)
+            super().check_consistency(packs, noised, step)
 
     config = load(None, settings)
     world = World(dist.get_rank(), 2, dist.get_rank(), 2, torch.device("cpu"))
