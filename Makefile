@@ -15,7 +15,7 @@ help:
 	@echo "make install     make .venv and install MegaSora in it, editable (every other target does this first)"
 	@echo "make demo        clips -> shards -> training on 2 processes -> a video -> runs/demo/report.html, in 10 minutes"
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
-	@echo "make test        the test suite, in a process a core, 4 at most; GPU tests skip where there is no GPU"
+	@echo "make test        the test suite, one process per core, at most 4; GPU tests skip where there is no GPU"
 	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data -> benchmarks/results/, 12 minutes"
 	@echo "make gpu         on a machine with a GPU: kernel tests, attention, benchmarks, training, profile, resume, in 9 minutes"
 	@echo "                 -> benchmarks/results/gpu/; PYTHON=python3 takes a python that has PyTorch for CUDA, and installs"
@@ -35,7 +35,7 @@ $(INSTALLED): setup.py constraints.txt
 
 # The demo: the five commands of the README. Each makes one file or folder, so that what is complete is not done again;
 # to redo from some step on, delete what it made: data/clips, data/shards, runs/demo, runs/demo/sample.mp4,
-# runs/demo/report.html. Training that was interrupted goes on from its last checkpoint.
+# runs/demo/report.html. Training that was interrupted resumes from its last checkpoint.
 
 demo: runs/demo/report.html
 	@echo "==> done: open runs/demo/report.html"
@@ -43,7 +43,7 @@ demo: runs/demo/report.html
 demo-long: runs/demo-long/report.html
 	@echo "==> done: open runs/demo-long/report.html"
 
-# Rendered under another name, so that a folder named data/clips is a whole one.
+# Rendered under another name, so that a folder named data/clips is complete.
 data/clips: | $(INSTALLED)
 	@echo "==> rendering captioned clips into data/clips"
 	@rm -rf data/.clips

@@ -137,7 +137,7 @@ def sum_gradients(local: LocalModel, mesh: Mesh) -> None:
         parameter.grad.copy_(part.view_as(parameter))
     for name, parameter in named.items():
         for axis in local.placements[name].partial_axes:
-            dist.all_reduce(parameter.grad, group=getattr(mesh, axis).group)
+            dist.all_reduce(parameter.grad, group=mesh.axis(axis).group)
 
 
 def gradient_norm(local: LocalModel, mesh: Mesh) -> float:

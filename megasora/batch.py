@@ -2,7 +2,7 @@
 
 A pack always has `L` tokens. Its segments (clips) are contiguous and start at token 0; the tokens after the last
 segment are padding, which attends to nothing and has no loss. A segment consists of whole rows: a row is a range of
-tokens with one noise level. Tokens of a clip are in time-major order, so that the tokens of a latent frame are
+tokens with one timestep. Tokens of a clip are in time-major order, so that the tokens of a latent frame are
 contiguous. A segment may hold less than its clip (a part of a long clip, or what token dropping leaves of it):
 `positions_L` gives the index of each token in its clip.
 
@@ -62,10 +62,10 @@ class VideoBatch:
 
     def to(self, device: torch.device | str) -> VideoBatch:
         """Moves what the model computes with to `device`; what plans are made from stays on the CPU."""
-        moved = (
+        fields = (
             "patches_LP", "coords_L3", "timesteps_R", "row_segment_R", "text_SE", "drop_text_G", "native_size_G4",
         )  # fmt: skip
-        return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in moved})
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in fields})
 
 
 def segment_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

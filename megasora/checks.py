@@ -34,7 +34,7 @@ def check_run(config: Config) -> None:
 
 
 def check_run_folder(config: Config) -> None:
-    """A run folder belongs to one configuration, but for the keys of MUTABLE_ON_RESUME."""
+    """A run folder belongs to one configuration, except for the keys of MUTABLE_ON_RESUME."""
     saved = Path(config.run.dir) / "config.yaml"
     if not saved.is_file():
         return

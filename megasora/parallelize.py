@@ -1,5 +1,5 @@
 """Builds the parallel model: applies tensor, context and pipeline parallelism to `VideoDiT` and wraps it in a
-`ZeroEngine`. The only module that imports both `megasora.model` and `megasora.parallel`.
+`ZeroEngine`. The only file that imports both the model's modules and `megasora.parallel`.
 
 The model is built on the meta device, reduced to this rank's stages, and its linears are replaced by sharded ones. Then
 memory is allocated and each weight initialised from a seed of its own (megasora.model.init). So a rank never holds more
@@ -59,7 +59,7 @@ NO_WEIGHT_DECAY = ("patch_in.*", "patch_out.*", "*.table")  # and all vectors: t
 
 @dataclass(frozen=True)
 class LocalModel:
-    """The part of the model that one rank holds."""
+    """The pipeline stages of one rank, with its local tensors."""
 
     stages: dict[int, VideoDiT]  # by stage number; without a pipeline stage 0 only
     placements: dict[str, Placement]  # of the stages' parameters, by name
@@ -71,7 +71,7 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
     local, dtype = build_local_model(config, world.device, mesh), compute_dtype(config, world.device)
     engine = ZeroEngine(local.stages, local.placements, uses_weight_decay, config, world, mesh, dtype, local.attention)
     if mesh.pipeline.is_split:
-        accumulate_grads = engine.accumulate_grads
+        accumulate_grads = engine.zero.accumulate_grads
         engine.pipeline = build_pipeline(local.stages, config, mesh, world.device, dtype, accumulate_grads)
     return engine
 
@@ -200,7 +200,7 @@ def open_weights(path: Path) -> tuple[dict[str, torch.Size], Callable[[str], Ten
 def load_local_weights(
     stage: VideoDiT, placements: dict[str, Placement], axis: Axis, weight_of: Callable[[str, torch.Size], Tensor]
 ) -> None:
-    """Fills a stage: makes each full weight in turn and keeps this rank's local tensor of it."""
+    """Fills a stage: makes the full weights one at a time and keeps this rank's local tensor of it."""
     for name, parameter in stage.named_parameters():
         placement = placements[name]
         full = weight_of(name, placement.full_shape(parameter.shape, axis.size))

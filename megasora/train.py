@@ -105,7 +105,7 @@ def train(config: Config, stop: StopSignal) -> None:
 @contextmanager
 def lock_run_folder(run: Path, world: World) -> Iterator[None]:
     """The main process locks the run folder; raises MegaSoraError on all ranks if another launch holds the lock."""
-    from megasora.files import locked
+    from megasora.locks import locked
 
     with ExitStack() as locks:
         problem = None

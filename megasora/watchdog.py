@@ -1,6 +1,6 @@
 """Watchdog: a thread that ends its process if the training loop sends no heartbeat for too long.
 
-A rank that waits in a collective cannot be told from the rank that is stuck, so every rank writes what it is doing:
+A rank that waits in a collective looks like the rank that is stuck, so every rank writes what it is doing:
 
     RUN/logs/hang-00003   the current activity of rank 3, written at its timeout; a stopped or dead process writes none
 

@@ -76,7 +76,7 @@ def test_a_profile_counts_overlapping_kernels_once_and_finds_the_gap(load_tool, 
     summary = profile_steps.summarize(trace, 2)
     assert summary["step_ms"] == 0.5 and summary["busy_fraction"] == 0.4 and summary["launches_per_step"] == 1.5
     assert {kind: figures["ms_per_step"] for kind, figures in summary["kinds"].items()} == {
-        "ours (Triton)": 0.125, "matrix product": 0.05, "attention": 0.05,
+        "Triton kernels of MegaSora": 0.125, "matrix product": 0.05, "attention": 0.05,
     }  # fmt: skip
     (gap,) = summary["gaps"]
     assert (gap["us"], gap["after"], gap["before"]) == (600, "flash_fwd", "forward_kernel")

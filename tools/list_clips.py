@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megasora.config import load
 from megasora.errors import MegaSoraError
-from megasora.files import write_whole
+from megasora.files import write_text_atomic
 from megasora.ingest.duplicates import DuplicateIndex
 from megasora.ingest.pool import WorkerPool
 from megasora.ingest.sources import ClipSource, find_clips
@@ -59,7 +59,7 @@ def list_clips(options: argparse.Namespace) -> tuple[int, int]:
             num_duplicates += 1
         else:
             lines.append(line_of(clip, folder))
-    write_whole(options.out, "".join(lines))
+    write_text_atomic(options.out, "".join(lines))
     return len(lines), num_duplicates
 
 

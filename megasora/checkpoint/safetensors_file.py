@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megasora.errors import MegaSoraError
-from megasora.files import whole_file
+from megasora.files import atomic_writer
 
 MAX_HEADER_BYTES = 1 << 30
 
@@ -31,7 +31,7 @@ def write_tensors(
     on_written: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Calls `value_of` once per tensor, in the order of `shapes`, and `on_written(bytes)` after each is written."""
-    with whole_file(path) as file:
+    with atomic_writer(path) as file:
         file.write(build_header(shapes, metadata))
         for name, shape in shapes.items():
             value = value_of(name).detach()

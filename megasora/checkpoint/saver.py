@@ -13,7 +13,7 @@ from typing import Any
 
 from megasora.checkpoint.sharded import ShardedCheckpoint, write_fragments
 from megasora.checkpoint.store import CheckpointStore, remove_incomplete, verify_checksums
-from megasora.files import write_whole
+from megasora.files import write_text_atomic
 from megasora.fragment import Fragment
 
 STATE_FILE = "state.json"
@@ -47,7 +47,7 @@ class CheckpointSaver:
         write_fragments(staging, self.rank, [f for f in self.fragments if self.is_primary(f)])
         self.barrier()
         if is_main:
-            write_whole(staging / STATE_FILE, json.dumps({"step": step, **state}) + "\n")
+            write_text_atomic(staging / STATE_FILE, json.dumps({"step": step, **state}) + "\n")
             self.store.commit(step)
         self.barrier()
 

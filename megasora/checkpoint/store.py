@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 from megasora.errors import MegaSoraError
-from megasora.files import sync, write_whole
+from megasora.files import sync, write_text_atomic
 
 LATEST, MANIFEST = "latest", "manifest.json"
 
@@ -51,13 +51,13 @@ class CheckpointStore:
         for file in sorted(p for p in staging.rglob("*") if p.is_file()):
             files[file.relative_to(staging).as_posix()] = [file.stat().st_size, sha256(file)]
             sync(file)
-        write_whole(staging / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
+        write_text_atomic(staging / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
         for folder in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
             sync(folder)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
         sync(self.folder)
-        write_whole(self.folder / LATEST, final.name + "\n")
+        write_text_atomic(self.folder / LATEST, final.name + "\n")
         for old in [p for p in self.complete() if p.name <= final.name][: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return final

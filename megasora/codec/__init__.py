@@ -2,7 +2,7 @@
 
 A codec has `encode`, `decode`, `fingerprint`, `factors`, `channels`, `latent_frames` and `num_frames`; a new one is
 added to `build_codec`. Its stream encoder is what ingest runs: `encode(frames)` takes frames [H, W, 3] one by one and
-yields latent frames [H/ph, W/pw, C], the same bits as `encode` of the whole clip; `build_stream_encoder` makes one
+yields latent frames [H/ph, W/pw, C], the same bits as `encode` of the whole clip; `build_frame_encoder` makes one
 without torch.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megasora.codec.dct import DCTCodec
-    from megasora.codec.dct_encoder import DCTStreamEncoder
+    from megasora.codec.dct_encoder import DCTEncoder
     from megasora.config import CodecConfig
 
 
@@ -22,7 +22,7 @@ def build_codec(config: CodecConfig) -> DCTCodec:
     return DCTCodec(config)
 
 
-def build_stream_encoder(config: CodecConfig) -> DCTStreamEncoder:
-    from megasora.codec.dct_encoder import DCTStreamEncoder
+def build_frame_encoder(config: CodecConfig) -> DCTEncoder:
+    from megasora.codec.dct_encoder import DCTEncoder
 
-    return DCTStreamEncoder(config)
+    return DCTEncoder(config)

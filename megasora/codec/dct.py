@@ -18,7 +18,7 @@ from megasora.codec.dct_encoder import (
     LEVEL,
     POWER,
     SLOPE,
-    DCTStreamEncoder,
+    DCTEncoder,
     dct_basis,
     select_coefficients,
 )
@@ -31,7 +31,7 @@ class DCTCodec:
     def __init__(self, config: CodecConfig):
         self.factors = tuple(config.factors)
         self.channels = config.channels
-        self.stream_encoder = DCTStreamEncoder(config)
+        self.frame_encoder = DCTEncoder(config)
         coefficients, scale = select_coefficients(config)
         vectors = [dct_basis(n)[index] for n, index in zip((3, *self.factors), coefficients.T, strict=True)]
         basis = np.einsum("kc,kt,kh,kw->kcthw", *vectors).reshape(self.channels, -1)
@@ -58,7 +58,7 @@ class DCTCodec:
         Raises MegaSoraError where height or width is not a multiple of the factors: see `data.patches.pad_frames`.
         """
         frames = frames_TCHW.detach().permute(0, 2, 3, 1).to("cpu", torch.float32).contiguous().numpy()
-        latents = torch.from_numpy(np.stack(list(self.stream_encoder.encode(frames))))
+        latents = torch.from_numpy(np.stack(list(self.frame_encoder.encode(frames))))
         return latents.permute(3, 0, 1, 2).contiguous().to(frames_TCHW)
 
     def decode(self, latents_CTHW: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def select_coefficients(config: CodecConfig) -> tuple[np.ndarray, np.ndarray]:
     return indices[order], scale
 
 
-class DCTStreamEncoder:
+class DCTEncoder:
     """Encodes frames one by one: the first frame is one latent frame, then every `factors[0]` frames are one."""
 
     def __init__(self, config: CodecConfig):
@@ -113,7 +113,7 @@ class DCTStreamEncoder:
 class FrameBuffers:
     """Buffers for frames of one size, allocated once per clip."""
 
-    def __init__(self, encoder: DCTStreamEncoder, frame: np.ndarray):
+    def __init__(self, encoder: DCTEncoder, frame: np.ndarray):
         pt, ph, pw = encoder.factors
         height, width, _ = self.frame_shape = frame.shape
         if height % ph or width % pw:

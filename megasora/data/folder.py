@@ -5,7 +5,7 @@
 
 A folder is defined by its address, so it can be pickled. An address is never a command: urls of a single file system
 are accepted, `pipe:` and chained urls (`a::b`) are errors. While a read waits for the disk or the server, the folder
-releases its `run_lock`, if the reading thread holds it.
+releases its `reader_lock`, if the reading thread holds it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megasora.data.run_lock import RunLock
+from megasora.data.reader_lock import ReaderLock
 from megasora.errors import MegaSoraError
 
 MAX_OPEN_FILES = 128  # per folder
 
 
 def open_folder(
-    address: str | Path | LocalFolder | RemoteFolder, run_lock: RunLock | None = None
+    address: str | Path | LocalFolder | RemoteFolder, reader_lock: ReaderLock | None = None
 ) -> LocalFolder | RemoteFolder:
     """A folder by its path or url; a folder that is open already is returned as it is. Raises MegaSoraError.
 
-    `run_lock`: the lock that reader threads hold, to be released while a read waits.
+    `reader_lock`: the lock that reader threads hold, to be released while a read waits.
     """
     if isinstance(address, (LocalFolder, RemoteFolder)):
         return address
@@ -39,7 +39,7 @@ def open_folder(
             f"{text}: pipes and chained urls are not read; give a folder or a url such as s3://bucket/x"
         )
     is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text)
-    return RemoteFolder(text, run_lock) if is_url else LocalFolder(Path(text), run_lock)
+    return RemoteFolder(text, reader_lock) if is_url else LocalFolder(Path(text), reader_lock)
 
 
 class Descriptor:
@@ -56,8 +56,8 @@ class Descriptor:
 class LocalFolder:
     """A folder of a file system that is mounted here."""
 
-    def __init__(self, path: Path, run_lock: RunLock | None = None):
-        self.path, self.run_lock = path, run_lock or RunLock()
+    def __init__(self, path: Path, reader_lock: ReaderLock | None = None):
+        self.path, self.reader_lock = path, reader_lock or ReaderLock()
         self.descriptor = lru_cache(MAX_OPEN_FILES)(lambda name: Descriptor(path / name))
 
     def __reduce__(self):
@@ -77,13 +77,13 @@ class LocalFolder:
         """Fills byte buffers one after the other from byte `offset` of a file on.
 
         Returns the number of bytes read, which is less than the size of the buffers only at the end of the file. Bytes
-        in the page cache are read at once; for the others, the run lock is released.
+        in the page cache are read at once; for the others, the reader lock is released.
         """
         descriptor = self.descriptor(name)
         done = read_cached(descriptor, offset, buffers)
         buffers = remaining_buffers(buffers, done)
         if buffers:
-            with self.run_lock.released():
+            with self.reader_lock.released():
                 while buffers and (count := os.preadv(descriptor.fd, buffers, offset + done)):  # at most 2 GiB per call
                     done += count
                     buffers = remaining_buffers(buffers, count)
@@ -98,7 +98,7 @@ class LocalFolder:
 
 
 def read_cached(descriptor: Descriptor, offset: int, buffers: Sequence[memoryview]) -> int:
-    """Reads what it can without waiting for the disk. Returns the bytes read; 0 if the file system cannot tell."""
+    """Reads what it can without waiting for the disk. Returns the bytes read; 0 if the file system does not support it."""
     try:
         return os.preadv(descriptor.fd, buffers, offset, os.RWF_NOWAIT)
     except OSError as error:
@@ -119,10 +119,10 @@ def remaining_buffers(buffers: Sequence[memoryview], count: int) -> Sequence[mem
 class RemoteFolder:
     """A folder of a file system that fsspec opens, such as an object store. Same methods as LocalFolder."""
 
-    def __init__(self, url: str, run_lock: RunLock | None = None):
+    def __init__(self, url: str, reader_lock: ReaderLock | None = None):
         import fsspec
 
-        self.url, self.run_lock = url.rstrip("/"), run_lock or RunLock()
+        self.url, self.reader_lock = url.rstrip("/"), reader_lock or ReaderLock()
         try:
             self.system, self.root = fsspec.core.url_to_fs(self.url)
         except (ValueError, ImportError) as error:
@@ -146,7 +146,7 @@ class RemoteFolder:
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         end = offset + sum(len(buffer) for buffer in buffers)
-        with self.run_lock.released():
+        with self.reader_lock.released():
             data, done = memoryview(self.system.cat_file(f"{self.root}/{name}", start=offset, end=end)), 0
         for buffer in buffers:
             part = data[done : done + len(buffer)]

@@ -41,7 +41,7 @@ class StepBatch:
     """The packs of one optimizer step on this rank, and the position of the loader after it."""
 
     packs: list[VideoBatch]  # whole packs
-    shares: list[VideoBatch]  # of each pack, the part that this rank computes
+    shares: list[VideoBatch]  # of each pack, what this rank computes
     real_tokens: int  # of all ranks, without padding, as planned
     dropped_fraction: float  # of the tokens of their clips, by token dropping
     next_cursor: Cursor
@@ -66,7 +66,7 @@ class PackLoader:
         """`encode_caption`: caption -> [S, E]; None: the text features that ingest stored.
 
         `attention_break_even_tokens`: see PackingPlan. `data_rank` of `data_size`: of the data axis. `share`: from a
-        pack to the part of it that this rank computes; called while reading ahead. Raises MegaSoraError if `data_size`
+        pack to its share on this rank; called while reading ahead. Raises MegaSoraError if `data_size`
         does not divide the packs of a step.
         """
         self.mixture, self.config, self.seed, self.encode_caption = mixture, config, seed, encode_caption
@@ -130,7 +130,7 @@ class PackLoader:
             readers.join(self.config.read_timeout_seconds)
 
     def start_readers(self) -> ReaderPool:
-        return ReaderPool(self.read_pack, self.config.reader_threads, self.mixture.run_lock)
+        return ReaderPool(self.read_pack, self.config.reader_threads, self.mixture.reader_lock)
 
     def read_steps(self, readers: ReaderPool) -> Iterator[StepBatch]:
         """Submits so many steps ahead that each reader thread has a pack, and yields them in order."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from megasora.config import DataConfig
 from megasora.data.folder import open_folder
 from megasora.data.pack import Record
-from megasora.data.run_lock import RunLock
+from megasora.data.reader_lock import ReaderLock
 from megasora.data.shard_format import Manifest
 from megasora.data.shard_reader import ShardSplit
 from megasora.errors import MegaSoraError
@@ -40,12 +40,12 @@ def open_mixture(config: DataConfig, split: str) -> Mixture:
     """
     folders, weights = (config.mixture, config.mixture_weights) if config.mixture else ([config.shards], [1.0])
     strict = split != "train" or config.max_damaged_fraction == 0
-    run_lock = RunLock()
-    datasets = [ShardSplit.open(open_folder(folder, run_lock), split, strict) for folder in folders]
+    reader_lock = ReaderLock()
+    datasets = [ShardSplit.open(open_folder(folder, reader_lock), split, strict) for folder in folders]
     for dataset in datasets:
         if split == "train" and not len(dataset):
             raise MegaSoraError(f"{dataset.folder} has no clip in its train split; ingest some, or leave it out")
-    return Mixture(datasets, weights, config.tokens_per_pack, config.split_long, run_lock)
+    return Mixture(datasets, weights, config.tokens_per_pack, config.split_long, reader_lock)
 
 
 class Mixture:
@@ -61,14 +61,14 @@ class Mixture:
         weights: Sequence[float],
         tokens_per_pack: int,
         split_long: bool,
-        run_lock: RunLock | None = None,
+        reader_lock: ReaderLock | None = None,
     ):
-        """`run_lock`: of the folders of all datasets; reader threads must hold it (`ReaderPool`).
+        """`reader_lock`: of the folders of all datasets; reader threads must hold it (`ReaderPool`).
 
         Raises MegaSoraError if the datasets were made with different settings, or a clip has more than
         `tokens_per_pack` tokens and must not or cannot be split.
         """
-        self.datasets, self.weights, self.run_lock = list(datasets), list(weights), run_lock or RunLock()
+        self.datasets, self.weights, self.reader_lock = list(datasets), list(weights), reader_lock or ReaderLock()
         check_equal_settings(self.datasets)
         # the dtype of patches in packs: the smallest that holds those of all datasets exactly
         self.dtype = functools.reduce(torch.promote_types, (dataset.dtype for dataset in self.datasets))

@@ -2,8 +2,8 @@
 
     for each epoch:
         order   = clips of all datasets in proportion to their weights; each dataset runs through permutations of itself
-        windows = the order divided into equal windows of about `packing_window` clips at most
-                  (long clips: sorted by length, in groups of packs_per_step; each group goes to one random window)
+        windows = ceil(clips / packing_window) windows: clips of at most half a pack, divided evenly, in order;
+                  clips of more than half a pack: sorted by length, in groups of packs_per_step, each in a random window
         for each window:
             packs = bin packing of its clips                             packing.py, long_clips.py
             steps = packs sorted by cost, divided into steps of packs_per_step, the steps in random order
@@ -12,16 +12,20 @@
 - Order: an epoch has as many clips as all datasets together. A dataset resumes in the next epoch where it stopped in
   this one: alone, it is seen exactly once per epoch; in a mixture, at the end of an epoch any two of its clips have
   been seen equally often, or one of them once more.
-- Windows are packed independently, so that the plan of any point of an epoch is available at once, however long the
-  epoch is. The price is about one pack per window that is not full. Clips of more than half a pack are few, and no two
-  fit into a pack: grouped by length, those of one step have nearly the same cost.
-- A clip counts with the tokens that token dropping leaves it in that window (token_drop.py; by default, all).
+- Windows are packed independently, so a run can start in any window without packing those before it. This costs about
+  one underfilled pack per window. No two clips of more than half a pack fit into one, so they are grouped by length:
+  the packs of a group cost nearly the same.
+- Packing and cost use the token counts after token dropping in that window (token_drop.py); the assignment to windows
+  uses all tokens.
 - Costs: a clip of l tokens costs l (a + l), in tokens squared, where a = `attention_break_even_tokens`. Packing gives
   most packs of a window the same cost (long_clips.py); the longest clips make the others more expensive.
 - Steps continue across the ends of windows and epochs. A step that does so takes packs of medium cost from both sides.
 - Assignment to ranks comes last, so the number of ranks does not change what a step trains on.
 
-Everything is a pure function of (seed, epoch, window), so the state of the plan is a `Cursor`.
+The packs of a window are a pure function of (seed, epoch, window); their order also of `step_offset`, which follows
+from the cursor. So the state of the plan is a `Cursor`.
+
+Letters: `I` clips (of all datasets, an epoch or a window), `B` packs of a window.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from megasora.data.packing import Packs, pack_clips
 from megasora.data.shuffle import GROUPS, INTERLEAVE, ORDER, STEPS, permutation
 from megasora.data.token_drop import drop_fraction_at, kept_token_counts
 
-UNDERFULL_SLACK_DIVISOR = 64  # a pack with at least tokens_per_pack / 64 free tokens is not full
+UNDERFILLED_DIVISOR = 64  # a pack with at least tokens_per_pack / 64 free tokens is underfilled
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,10 @@ class Cursor:
 class PlannedPack(NamedTuple):
     """The clips of one pack, before they are read."""
 
-    clips: np.ndarray  # int64: indices of clips, counted through all datasets
-    tokens: np.ndarray  # int64: how many tokens of each clip are kept
+    clips: np.ndarray  # int64: global clip indices: datasets concatenated
+    tokens: np.ndarray  # int64: tokens of each clip after token dropping
     cost: int  # tokens squared: sum of l (a + l)
-    epoch: int  # which tokens are kept is drawn again in each epoch
+    epoch: int  # of its clips; part of the key that selects the kept tokens
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Window:
     """A packed window: its packs, and the order in which steps use them."""
 
     packs: Packs
-    tokens: np.ndarray  # int64: kept tokens of each clip, in the order of `packs.clip_I`
+    tokens: np.ndarray  # int64: tokens of each clip after token dropping, in the order of `packs.clip_I`
     cu_packs: list[int]  # pack b has the clips cu_packs[b] to cu_packs[b + 1]
     costs: list[int]  # of each pack, in tokens squared
     order: list[int]  # pack indices
@@ -146,25 +150,25 @@ class PackingPlan:
             tokens_I = self.token_counts(epoch, window)
             packs = self.pack_window(epoch, window)
             costs_B = packs.sums(tokens_I * (self.break_even_tokens + tokens_I))
-            full_B = packs.sums(tokens_I) > self.tokens_per_pack - self.tokens_per_pack // UNDERFULL_SLACK_DIVISOR
-            order = order_packs(costs_B, full_B, self.packs_per_step, step_offset, self.seed, epoch, window)
+            is_filled_B = packs.sums(tokens_I) > self.tokens_per_pack - self.tokens_per_pack // UNDERFILLED_DIVISOR
+            order = order_packs(costs_B, is_filled_B, self.packs_per_step, step_offset, self.seed, epoch, window)
             ordered = Window(packs, tokens_I[packs.clip_I], packs.cu_packs.tolist(), costs_B.tolist(), order.tolist())
             self._window_cache = (epoch, window, step_offset), ordered
         return self._window_cache[1]
 
     def pack_window(self, epoch: int, window: int) -> Packs:
-        """The packs of a window; clips are counted through all datasets."""
+        """The packs of a window, of global clip indices."""
         clip_I = self.window_clips(epoch)[window]
         packs = pack_clips(self.token_counts(epoch, window)[clip_I], self.tokens_per_pack, self.packs_per_step)
         return Packs(clip_I[packs.clip_I], packs.cu_packs)
 
     def token_counts(self, epoch: int, window: int) -> np.ndarray:
-        """int64 [I]: how many tokens of each clip of all datasets are kept in a window."""
+        """int64 [I]: tokens of each clip of all datasets after token dropping in a window."""
         fraction = drop_fraction_at(self.token_drop, epoch + window / self.num_windows)
         return kept_token_counts(self.tokens_I, fraction) if fraction else self.tokens_I
 
     def window_clips(self, epoch: int) -> list[np.ndarray]:
-        """int64, per window: the clips of an epoch, in order."""
+        """Per window, int64: global indices of its clips."""
         if self._epoch_cache is None or self._epoch_cache[0] != epoch:
             clip_I = self.epoch_order(epoch)
             window_I = self.window_of_clips(epoch, clip_I)
@@ -172,20 +176,20 @@ class PackingPlan:
         return self._epoch_cache[1]
 
     def window_of_clips(self, epoch: int, clip_I: np.ndarray) -> np.ndarray:
-        """int64: the window of each clip of an epoch."""
+        """int64 [I]: the window of each clip `clip_I` of an epoch."""
         tokens_I = self.tokens_I[clip_I]
-        is_long_I = tokens_I > self.tokens_per_pack // 2
-        num_others, window_I = np.count_nonzero(~is_long_I), np.empty_like(clip_I)
-        window_I[~is_long_I] = np.arange(num_others) * self.num_windows // max(num_others, 1)
-        long = np.flatnonzero(is_long_I)
-        long = long[np.argsort(-tokens_I[long], kind="stable")]
-        num_groups = -(-len(long) // self.packs_per_step)
+        is_over_half_I = tokens_I > self.tokens_per_pack // 2
+        num_rest, window_I = np.count_nonzero(~is_over_half_I), np.empty_like(clip_I)
+        window_I[~is_over_half_I] = np.arange(num_rest) * self.num_windows // max(num_rest, 1)
+        over_half = np.flatnonzero(is_over_half_I)
+        over_half = over_half[np.argsort(-tokens_I[over_half], kind="stable")]
+        num_groups = -(-len(over_half) // self.packs_per_step)
         window_of_group = permutation(num_groups, self.seed, GROUPS, epoch) % self.num_windows
-        window_I[long] = np.repeat(window_of_group, self.packs_per_step)[: len(long)]
+        window_I[over_half] = np.repeat(window_of_group, self.packs_per_step)[: len(over_half)]
         return window_I
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """int64: the clips of an epoch, in order, counted through all datasets."""
+        """int64 [I]: global indices of the clips of an epoch, in order."""
         dataset_I = np.repeat(np.arange(len(self.dataset_sizes)), self.clips_per_epoch)
         if len(self.dataset_sizes) > 1:
             dataset_I = dataset_I[permutation(len(dataset_I), self.seed, INTERLEAVE, epoch)]
@@ -203,15 +207,21 @@ class PackingPlan:
 
 
 def order_packs(
-    costs_B: np.ndarray, full_B: np.ndarray, packs_per_step: int, step_offset: int, seed: int, epoch: int, window: int
+    costs_B: np.ndarray,
+    is_filled_B: np.ndarray,
+    packs_per_step: int,
+    step_offset: int,
+    seed: int,
+    epoch: int,
+    window: int,
 ) -> np.ndarray:
     """int64 [B]: the order in which the packs of a window are used. Its own steps begin at index `step_offset`.
 
     Packs before the first and after the last of these steps, of medium cost, belong to steps shared with neighbouring
-    windows. The few packs that are not full and cheaper than all full ones go into different steps.
+    windows. The few underfilled packs that are cheaper than all filled ones go into different steps.
     """
     by_cost = np.argsort(costs_B, kind="stable")
-    num_cheap = int(np.argmax(np.append(full_B[by_cost], True)))
+    num_cheap = int(np.argmax(np.append(is_filled_B[by_cost], True)))
     if num_cheap < packs_per_step:
         indices = np.minimum(np.arange(num_cheap) * (packs_per_step - 1), len(by_cost) - num_cheap)
         by_cost = np.insert(by_cost[num_cheap:], indices, by_cost[:num_cheap])
@@ -225,7 +235,7 @@ def order_packs(
 
 
 def clips_per_epoch(dataset_sizes: list[int], weights: list[float]) -> list[int]:
-    """How many clips of each dataset an epoch has; about as many in all as the datasets, at least one of each."""
+    """Clips of each dataset in an epoch, at least one; together about as many as all datasets have."""
     if len(dataset_sizes) == 1:
         return list(dataset_sizes)
     return [max(1, round(sum(dataset_sizes) * weight / sum(weights))) for weight in weights]

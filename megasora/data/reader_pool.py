@@ -2,7 +2,7 @@
 
     submit(packs) --queue--> reader threads: read_pack(pack, begin) --PendingPacks--> results
 
-Threads overlap their I/O, and run Python code one at a time (run_lock.py). The pool records which clip each thread
+Threads overlap their I/O, and run Python code one at a time (reader_lock.py). The pool records which clip each thread
 reads and since when, so that a read that hangs, e.g. on a dead file system, can be named while it hangs. Threads are
 daemons: one that hangs does not keep the process from ending. All others are joined, because a thread that is inside of
 torch while its process ends crashes the process.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from megasora.data.run_lock import RunLock
+from megasora.data.reader_lock import ReaderLock
 
 POLL_SECONDS = 0.2  # between two checks whether to continue waiting
 CLOSING_SECONDS = 5.0  # for threads to finish their current clip
@@ -43,12 +43,12 @@ class PendingPacks:
 class ReaderPool:
     """`count` threads that call `read_pack(pack, begin)`; with 0, the caller's thread does.
 
-    `read_pack` calls `begin(clip)` before it reads a clip, by index. It runs under `run_lock`; what it waits for must
-    release it (`RunLock.released`).
+    `read_pack` calls `begin(clip)` before it reads a clip, by index. It runs under `reader_lock`; what it waits for must
+    release it (`ReaderLock.released`).
     """
 
-    def __init__(self, read_pack: Callable[[Any, Callable[[int], None]], Any], count: int, run_lock: RunLock):
-        self.read_pack, self.count, self.run_lock = read_pack, count, run_lock
+    def __init__(self, read_pack: Callable[[Any, Callable[[int], None]], Any], count: int, reader_lock: ReaderLock):
+        self.read_pack, self.count, self.reader_lock = read_pack, count, reader_lock
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.running: dict[int, tuple[int, float]] = {}  # thread id -> (clip, time at which its read began)
         self.closed = False
@@ -97,7 +97,7 @@ class ReaderPool:
             self.running[thread] = clip, time.monotonic()
 
         try:
-            with self.run_lock:
+            with self.reader_lock:
                 return self.read_pack(pack, begin)
         finally:
             self.running.pop(thread, None)

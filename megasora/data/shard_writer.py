@@ -47,7 +47,8 @@ from megasora.data.shard_format import (
 )
 from megasora.data.tar import BLOCK_BYTES, END_OF_ARCHIVE, group_by_key, padded_size, read_members, write_header
 from megasora.errors import MegaSoraError
-from megasora.files import locked, make_below, sync, whole_file, write_whole
+from megasora.files import atomic_writer, sync, write_text_atomic
+from megasora.locks import create_in, locked
 
 CHUNK_BYTES = 1 << 18  # of a file in memory at once: small enough to stay in the CPU cache
 BLOCK_DIR, LOCK_DIR, STAGING_DIR = "blocks", ".locks", ".staging"
@@ -105,7 +106,7 @@ class BlockWriter:
                     f"block {self.block} of {self.folder} is complete; to write it again, remove {marker}"
                 )
             self.remove_incomplete()
-            make_below(self.staging.parent, self.staging.mkdir)
+            create_in(self.staging.parent, self.staging.mkdir)
         except BaseException:
             self.lock.__exit__(None, None, None)
             raise
@@ -193,7 +194,7 @@ class BlockWriter:
         sync(self.folder)
         marker = marker_path(self.folder, self.block)
         marker.parent.mkdir(exist_ok=True)
-        write_whole(marker, json_text(asdict(info)))
+        write_text_atomic(marker, json_text(asdict(info)))
         sync(marker.parent)
         return info
 
@@ -252,7 +253,7 @@ class ShardFile:
             self.rows = self.read_back(file)
             size = file.seek(0, 2)
         index = index_bytes(self.rows)
-        with whole_file(self.path.with_name(index_name(self.path.name))) as file:
+        with atomic_writer(self.path.with_name(index_name(self.path.name))) as file:
             file.write(index)
         self.facts = {"clips": len(self.rows), "bytes": size, "index_crc32": crc32(index)}
 
@@ -389,7 +390,7 @@ def write_manifest(
         manifest = merge_blocks(folder, blocks)
         manifest.codec_fingerprint, manifest.text_fingerprint = codec_fingerprint, text_fingerprint
         manifest.patch, manifest.codec_settings = list(patch), dict(codec_settings)
-        write_whole(folder / MANIFEST, json_text(asdict(manifest)))
+        write_text_atomic(folder / MANIFEST, json_text(asdict(manifest)))
         sync(folder)
         shutil.rmtree(folder / STAGING_DIR, ignore_errors=True)  # of writers killed after they completed their block
         for lock in (folder / LOCK_DIR).glob("[0-9]*"):

@@ -25,7 +25,6 @@ from megasora.data.pack import Record
 from megasora.data.shard_format import Manifest
 from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, BlockWriter, PatchFile, read_block, write_manifest
 from megasora.errors import MegaSoraError
-from megasora.files import locked
 from megasora.ingest.caption_encoding import PreparedClip, check_captions, prepare_block
 from megasora.ingest.output_folder import (
     SPOOL,
@@ -40,6 +39,7 @@ from megasora.ingest.pool import WorkerPool
 from megasora.ingest.sources import ClipSource, find_clips
 from megasora.ingest.summary import Rejections, print_summary
 from megasora.ingest.worker import encode_job, worker_settings
+from megasora.locks import locked
 from megasora.text import build_text_encoder
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from typing import Any
 from megasora.config import Config
 from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, STAGING_DIR
 from megasora.errors import MegaSoraError
-from megasora.files import locked, write_whole
+from megasora.files import write_text_atomic
 from megasora.ingest.sources import ClipSource, listing_hash
+from megasora.locks import locked
 
 SPEC_FILE = "ingest.json"
 SPOOL = ".spool"
@@ -48,7 +49,7 @@ def claim_output(out: Path, spec: dict[str, Any]) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK_DIR / "ingest", f"{path}", wait=True):
         if not path.exists():
-            write_whole(path, json.dumps(spec, indent=2) + "\n")
+            write_text_atomic(path, json.dumps(spec, indent=2) + "\n")
             return True
         differences = differing_keys(path, spec)
     if differences:

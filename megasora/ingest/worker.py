@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megasora.codec import build_stream_encoder
+from megasora.codec import build_frame_encoder
 from megasora.config import CodecConfig, IngestConfig
 from megasora.data.video import Media, RejectedClip, open_clip, sha256
 from megasora.errors import MegaSoraError
@@ -56,7 +56,7 @@ class Worker:
     """Runs jobs, one at a time, in this process."""
 
     def __init__(self, codec: CodecConfig, limits: IngestConfig, patch: list[int]):
-        self.encoder, self.limits, self.patch = build_stream_encoder(codec), limits, tuple(patch[1:])
+        self.encoder, self.limits, self.patch = build_frame_encoder(codec), limits, tuple(patch[1:])
         self.to_float16 = Float16Converter()
         self.score_functions = load_score_functions(limits.scores)
         self.file_hashes: dict[tuple, str] = {}

@@ -1,6 +1,6 @@
 """Initial weights: each is a pure function of its name, its full shape and the seed.
 
-So a rank with a part of the model draws only the full tensors that it has a part of, one at a time, and all layouts
+So a rank draws only the full tensors of its own parameters, one at a time, and all layouts
 start from the same weights. Linear layers are Xavier uniform; modulation and the output layers of branches are zero, so
 that each block starts as the identity (adaLN-Zero, arXiv 2212.09748).
 """

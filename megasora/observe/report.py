@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megasora.config import Config
-from megasora.files import write_whole
+from megasora.files import write_text_atomic
 from megasora.observe.curves import smooth, smoothing_window
 from megasora.observe.figures import compute_figures
 from megasora.observe.formatting import NBSP, compact, format_duration, percent, pluralize
@@ -49,9 +49,9 @@ def write_report(run_dir: Path) -> Path:
         reproduce=reproduce_section(run),
         notes=notes_section(run),  # last: the samples may have added some
     )
-    write_whole(run.folder / "report.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_text_atomic(run.folder / "report.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
     page_file = run.folder / "report.html"
-    write_whole(page_file, page)
+    write_text_atomic(page_file, page)
     return page_file
 
 

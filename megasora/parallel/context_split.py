@@ -19,7 +19,7 @@ search, but sorting leaves nothing to search:
 So a rank has a range of long segments from the left and a range of short ones from the right. The longest segments are
 combined with the shortest, which cost the least work, and are on no more ranks than their work needs. That keeps the
 traffic low, as a token of a segment on n ranks is sent to n - 1 others. The pieces of a segment are on consecutive
-ranks; a short segment is split only at a border between two ranks. The balance is exact but for the rounding to whole
+ranks; a short segment is split only at a border between two ranks. The balance is exact up to rounding to whole
 tokens. The windows do not depend on each other: one vectorised bisection finds them all.
 """
 

@@ -5,7 +5,7 @@
     Stage3        DeepSpeedZeroOptimizer_Stage3   stage 3: parameters are partitioned too
 
 DeepSpeed has no public interface to the fp32 master weights, to the reduced gradients before the optimizer step, or to
-the position of a parameter in them. Every private name of DeepSpeed (0.19) that is used stands in this file.
+the position of a parameter in them. Every private name of DeepSpeed (0.19) that is used is in this file only.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class OwnedRange:
     offset: int  # of the first element in that partition
 
 
-class ZeroOptimizer(ABC):
+class ZeroAdapter(ABC):
     """What `ZeroEngine` uses of DeepSpeed's optimizer. The methods with a body are those of stages 1 and 2, where every
-    rank of data x context has the full parameters. A pipeline needs stage 1."""
+    rank of data x context has the full parameters."""
 
     def __init__(self, engine: Any):  # a DeepSpeedEngine
         self.engine, self.optimizer = engine, engine.optimizer
@@ -44,14 +44,6 @@ class ZeroOptimizer(ABC):
     def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
         """(parameters, fp32 gradients) by group, as in `master_partitions`, summed over data x context before the step:
         this rank's partition of them, or all with `Bf16Stage1`. Writing to them changes the step."""
-
-    def accumulate_grads(self, stage: nn.Module) -> None:
-        """Adds the `.grad` of one microbatch of a pipeline to the sums over microbatches."""
-        raise NotImplementedError("parallel.pipeline > 1 needs parallel.zero_stage=1")
-
-    def reduce_grads(self) -> None:
-        """Sums the gradients over data x context, after all microbatches of a pipeline."""
-        raise NotImplementedError("parallel.pipeline > 1 needs parallel.zero_stage=1")
 
     def owned_range(self, parameter: nn.Parameter) -> OwnedRange | None:
         """None where this rank owns no element of the parameter."""
@@ -74,7 +66,19 @@ class ZeroOptimizer(ABC):
         return parameter.shape
 
 
-class Bf16Stage1(ZeroOptimizer):
+class PipelineZeroAdapter(ZeroAdapter):
+    """Of the optimizers that DeepSpeed chooses in stage 1, which a pipeline needs (`check_layout`)."""
+
+    @abstractmethod
+    def accumulate_grads(self, stage: nn.Module) -> None:
+        """Adds the `.grad` of one microbatch of a pipeline to the sums over microbatches."""
+
+    @abstractmethod
+    def reduce_grads(self) -> None:
+        """Sums the gradients over data x context, after all microbatches of a pipeline."""
+
+
+class Bf16Stage1(PipelineZeroAdapter):
     """BF16_Optimizer: every rank has all gradients in fp32, and adds the bf16 gradients of each microbatch to them."""
 
     @property
@@ -94,7 +98,7 @@ class Bf16Stage1(ZeroOptimizer):
         self.engine.buffered_allreduce_fallback()
 
 
-class Stage1And2(ZeroOptimizer):
+class Stage1And2(PipelineZeroAdapter):
     """DeepSpeedZeroOptimizer: a rank has its partition of the reduced gradients."""
 
     @property
@@ -113,7 +117,7 @@ class Stage1And2(ZeroOptimizer):
         self.optimizer.reduce_gradients(pipeline_parallel=True)
 
 
-class Stage3(ZeroOptimizer):
+class Stage3(ZeroAdapter):
     """DeepSpeedZeroOptimizer_Stage3: a rank has its partition of each parameter; groups are split into sub-groups."""
 
     def __init__(self, engine: Any, rank: int):
@@ -153,7 +157,7 @@ class Stage3(ZeroOptimizer):
         return start, min(size, parameter.ds_numel - start)
 
 
-def build_zero_optimizer(engine: Any, stage: int, dtype: torch.dtype, rank: int) -> ZeroOptimizer:
+def build_zero_adapter(engine: Any, stage: int, dtype: torch.dtype, rank: int) -> ZeroAdapter:
     """The adapter to the optimizer that DeepSpeed chooses for a ZeRO stage and dtype; `rank`: on data x context."""
     if stage == 3:
         return Stage3(engine, rank)

@@ -54,6 +54,10 @@ class Mesh:
     data_context: Axis
     model: Axis
 
+    def axis(self, name: str) -> Axis:
+        """The axis of this name, e.g. one of `Placement.partial_axes`."""
+        return getattr(self, name)
+
 
 def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
     """The mesh of all processes; all ranks must call it. `check_layout` has validated the sizes.

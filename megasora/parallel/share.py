@@ -18,7 +18,7 @@ from megasora.parallel.mesh import Mesh
 
 
 def share_length(config: Config) -> int:
-    """Tokens of a share (one context rank's part of a pack), padding included; a multiple of the tensor axis."""
+    """Tokens of a share (what one context rank has of a pack), padding included; a multiple of the tensor axis."""
     p = config.parallel
     return -(-config.data.tokens_per_pack // (p.context * p.tensor)) * p.tensor
 
@@ -66,7 +66,7 @@ def take_share(
 
 
 def pieces_in_slots(split: ContextSplit, rank: int, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(segments, starts, stops), int64 [q]: the pieces, or parts of pieces, in slots `low .. high - 1` of a ring rank.
+    """(segments, starts, stops), int64 [q]: the pieces, clipped to slots `low .. high - 1` of a ring rank.
 
     A rank without tokens gets an empty piece of segment 0, so that no tensor is empty and every parameter receives a
     (zero) gradient on every rank.

@@ -18,10 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from megasora.parallel.collectives import CopyToTensorParallel, all_gather_async, reduce_scatter_async, wait
 from megasora.parallel.mesh import Axis
-from megasora.parallel.weight_grad_store import WeightGradStore
+from megasora.parallel.weight_grad_store import DefersWeightGrad
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(DefersWeightGrad):
     """y = x W^T + b for this rank's rows of W and b.
 
     sequence_parallel  True: the input is this rank's tokens [L/t, D] and is all-gathered first. False: the input is
@@ -42,7 +42,6 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.axis, self.num_chunks = axis, num_chunks
         self.sequence_parallel, self.gather_output = sequence_parallel, gather_output
-        self.wgrad_store: WeightGradStore | None = None
         out_features, in_features = linear.weight.shape
         self.weight = nn.Parameter(linear.weight.new_empty(out_features // axis.size, in_features))
         self.bias = nn.Parameter(linear.bias.new_empty(out_features // axis.size))
@@ -54,7 +53,7 @@ class ColumnParallelLinear(nn.Module):
         return GatherChunkedOutput.apply(y, self.axis, self.num_chunks) if self.gather_output else y
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(DefersWeightGrad):
     """y = x W^T summed over the ranks, + b, for this rank's columns of W.
 
     The input is this rank's features [L, F/t], the output this rank's tokens [L/t, D]. The bias is replicated.
@@ -63,7 +62,6 @@ class RowParallelLinear(nn.Module):
     def __init__(self, linear: nn.Linear, axis: Axis):
         super().__init__()
         self.axis = axis
-        self.wgrad_store: WeightGradStore | None = None
         out_features, in_features = linear.weight.shape
         self.weight = nn.Parameter(linear.weight.new_empty(out_features, in_features // axis.size))
         self.bias = nn.Parameter(linear.bias.new_empty(out_features))

@@ -1,10 +1,10 @@
 """Deferred weight gradients: the part of a backward pass that the zero-bubble schedule `zbv` computes later.
 
 The backward pass of a linear layer computes the gradient of its input, for which the previous stage waits, and that of
-its weight, which is needed at the optimizer step only. A weight gradient from start to end:
+its weight, which is needed at the optimizer step only. Life cycle of a weight gradient:
 
     1. `apply_deferred_weight_grads(stage, store)`, once: every nn.Linear of the stage becomes a
-       `DeferredWeightGradLinear`, and every module with an attribute `wgrad_store` (tensor.py) is given the store.
+       `DeferredWeightGradLinear`, and `wgrad_store` of every `DefersWeightGrad` (tensor.py) is set to the store.
     2. Backward pass of a microbatch: the layer returns the gradient of its input and None for its weight, and calls
        `store.put(weight, compute)`. `compute` references the activations that it needs.
     3. Directly after it, `PipelineStage` calls its `dw_builder`, here `store.pop`. That returns a function for all
@@ -52,16 +52,22 @@ class WeightGradStore:
         return accumulate
 
 
-def apply_deferred_weight_grads(stage: nn.Module, store: WeightGradStore) -> None:
-    """Makes every nn.Linear of a stage defer the gradients of its weight and bias to `store`.
+class DefersWeightGrad(nn.Module):
+    """Base class of modules that defer a weight gradient: their backward pass calls `wgrad_store.put` instead of
+    computing it, unless `wgrad_store` is None."""
 
-    Modules with an attribute `wgrad_store` are given the store; their backward pass must call its `put` unless the
-    attribute is None. All other gradients are computed at once.
-    """
+    def __init__(self):
+        super().__init__()
+        self.wgrad_store: WeightGradStore | None = None
+
+
+def apply_deferred_weight_grads(stage: nn.Module, store: WeightGradStore) -> None:
+    """Makes every nn.Linear of a stage defer the gradients of its weight and bias to `store`, and every
+    `DefersWeightGrad` those that it can defer. All other gradients are computed at once."""
     for module in stage.modules():
         if type(module) is nn.Linear:
             module.forward = partial(deferred_weight_grad_linear, module, store)
-        elif hasattr(module, "wgrad_store"):
+        elif isinstance(module, DefersWeightGrad):
             module.wgrad_store = store
 
 

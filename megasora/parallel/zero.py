@@ -3,10 +3,11 @@
 Input: this rank's pipeline stages and the packs of a step. Effect: one AdamW step, the same in every layout up to the
 order of floating-point sums. DeepSpeed averages gradients over data x context; the loss is therefore multiplied by the
 number of those ranks. Parameters whose gradient is partial on the tensor or pipeline axis have their own parameter
-groups: ZeRO partitions them alike on all ranks of the axis, and their partitions are summed once per step.
+groups: ZeRO partitions them identically on all ranks of the axis, and the reduced gradients that a rank has of them
+(all in bf16 stage 1, else its partition) are summed over that axis before the optimizer step.
 
-What a rank owns is returned as fragments: live views of its fp32 master weights and of Adam's moments. Checkpoints save
-them, and write them when they are loaded, in whatever layout they were saved; `sync_after_load` must follow.
+What a rank owns is returned as fragments: live views of its fp32 master weights and of Adam's moments. Checkpoints are
+saved from these views and loaded into them, whatever layout saved them. Call `sync_after_load` after loading.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from megasora.fragment import Fragment
 from megasora.parallel.collectives import all_reduce_sum
 from megasora.parallel.context_attention import ContextAttention
 from megasora.parallel.deepspeed_engine import build_deepspeed_engine
-from megasora.parallel.deepspeed_optimizers import build_zero_optimizer, set_counted_in_norm
+from megasora.parallel.deepspeed_optimizers import build_zero_adapter, set_counted_in_norm
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.pipeline import Loss, Pipeline
 from megasora.parallel.world import World
 from megasora.placement import Placement
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # of the gradient and of its square
-UsesWeightDecay = Callable[[str, Tensor], bool]  # (name, parameter)
+UsesWeightDecay = Callable[[str, Tensor], bool]  # (name, parameter) -> whether weight decay applies
 
 
 class ZeroEngine:
@@ -39,7 +40,7 @@ class ZeroEngine:
 
     stages             {stage number: module}; one, without a pipeline
     placements         of all parameters of the stages, by name
-    uses_weight_decay  whether a parameter does
+    uses_weight_decay  (name, parameter) -> whether weight decay applies
     dtype              the model's: float32 or bfloat16; master weights, moments and gradient sums are fp32
     attention          of the model, over the context axis; None if it is not split
     """
@@ -68,8 +69,9 @@ class ZeroEngine:
         self.adam = build_adamw(groups, config.optim, world.device)
         self.deepspeed = build_deepspeed_engine(self.module, self.adam, config, mesh, dtype)
         stage = config.parallel.zero_stage
-        self.optimizer = build_zero_optimizer(self.deepspeed, stage, dtype, mesh.data_context.rank)
-        init_adam_state(self.adam, self.optimizer.master_partitions)
+        self.zero = build_zero_adapter(self.deepspeed, stage, dtype, mesh.data_context.rank)
+        init_adam_state(self.adam, self.zero.master_partitions)
+        self.num_packs = config.data.packs_per_step // mesh.data.size  # of a step, on this data rank
 
     # ------------------------------------------------------------------ a step
 
@@ -82,15 +84,19 @@ class ZeroEngine:
     ) -> float:
         """One AdamW step on this rank's packs; returns the global norm of the gradient before clipping.
 
+        `packs`: data.packs_per_step / data ranks of them, else ValueError.
         `loss(prediction, pack index)`: this rank's summand of the global mean, a scalar; called on the last stage only.
-        `lap(phase)`: called at the end of each phase: forward, backward, optimizer.
+        `lap(phase)`: called at the end of each phase: "forward" and "backward" of each pack, or with a pipeline one
+        "backward" for both of all packs; then "optimizer".
         """
+        if len(packs) != self.num_packs:  # DeepSpeed would update the weights too early, or not at all
+            raise ValueError(f"{len(packs)} packs; data.packs_per_step / data ranks is {self.num_packs}")
         for group in self.adam.param_groups:
             group["lr"] = lr
         num_ranks = self.mesh.data_context.size  # DeepSpeed divides gradients by it
         if self.pipeline is not None:
             self.pipeline.forward_backward(packs, lambda prediction, index: loss(prediction, index) * num_ranks)
-            self.optimizer.reduce_grads()
+            self.zero.reduce_grads()
             lap("backward")
         else:
             for index, pack in enumerate(packs):
@@ -116,16 +122,12 @@ class ZeroEngine:
         self.module.train()
         return predictions
 
-    def accumulate_grads(self, stage: nn.Module) -> None:
-        """For `Pipeline`: adds the gradients of one microbatch to their fp32 sums."""
-        self.optimizer.accumulate_grads(stage)
-
     def sum_partial_gradients(self) -> None:
         """Sums the gradients that, after ZeRO's sum over data x context, are still partial on the tensor or pipeline
         axis."""
-        for parameters, grads in self.optimizer.reduced_grads():
-            for axis in self.placements[self.names[parameters[0]]].partial_axes:  # those of all in the group
-                flat = all_reduce_sum(torch.cat([grad.reshape(-1) for grad in grads]), getattr(self.mesh, axis))
+        for parameters, grads in self.zero.reduced_grads():
+            for axis in self.placements[self.names[parameters[0]]].partial_axes:  # the same for all of a group
+                flat = all_reduce_sum(torch.cat([grad.reshape(-1) for grad in grads]), self.mesh.axis(axis))
                 for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                     grad.copy_(total.view_as(grad))
 
@@ -135,12 +137,12 @@ class ZeroEngine:
         """What this rank owns of each parameter: master weights ("weights") and moments, changed by every step."""
         fragments, axis = [], self.mesh.tensor
         for name, parameter in self.parameters.items():
-            owned = self.optimizer.owned_range(parameter)
+            owned = self.zero.owned_range(parameter)
             if owned is not None:
-                master, placement = self.optimizer.master_partitions[owned.partition], self.placements[name]
+                master, placement = self.zero.master_partitions[owned.partition], self.placements[name]
                 flat = {"weights": master.detach(), **{kind: self.adam.state[master][kind] for kind in ADAM_MOMENTS}}
                 values = {kind: tensor[owned.offset : owned.offset + owned.count] for kind, tensor in flat.items()}
-                shape = placement.full_shape(self.optimizer.local_shape(parameter), axis.size)
+                shape = placement.full_shape(self.zero.local_shape(parameter), axis.size)
                 fragments.append(Fragment(name, shape, placement, axis.rank, axis.size, owned.start, values))
         return fragments
 
@@ -148,19 +150,18 @@ class ZeroEngine:
     def sync_after_load(self, step: int) -> None:
         """Call on all ranks after loading the checkpoint of `step` into the fragments: sets Adam's step count and
         copies the master weights to the compute weights."""
-        for master in self.optimizer.master_partitions:
+        for master in self.zero.master_partitions:
             self.adam.state[master]["step"].fill_(step)
-        self.optimizer.copy_masters_to_weights()
+        self.zero.copy_masters_to_weights()
 
     def compute_weights(self) -> dict[str, Tensor]:
         """The weights that the model computes with, by name; in stage 3 this rank's flat partitions of them."""
-        return {name: self.optimizer.compute_weight(parameter) for name, parameter in self.parameters.items()}
+        return {name: self.zero.compute_weight(parameter) for name, parameter in self.parameters.items()}
 
-    @property
-    def num_parameters(self) -> int:
+    def count_parameters(self) -> int:
         """The number of elements of all parameters of the full model; all ranks must call it."""
         primary = [p for name, p in self.parameters.items() if self.is_primary_replica(name)]
-        count = torch.tensor(sum(self.optimizer.local_shape(p).numel() for p in primary), device=self.world.device)
+        count = torch.tensor(sum(self.zero.local_shape(p).numel() for p in primary), device=self.world.device)
         return int(all_reduce_sum(count, self.mesh.model))
 
     def is_primary_replica(self, name: str) -> bool:
@@ -179,7 +180,8 @@ def parameter_groups(
 
 
 def check_same_groups(keys: list[tuple], axis: Axis) -> None:
-    """DeepSpeed sums the norm group by group over the ranks that hold the model: all need the same groups."""
+    """Raises RuntimeError if ranks of `axis` have different parameter groups: DeepSpeed sums the gradient norm over them
+    group by group."""
     by_rank: list = [None] * axis.size
     dist.all_gather_object(by_rank, keys, group=axis.group)
     if any(other != keys for other in by_rank):

@@ -30,7 +30,7 @@ def measure_bandwidth(store: TCPStore, rank: int, size: int, device: str) -> tup
     data = torch.ones(MESSAGE_BYTES // 4, device=device)
     received = torch.empty_like(data)
     rates = []
-    for distance in (1, 2):  # with two partners a slow node can be told from a slow partner
+    for distance in (1, 2):  # with two partners a slow node is distinguished from a slow partner
         partner = rank ^ distance
         if partner < size:
             rates.append(gib_per_second(lambda p=partner: exchange(data, received, p), device))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megasora.data.tar import DamagedTar
 from megasora.errors import DataError
-from megasora.files import JsonlWriter
+from megasora.jsonl import JsonlWriter
 
 FILE = "damaged.jsonl"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megasora.errors import CRASH
-from megasora.files import JsonlWriter
+from megasora.jsonl import JsonlWriter
 
 LAUNCHES, EXIT = "launches.jsonl", "exit.json"
 ROOT_CAUSE_SECONDS = 1.0  # a crash waits so long: most are a broken connection to a process that records the cause

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megasora.files import JsonlWriter, write_whole
+from megasora.files import write_text_atomic
+from megasora.jsonl import JsonlWriter
 
 FOLDER = "ledger"
 
@@ -34,7 +35,7 @@ class Ledger:
 def truncate_ledger(run_dir: Path, step: int) -> None:
     """Removes lines of steps after `step` and incomplete lines. Call it before any rank writes."""
     for file in ledger_files(run_dir):
-        write_whole(file, "".join(line for line in complete_lines(file) if json.loads(line)["step"] <= step))
+        write_text_atomic(file, "".join(line for line in complete_lines(file) if json.loads(line)["step"] <= step))
 
 
 def read_ledger(run_dir: Path) -> dict[int, list[int]]:

@@ -17,7 +17,8 @@ import torch
 
 import megasora
 from megasora.config import Config, to_yaml
-from megasora.files import JsonlWriter, write_whole
+from megasora.files import write_text_atomic
+from megasora.jsonl import JsonlWriter
 from megasora.run_log.ledger import Ledger, truncate_ledger
 from megasora.run_log.progress import ProgressLine
 from megasora.run_log.wandb_log import WandbLog
@@ -27,7 +28,7 @@ def prepare_run_folder(config: Config, step: int) -> None:
     """Writes config.yaml and removes ledger lines after `step`; on the main process, before any rank logs."""
     run_dir = Path(config.run.dir)
     truncate_ledger(run_dir, step)
-    write_whole(run_dir / "config.yaml", to_yaml(config))
+    write_text_atomic(run_dir / "config.yaml", to_yaml(config))
 
 
 class RunLog:
@@ -68,7 +69,7 @@ class RunLog:
             "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
             "megasora": megasora.__version__,
         }  # fmt: skip
-        write_whole(self.run_dir / "run.json", json.dumps({**machine, **info}, indent=1) + "\n")
+        write_text_atomic(self.run_dir / "run.json", json.dumps({**machine, **info}, indent=1) + "\n")
         axes = " x ".join(f"{name} {size}" for name, size in info["layout"].items() if size > 1)
         layout = f"{processes} processes{f' ({axes})' if axes else ''} on {device}"
         model = f"{info['parameters'] / 1e6:.2f}M parameters"

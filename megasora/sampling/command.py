@@ -13,7 +13,7 @@ from megasora.checkpoint.store import CheckpointStore
 from megasora.config import SampleConfig, load, parse_size
 from megasora.data.video import IMAGE_FORMATS, read_clip, write_image, write_video
 from megasora.errors import MegaSoraError
-from megasora.files import write_whole
+from megasora.files import write_text_atomic
 
 MIN_FPS, MAX_FPS = 0.1, 1000.0  # well within what the time base of an mp4 can represent
 
@@ -90,7 +90,7 @@ def write_sample(video: np.ndarray, sample: SampleConfig, options: argparse.Name
         "solver": sample.solver, "num_inference_steps": sample.num_inference_steps, "weights": options.weights,
         "image": str(options.image or ""),
     }  # fmt: skip
-    write_whole(options.out.with_suffix(".json"), json.dumps(settings, indent=1) + "\n")
+    write_text_atomic(options.out.with_suffix(".json"), json.dumps(settings, indent=1) + "\n")
     return sheet
 
 

@@ -46,7 +46,7 @@ class PackLosses:
         self.error_sum = torch.zeros((), dtype=torch.float64, device=weights[0].device)
 
     def __call__(self, prediction: Tensor, index: int) -> Tensor:
-        """This rank's part of the global mean, scalar with gradient. `index`: of the pack in the step."""
+        """This rank's summand of the global mean, scalar with gradient. `index`: of the pack in the step."""
         error = velocity_error(prediction, self.targets[index], self.weights[index]).squared_error_sum
         self.error_sum += error.detach().double()
         return error / self.num_tokens
@@ -62,14 +62,14 @@ class DiTTask:
         self.train_clips, self.val_clips = (open_mixture(config.data, split) for split in ("train", "val"))
         self.objective = FlowMatching(config.objective, config.run.seed)
         self.engine = parallelize(config, world, mesh)
-        self.num_parameters = self.engine.num_parameters
+        self.num_parameters = self.engine.count_parameters()
         self.damage = DamagedClips(Path(config.run.dir), config.data.max_damaged_fraction, len(self.train_clips))
         self.reports_packs = mesh.model.rank == 0 and mesh.context.rank == 0  # one of the ranks that share its packs
         self.cursor = Cursor()
 
     def run_info(self) -> dict[str, Any]:
         return {
-            "layout": {name: getattr(self.mesh, name).size for name in LAYOUT_AXES},
+            "layout": {name: self.mesh.axis(name).size for name in LAYOUT_AXES},
             "clips": len(self.train_clips),
             "validation_clips": len(self.val_clips),
             "tokens_per_step": self.config.data.tokens_per_pack * self.config.data.packs_per_step,

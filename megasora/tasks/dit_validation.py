@@ -41,7 +41,7 @@ def validation_loss(
     bins, tokens_per_pack = config.validation.bins, config.data.tokens_per_pack
     packs = pack_clips(clips.tokens_I[:count], tokens_per_pack)
     sums = torch.zeros(bins, 2, dtype=torch.float64)
-    # Every rank runs the model equally often, since it may hold only a part of it: the last packs are then repeated.
+    # Every rank runs the model equally often, since it may hold some stages only: the last packs are then repeated.
     for first in range(0, len(packs), data_axis.size):
         index = first + data_axis.rank
         records = [clips.read(int(i), encode_caption) for i in packs[min(index, len(packs) - 1)]]

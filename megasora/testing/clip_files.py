@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megasora.data.video import write_image, write_video
 from megasora.errors import MegaSoraError
-from megasora.files import write_whole
+from megasora.files import write_text_atomic
 from megasora.testing.clips import (
     DEFAULT_BACKGROUNDS,
     DEFAULT_COLORS,
@@ -31,7 +31,7 @@ def write_clip(spec: ClipSpec, caption: str, path_stem: str | Path, *, lossless:
     """
     stem = Path(path_stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(stem.with_name(stem.name + ".txt"), caption + "\n")
+    write_text_atomic(stem.with_name(stem.name + ".txt"), caption + "\n")
     path = stem.with_name(stem.name + (".mp4" if spec.frames > 1 else ".png"))
     if spec.frames > 1:
         write_video(render(spec), spec.fps, path, codec="libx264rgb" if lossless else "libx264")

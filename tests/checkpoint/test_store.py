@@ -9,7 +9,7 @@ import pytest
 
 from megasora.checkpoint.store import CheckpointStore, find_checkpoint, remove_incomplete, sha256, verify_checksums
 from megasora.errors import MegaSoraError
-from megasora.files import write_whole
+from megasora.files import write_text_atomic
 
 FILES = {
     "model.safetensors": b"weights of step %d",
@@ -86,7 +86,7 @@ def test_a_save_after_latest_was_set_back_is_kept_beside_later_ones(tmp_path):
     """`latest` was set back by hand to resume from step 30: the save of step 35 must not be deleted as an old one."""
     store = CheckpointStore(tmp_path, keep=2)
     save(store, 10, 20, 30, 40)
-    write_whole(store.folder / "latest", "step-00000030\n")
+    write_text_atomic(store.folder / "latest", "step-00000030\n")
     save(store, 35)
     assert store.newest() == store.path(35) and verify_checksums(store.path(35))["step"] == 35
     assert [p.name for p in store.complete()] == ["step-00000030", "step-00000035", "step-00000040"]
@@ -176,7 +176,7 @@ def test_a_missing_latest_raises_with_the_remedy_instead_of_starting_from_step_0
         store.newest()
     for word in ("latest is missing", "step-00000020 is complete", f"echo step-00000020 > {tmp_path / 'latest'}"):
         assert word in str(error.value)
-    write_whole(tmp_path / "latest", "step-00000020\n")  # the remedy
+    write_text_atomic(tmp_path / "latest", "step-00000020\n")  # the remedy
     assert store.newest() == store.path(20)
 
 

@@ -81,7 +81,7 @@ def test_the_stream_encoder_gives_the_bits_of_the_whole_clip(count, size):
     codec = make((4, 8, 8), 48)
     frames = random_frames(count, *size)
     whole = codec.encode(frames).permute(1, 2, 3, 0).contiguous()
-    streamed = list(codec.stream_encoder.encode(frame.permute(1, 2, 0).numpy() for frame in frames))
+    streamed = list(codec.frame_encoder.encode(frame.permute(1, 2, 0).numpy() for frame in frames))
     assert len(streamed) == codec.latent_frames(count)
     assert all(np.array_equal(a, b.numpy()) for a, b in zip(streamed, whole, strict=True))
 
@@ -90,10 +90,10 @@ def test_uint8_frames_are_encoded_as_the_equivalent_float_frames():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 24, 3), dtype=np.uint8)
     codec = make((4, 8, 8), 192)
     from_floats = codec.encode(frames_to_float(torch.from_numpy(pixels))).permute(1, 2, 3, 0)
-    from_bytes = torch.from_numpy(np.stack(list(codec.stream_encoder.encode(pixels))))
+    from_bytes = torch.from_numpy(np.stack(list(codec.frame_encoder.encode(pixels))))
     torch.testing.assert_close(from_bytes, from_floats, rtol=1e-5, atol=5e-6)
-    mirrored = list(codec.stream_encoder.encode(pixels[:, :, ::-1]))  # not contiguous
-    assert np.array_equal(mirrored, list(codec.stream_encoder.encode(np.ascontiguousarray(pixels[:, :, ::-1]))))
+    mirrored = list(codec.frame_encoder.encode(pixels[:, :, ::-1]))  # not contiguous
+    assert np.array_equal(mirrored, list(codec.frame_encoder.encode(np.ascontiguousarray(pixels[:, :, ::-1]))))
 
 
 def test_an_image_is_a_clip_of_one_frame():

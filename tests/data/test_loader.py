@@ -395,7 +395,7 @@ def test_reader_threads_overlap_their_io_and_compute_one_at_a_time():
 
     class SlowSplit(MemorySplit):
         def read(self, i, encode_caption, out_LP=None):
-            with mixture.run_lock.released():
+            with mixture.reader_lock.released():
                 all_waiting.wait(10)
             return super().read(i, encode_caption, out_LP)
 

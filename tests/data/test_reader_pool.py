@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from megasora.data.reader_lock import ReaderLock
 from megasora.data.reader_pool import ReaderPool
-from megasora.data.run_lock import RunLock
 
 
 def num_alive(readers: ReaderPool) -> int:
@@ -19,7 +19,7 @@ def test_results_come_in_the_order_of_submission(count):
         time.sleep(0.002 * (pack % 3))
         return pack**2
 
-    readers = ReaderPool(read, count, RunLock())
+    readers = ReaderPool(read, count, ReaderLock())
     first, second, empty = readers.submit(range(20)), readers.submit(range(20, 25)), readers.submit([])
     assert list(second()) == [n**2 for n in range(20, 25)]
     assert list(first()) == [n**2 for n in range(20)]
@@ -29,7 +29,7 @@ def test_results_come_in_the_order_of_submission(count):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_an_error_is_raised_at_its_place_in_the_results(count):
-    readers = ReaderPool(lambda pack, begin: 1 / pack, count, RunLock())
+    readers = ReaderPool(lambda pack, begin: 1 / pack, count, ReaderLock())
     results = readers.submit([2, 0, 4])()
     assert next(results) == 0.5
     with pytest.raises(ZeroDivisionError):
@@ -38,18 +38,18 @@ def test_an_error_is_raised_at_its_place_in_the_results(count):
 
 
 def test_after_join_no_thread_reads_even_the_next_clip_of_its_pack():
-    started, begun, resume, run_lock = threading.Barrier(4), [], threading.Event(), RunLock()
+    started, begun, resume, reader_lock = threading.Barrier(4), [], threading.Event(), ReaderLock()
 
     def read(pack, begin):
         for clip in pack:
             begin(clip)
             begun.append(clip)
             if clip == 0:
-                with run_lock.released():
+                with reader_lock.released():
                     started.wait(5)
                     resume.wait(5)
 
-    readers = ReaderPool(read, 3, run_lock)
+    readers = ReaderPool(read, 3, reader_lock)
     readers.submit([range(100)] * 50)
     started.wait(5)
     readers.close()
@@ -69,7 +69,7 @@ def test_join_does_not_wait_for_a_read_that_hangs_and_its_clip_is_known():
                 hangs.set()
                 release.wait(30)
 
-    readers = ReaderPool(read, 2, RunLock())
+    readers = ReaderPool(read, 2, ReaderLock())
     readers.submit([[5, 6, 7, 8]])
     hangs.wait(5)
     readers.close()
@@ -91,7 +91,7 @@ def test_the_pool_does_not_keep_the_packs_that_it_returned():
         def __del__(self):
             Pack.alive -= 1
 
-    readers = ReaderPool(lambda pack, begin: Pack(), 2, RunLock())
+    readers = ReaderPool(lambda pack, begin: Pack(), 2, ReaderLock())
     results = readers.submit(range(6))
     assert len(list(results())) == 6
     del results
@@ -102,24 +102,24 @@ def test_the_pool_does_not_keep_the_packs_that_it_returned():
     readers.close()
 
 
-def test_a_released_run_lock_is_taken_again_even_after_an_error():
-    run_lock = RunLock()
-    with run_lock:
-        with pytest.raises(OSError, match="disk"), run_lock.released():
-            assert not run_lock.lock.locked()
+def test_a_released_reader_lock_is_taken_again_even_after_an_error():
+    reader_lock = ReaderLock()
+    with reader_lock:
+        with pytest.raises(OSError, match="disk"), reader_lock.released():
+            assert not reader_lock.lock.locked()
             raise OSError("disk")
-        assert run_lock.lock.locked()
-    assert not run_lock.lock.locked()
+        assert reader_lock.lock.locked()
+    assert not reader_lock.lock.locked()
 
 
-def test_a_thread_that_does_not_hold_the_run_lock_cannot_release_it():
-    run_lock, locked = RunLock(), []
+def test_a_thread_that_does_not_hold_the_reader_lock_cannot_release_it():
+    reader_lock, locked = ReaderLock(), []
 
     def read_without_lock() -> None:
-        with run_lock.released():
-            locked.append(run_lock.lock.locked())
+        with reader_lock.released():
+            locked.append(reader_lock.lock.locked())
 
-    with run_lock:
+    with reader_lock:
         thread = threading.Thread(target=read_without_lock)
         thread.start()
         thread.join(5)

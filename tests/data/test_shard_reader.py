@@ -18,7 +18,7 @@ import torch
 
 from megasora.data.folder import MAX_OPEN_FILES, LocalFolder, open_folder
 from megasora.data.pack import Record
-from megasora.data.run_lock import RunLock
+from megasora.data.reader_lock import ReaderLock
 from megasora.data.shard_format import MANIFEST, Manifest, check_fingerprints, index_bytes, read_manifest
 from megasora.data.shard_reader import ShardSplit
 from megasora.data.shard_writer import BlockWriter, PatchFile, write_manifest
@@ -309,11 +309,11 @@ def test_short_reads_are_continued_to_the_end(flaw, tmp_path, monkeypatch):
         calls.clear()
 
 
-def test_the_run_lock_is_released_only_for_bytes_that_are_not_in_the_page_cache(tmp_path, monkeypatch):
+def test_the_reader_lock_is_released_only_for_bytes_that_are_not_in_the_page_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(bytes(range(100)))
     real_preadv, num_released = os.preadv, []
 
-    class CountingLock(RunLock):
+    class CountingLock(ReaderLock):
         @contextlib.contextmanager
         def released(self):
             num_released.append(1)

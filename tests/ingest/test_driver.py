@@ -189,7 +189,7 @@ def test_an_output_folder_that_is_not_an_ingest_is_not_changed(clips, tmp_path):
 
 def test_a_part_that_another_process_is_writing_is_an_error(clips, tmp_path):
     from megasora.data.shard_writer import LOCK_DIR
-    from megasora.files import locked
+    from megasora.locks import locked
 
     with (
         locked(tmp_path / LOCK_DIR / "part-1-of-1", "the part"),

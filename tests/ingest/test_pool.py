@@ -170,7 +170,7 @@ def test_workers_die_with_their_parent(scores, tmp_path):
 def test_a_worker_does_not_import_torch(tmp_path):
     code = (
         "import sys, megasora.ingest.worker, megasora.codec; from megasora.config import CodecConfig; "
-        "megasora.codec.build_stream_encoder(CodecConfig()); print('torch' in sys.modules)"
+        "megasora.codec.build_frame_encoder(CodecConfig()); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False\n"

@@ -72,7 +72,7 @@ def test_outputs_of_16_bit_merge_in_fp32(backend, dtypes):
 def test_the_layout_in_memory_does_not_matter(backend):
     tensors = make(7, 3, 24)
     expected_result = expected(tensors)
-    far = [torch.stack((x, x), 1)[:, 1] for x in tensors]  # as keys' and values' gradients come from a hop
+    far = [torch.stack((x, x), 1)[:, 1] for x in tensors]  # as keys' and values' gradients come from an exchange
     turned = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in tensors]  # as lse comes from FlashAttention
     for variant in (far, turned, far[:2] + turned[2:]):
         assert not any(x.is_contiguous() for x in variant)

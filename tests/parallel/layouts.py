@@ -252,7 +252,7 @@ def train_modules(config: Config) -> dict | None:
     for name, parameter in parameters.items():
         gradients[name] = parameter.grad.clone()
         for axis in ("data_context", *local.placements[name].partial_axes):
-            dist.all_reduce(gradients[name], group=getattr(mesh, axis).group)
+            dist.all_reduce(gradients[name], group=mesh.axis(axis).group)
     ranks = mesh.pipeline.rank, mesh.tensor.rank
     primary = [name for name in gradients if local.placements[name].is_primary_replica(*ranks)]
     squares = [gradients[name].square().sum() for name in primary]

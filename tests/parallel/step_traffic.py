@@ -177,7 +177,7 @@ class ExpectedTraffic:
             elements = self.local_elements(name)
             least = elements // zero_size if is_partitioned else elements
             for axis in placement.partial_axes:
-                self.add(getattr(self.mesh, axis), "all_reduce", FP32, least, least + 2 * zero_size)
+                self.add(self.mesh.axis(axis), "all_reduce", FP32, least, least + 2 * zero_size)
 
     def data_context(self) -> None:
         axis, stage, packs = self.mesh.data_context, self.config.parallel.zero_stage, len(self.packs)

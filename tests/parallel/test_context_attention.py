@@ -320,7 +320,7 @@ def test_inputs_that_do_not_fit_the_split_raise_an_error():
         context(x[1:], x[1:], x[1:], context.segments(share))
     with pytest.raises(ValueError, match="one shape"):
         context(x, x, x.double(), context.segments(share))
-    with pytest.raises(ValueError, match="segments end at query 9, behind the last of 8"):
+    with pytest.raises(ValueError, match="segments end at query 9, after the last of 8"):
         build_segments(Case(2, 1, [(0, 0, 0, 9)], 8).split, 0, "cpu")
     context.ulysses = Axis("ulysses", 2, 0, None)
     with pytest.raises(ValueError, match="3 heads cannot be divided by 2 Ulysses ranks"):

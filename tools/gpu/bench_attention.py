@@ -51,17 +51,17 @@ def cudnn_dense(lengths: list[int], heads: int) -> Attention:
 
 
 def implementations(segments: Segments, lengths: list[int], heads: int) -> dict[str, Attention]:
-    def ours(backend: str, deterministic: bool) -> Attention:
+    def megasora_attention(backend: str, deterministic: bool) -> Attention:
         return lambda q, k, v: attention(q, k, v, segments, backend=backend, deterministic=deterministic)
 
-    found = {}
+    result = {}
     for backend in ("flash3", "flash2", "varlen"):
         if obstacle(backend, DEVICE, DTYPE, HEAD_DIM) is None:
-            found[f"{backend}, nondeterministic"] = ours(backend, False)
-            found[f"{backend}, deterministic"] = ours(backend, True)
-    found["sdpa, nondeterministic"] = ours("sdpa", False)
-    found["cuDNN by torch, dense"] = cudnn_dense(lengths, heads)
-    return found
+            result[f"{backend}, nondeterministic"] = megasora_attention(backend, False)
+            result[f"{backend}, deterministic"] = megasora_attention(backend, True)
+    result["sdpa, nondeterministic"] = megasora_attention("sdpa", False)
+    result["cuDNN by torch, dense"] = cudnn_dense(lengths, heads)
+    return result
 
 
 def median_ms(function: Callable[[], object]) -> float:

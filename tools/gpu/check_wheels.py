@@ -22,12 +22,12 @@ def requirements(wheel: Path) -> list[tuple[str, str]]:
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         lines = archive.read(metadata).decode().splitlines()
-    found = []
+    result = []
     for line in lines:
         match = re.match(r"Requires-Dist: ([A-Za-z0-9._-]+)([^;]*)(;.*)?$", line)
         if match and not re.search("extra|platform_python_implementation", match[3] or ""):
-            found.append((normalized(match[1]), match[2].strip()))
-    return found
+            result.append((normalized(match[1]), match[2].strip()))
+    return result
 
 
 def check(folder: Path, version: str, limit_mib: float, present: set[str]) -> list[str]:
@@ -63,5 +63,5 @@ def tracked_files() -> set[Path]:
 
 
 if __name__ == "__main__":
-    found = check(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), {normalized(name) for name in sys.argv[4:]})
-    sys.exit("\n".join(f"prepare: {problem}" for problem in found) if found else 0)
+    problems = check(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), {normalized(name) for name in sys.argv[4:]})
+    sys.exit("\n".join(f"prepare: {problem}" for problem in problems) if problems else 0)

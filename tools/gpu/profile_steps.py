@@ -25,7 +25,7 @@ KINDS = {  # the first pattern that a kernel's name matches
     "matrix product": r"gemm|nvjet|cutlass|xmma|cublas|splitK|wgmma",
     "nccl": r"nccl",
     "optimizer": r"multi_tensor|lerp|adam",
-    "ours (Triton)": r"^\w+_kernel$",
+    "Triton kernels of MegaSora": r"^\w+_kernel$",
     "reduction": r"reduce",
     "copy": r"Memcpy|copy",
     "fill": r"Memset|fill",
@@ -72,7 +72,7 @@ def summarize(trace: dict, steps: int) -> dict:
         return {"error": "nothing was traced"}
     cpu = complete_events(trace, "cpu_op", "cuda_runtime", "cuda_driver")
     cpu_starts = [event["ts"] for event in cpu]
-    begin, window = gpu[0]["ts"], max(e["ts"] + e["dur"] for e in gpu) - gpu[0]["ts"]
+    begin, span_us = gpu[0]["ts"], max(e["ts"] + e["dur"] for e in gpu) - gpu[0]["ts"]
     busy, gaps = busy_and_gaps(gpu)
     by_name, by_kind, runtime = defaultdict(list), Counter(), defaultdict(list)
     for event in gpu:
@@ -88,8 +88,8 @@ def summarize(trace: dict, steps: int) -> dict:
     total = sum(by_kind.values())
     return {
         "steps": steps,
-        "step_ms": window / 1e3 / steps,
-        "busy_fraction": busy / window,
+        "step_ms": span_us / 1e3 / steps,
+        "busy_fraction": busy / span_us,
         "launches_per_step": len(gpu) / steps,
         "copies_to_cpu_per_step": sum("DtoH" in e["name"] for e in gpu) / steps,
         "kinds": {k: {"ms_per_step": v / 1e3 / steps, "fraction": v / total} for k, v in by_kind.most_common()},
@@ -114,7 +114,7 @@ def print_summary(s: dict) -> None:
         f"{s['copies_to_cpu_per_step']:.0f} copies to the CPU per step"
     )
     for kind, figures in s["kinds"].items():
-        print(f"  {kind:16} {figures['ms_per_step']:9.2f} ms per step {figures['fraction']:6.1%}")
+        print(f"  {kind:28} {figures['ms_per_step']:9.2f} ms per step {figures['fraction']:6.1%}")
     for kernel in s["kernels_per_step"][:14]:
         print(f"  {kernel['ms']:9.2f} ms {kernel['calls']:7.0f} x  {kernel['name'][:100]}")
     for gap in s["gaps"][:6]:

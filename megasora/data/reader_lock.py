@@ -1,7 +1,7 @@
 """The lock under which one reader thread at a time runs Python code; it is released while a thread waits for I/O.
 
-    reader thread (reader_pool.py):  with run_lock: read a pack
-    folder (folder.py):              with run_lock.released(): wait for the disk or the server
+    reader thread (reader_pool.py):  with reader_lock: read a pack
+    folder (folder.py):              with reader_lock.released(): wait for the disk or the server
 
 Python runs one thread at a time anyway. Threads that compete for the interpreter switch at each system call, which
 costs more than the reads themselves: without this lock, four threads on two idle cores took three times the CPU time of
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class RunLock:
+class ReaderLock:
     """A lock that its owner can release for the duration of a block."""
 
     def __init__(self) -> None:
