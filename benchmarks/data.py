@@ -42,10 +42,11 @@ from benchmarks.record import environment, write_record
 from megasora.build import patch_dim
 from megasora.config import Config, load
 from megasora.data.loader import PackLoader
+from megasora.data.manifest_writer import write_manifest
 from megasora.data.mixture import open_mixture
 from megasora.data.pack import Record
 from megasora.data.packing_plan import Cursor, PackingPlan, assign_packs_to_ranks
-from megasora.data.shard_writer import BlockWriter, write_manifest
+from megasora.data.shard_writer import BlockWriter
 from megasora.ingest import ingest
 from megasora.model.flops import attention_break_even_tokens
 from megasora.testing.mixes import heavy_grids, heavy_mix

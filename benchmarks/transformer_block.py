@@ -123,7 +123,7 @@ Step = Callable[[], Tensor]  # the block's forward pass
 
 
 def build_block(case: Case, kernels: str, device: str) -> tuple[torch.nn.Module, Tensor, BlockInputs]:
-    """A block of the model, hidden tokens and the block's other inputs; tensors are leaves."""
+    """A block of the model, hidden states and the block's other inputs; tensors are leaves."""
     config = config_of(case, kernels)
     with torch.device(device):
         model = build_model(config, patch_dim(config)).bfloat16().train()

@@ -20,7 +20,7 @@ z = 0; gradients of z there are ignored.
 
 Least traffic in bf16, bytes per element: adaln_modulate 4 forward (x, z), 6 backward (x, dz, dx). gated_residual_adaln
 8 forward (x, branch, y, z), 12 backward (dy, dz, y, branch, dx, dbranch); without a gate dbranch is dx, and backward 8.
-The order of the sums by row is fixed: see rows.py.
+The order of the sums by row is fixed: see rows.py. Letters: `Q` row tiles.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def adaln_modulate_reference(
     bias_D: Tensor | None = None,
     norm: str = "layer",
 ) -> Tensor:
-    """The maths, differentiable; arguments as of `adaln_modulate`."""
-    x = rows.real(x_LD)
+    """Reference implementation, differentiable; arguments as of `adaln_modulate`."""
+    x = rows.unpad(x_LD)
     if norm == "layer":
         z = F.layer_norm(x, x.shape[-1:], eps=eps)
     else:
@@ -98,7 +98,7 @@ def gated_residual_adaln_reference(
     bias_D: Tensor | None = None,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
-    """The maths, differentiable; arguments as of `gated_residual_adaln`."""
+    """Reference implementation, differentiable; arguments as of `gated_residual_adaln`."""
     if gate_RD is None:
         y_LD = (x_LD + branch_LD).to(x_LD.dtype)
     else:
@@ -151,7 +151,7 @@ def forward_torch(
         y_LD = (x_LD + branch_LD).to(x_LD.dtype)
     else:
         y_LD = gated_add.forward_torch(x_LD, branch_LD, gate_RD, rows)
-    y = rows.real(y_LD)
+    y = rows.unpad(y_LD)
     z, stats = norm_forward(y, eps, norm)
     z = z if weight_D is None else z * weight_D.to(y.dtype)
     z = z if bias_D is None else z + bias_D.to(y.dtype)
@@ -173,15 +173,15 @@ def backward_torch(
     rows: Rows,
 ) -> list[Tensor]:
     """dx, sum_dz, sum_dz_n; with a gate also dbranch and dgate."""
-    dz = rows.real(grad_z_LD)
-    n = normalize(rows.real(y_LD), stats)
+    dz = rows.unpad(grad_z_LD)
+    n = normalize(rows.unpad(y_LD), stats)
     a = dz if scale_RD is None else dz * rows.expand(1 + scale_RD.to(dz.dtype))
     a = a if weight_D is None else a * weight_D.to(dz.dtype)
     dx = norm_backward(a, n, stats)
     sums = rows.sum(dz), rows.sum(dz * n)
     if grad_y_LD is None:
         return [rows.pad(dx, y_LD.dtype), *sums]
-    dx = rows.real(grad_y_LD) + dx
+    dx = rows.unpad(grad_y_LD) + dx
     dx_LD = torch.cat((dx.to(y_LD.dtype), grad_y_LD[rows.num_real :]))
     if gate_RD is None:
         return [dx_LD, *sums]
@@ -532,7 +532,7 @@ def gated_residual_adaln(
     """
     check_branch(x_LD, branch_LD)
     check_norm(x_LD, shift_RD, scale_RD, rows, weight_D, bias_D, norm)
-    rows.check(x_LD, gate=gate_RD)
+    rows.check_shapes(x_LD, gate=gate_RD)
     check_device(x=x_LD, branch=branch_LD, gate=gate_RD)
     vectors = gate_RD, shift_RD, scale_RD, weight_D, bias_D
     return Adaln.apply(x_LD, branch_LD, *vectors, rows, eps, norm, resolve_backend(backend, x_LD))
@@ -551,7 +551,7 @@ def check_norm(
         raise ValueError(f"norm={norm!r} must be one of {', '.join(NORMS)}")
     if (shift_RD is None) != (scale_RD is None):
         raise ValueError("shift and scale belong together: give both or neither")
-    rows.check(x_LD, shift=shift_RD, scale=scale_RD)
+    rows.check_shapes(x_LD, shift=shift_RD, scale=scale_RD)
     for name, vector in (("weight", weight_D), ("bias", bias_D)):
         if vector is not None and vector.shape != x_LD.shape[1:]:
             raise ValueError(f"{name} {tuple(vector.shape)} must be [D], as x is {tuple(x_LD.shape)}")

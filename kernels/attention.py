@@ -52,7 +52,7 @@ from megasora.kernels.segments import Segments
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """The maths, segment by segment, in fp32 at least, differentiable; shapes as of `attention_forward`."""
+    """Reference implementation, segment by segment, in fp32 at least; differentiable; as `attention_forward`."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.zeros_like(q, dtype=wide), torch.full(q.shape[:2], -math.inf, dtype=wide, device=q.device)
     for (a, m), (c, n) in zip(segments.queries, segments.keys, strict=True):

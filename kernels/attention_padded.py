@@ -1,8 +1,10 @@
 """Attention with padding: one batched call per bucket, whose segments are padded to the longest. See attention.py.
 
-Backend "sdpa" uses PyTorch's scaled dot product kernels, "math" the equations. Padding keys are masked by a bias of
--inf. A padding query (a repeated one) gets a log-sum-exp of +inf in the backward pass, so that its p, and with it its
-contribution to dk and dv, is 0.
+Backend "sdpa" uses PyTorch's scaled dot product kernels, "math" explicit matmul and softmax. Padding keys are masked by
+a bias of -inf. A padding query (a copy of a real one) gets a log-sum-exp of +inf in the backward pass, so that its p,
+and with it its contribution to dk and dv, is 0.
+
+Letters: `g` segments of a bucket, each padded to `mq` queries and `mk` keys, those of the longest; `m` is either.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from megasora.kernels.segments import Bucket, PaddedSide, Segments, TokenIndex
 
 aten = torch.ops.aten
 
-LSE_ALIGNMENT = 32  # queries: memory-efficient attention wants the log-sum-exp padded to a multiple of this
-BIAS_ALIGNMENT = 16  # keys: the same for the memory of a row of its bias
+LSE_ALIGNMENT = 32  # queries: memory-efficient attention requires the log-sum-exp padded to a multiple of this
+BIAS_ALIGNMENT = 16  # keys: the row stride of its bias must be a multiple of this
 
 
 @contextmanager

@@ -8,6 +8,8 @@ The backward pass saves the branch; the gate expanded to tokens would be as larg
 once. At padding y = x, and the branch gets no gradient.
 
 Least traffic in bf16, bytes per element: 6 forward (x, branch, y), 6 backward (dy, branch, dbranch).
+
+Letters: `Q` row tiles (rows.py).
 """
 
 from __future__ import annotations
@@ -36,21 +38,21 @@ BACKWARD: LaunchTable = {"any": LaunchConfig()}
 
 
 def gated_add_reference(x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Rows) -> Tensor:
-    """The maths, differentiable; arguments as of `gated_add`."""
-    branch = rows.real(branch_LD)
+    """Reference implementation, differentiable; arguments as of `gated_add`."""
+    branch = rows.unpad(branch_LD)
     update = rows.pad(rows.expand(gate_RD.to(branch.dtype)) * branch, branch.dtype)
     return (x_LD + update).to(x_LD.dtype)
 
 
 def forward_torch(x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Rows) -> Tensor:
-    x, branch = rows.real(x_LD), rows.real(branch_LD)
+    x, branch = rows.unpad(x_LD), rows.unpad(branch_LD)
     y = torch.addcmul(x, rows.expand(gate_RD.to(x.dtype)), branch).to(x_LD.dtype)
     return y if rows.num_real == len(x_LD) else torch.cat((y, x_LD[rows.num_real :]))
 
 
 def backward_torch(grad_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """dbranch, dgate"""
-    dy, branch = rows.real(grad_LD), rows.real(branch_LD)
+    dy, branch = rows.unpad(grad_LD), rows.unpad(branch_LD)
     dbranch = dy * rows.expand(gate_RD.to(dy.dtype))
     return rows.pad(dbranch, branch_LD.dtype), rows.sum(dy * branch)
 
@@ -160,7 +162,7 @@ def gated_add(x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Rows, back
     Differentiable once, in x, branch and gate. ValueError for shapes that do not match.
     """
     check_branch(x_LD, branch_LD)
-    rows.check(x_LD, gate=gate_RD)
+    rows.check_shapes(x_LD, gate=gate_RD)
     check_device(x=x_LD, branch=branch_LD, gate=gate_RD, rows=rows.row_L)
     return GatedAdd.apply(x_LD, branch_LD, gate_RD, rows, resolve_backend(backend, x_LD))
 

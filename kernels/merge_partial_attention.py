@@ -27,7 +27,7 @@ MERGE: LaunchTable = {"any": LaunchConfig()}
 def merge_partial_attention_reference(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The maths; arguments as of `merge_partial_attention`."""
+    """Reference implementation; arguments as of `merge_partial_attention`."""
     wide = torch.promote_types(torch.promote_types(out_a.dtype, out_b.dtype), torch.float32)
     lse_a, lse_b = lse_a.to(wide), lse_b.to(wide)
     w = torch.sigmoid(lse_b - lse_a).masked_fill(lse_b == -math.inf, 0.0)

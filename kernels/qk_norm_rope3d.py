@@ -19,6 +19,9 @@ and its copy).
 A program processes whole tokens: it loads all of their heads in a few chunks, all loads in flight at once, and then
 computes. In the backward pass it loops over many tokens and accumulates dw in registers; the sums of all programs are
 added up afterwards. Both sums have a fixed order.
+
+Letters: `M` normalized vectors of a token, of `W` elements each; `P` pairs of a head; `Q` programs of the backward. In
+kernels: `T` tokens of an iteration, `H` heads of a chunk, `C` chunks of the heads of a token.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ from megasora.kernels.rows import tile_tokens_for
 
 FORWARD: LaunchTable = {"any": LaunchConfig(tile_elements=1024, elements_per_thread=8)}
 BACKWARD: LaunchTable = {"any": LaunchConfig(tile_elements=1024, elements_per_thread=8)}
-FORWARD_CHUNKS = 5  # of the heads of a token, at most: 6, 12, 20, 24 and 40 heads leave no gap
+FORWARD_CHUNKS = 5  # of the heads of a token, at most: 6, 12, 20, 24 and 40 heads need no padding heads
 BACKWARD_CHUNKS = 3  # fewer, as registers also hold the gradients and the sums of dw
 BACKWARD_REGISTERS = 128  # per thread, at most: then 16 warps fit a multiprocessor, each with 3 KiB of loads in flight
 NORMS = ("per_head", "across_heads", "none")
@@ -70,7 +73,7 @@ def qk_norm_rope3d_reference(
     eps: float,
     norm: str = "per_head",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The maths, differentiable; arguments as of `qk_norm_rope3d`."""
+    """Reference implementation, differentiable; arguments as of `qk_norm_rope3d`."""
     *qk, v_LNK = qkv_L3NK.unbind(1)
     outputs = []
     for x_LNK, weight in zip(qk, (q_weight, k_weight), strict=True):
@@ -98,8 +101,8 @@ def forward_torch(
     norm: str,
 ) -> tuple[Tensor, ...]:
     outputs = []
-    for part, weight in enumerate((q_weight, k_weight)):
-        y = x_LNK = qkv_L3NK[:, part]
+    for qkv_index, weight in enumerate((q_weight, k_weight)):
+        y = x_LNK = qkv_L3NK[:, qkv_index]
         if norm != "none":
             x = vectors(x_LNK, norm)
             y = rms_norm.forward_torch(x, weight, inverses(x, eps)).view(x_LNK.shape)
@@ -124,15 +127,15 @@ def backward_torch(
     """dqkv, and the gradients of q_weight and k_weight."""
     dq_LNK = grads[0]
     dqkv_L3NK, dweights = dq_LNK.new_empty(len(dq_LNK), 3, *dq_LNK.shape[1:]), []
-    for part, (grad_LNK, weight) in enumerate(zip(grads, (*weights, None), strict=True)):
+    for qkv_index, (grad_LNK, weight) in enumerate(zip(grads, (*weights, None), strict=True)):
         a, dweight = grad_LNK, None
-        if rotation_L1P is not None and part < 2:
+        if rotation_L1P is not None and qkv_index < 2:
             a = rotate_torch(grad_LNK, rotation_L1P.conj())
         if weight is not None:
-            x = vectors(qkv_L3NK[:, part], norm)
+            x = vectors(qkv_L3NK[:, qkv_index], norm)
             dx, dweight = rms_norm.backward_torch(vectors(a, norm), x, weight, inverses(x, eps), x.shape[-1], None)
             a = dx.view(grad_LNK.shape)
-        dqkv_L3NK[:, part] = a
+        dqkv_L3NK[:, qkv_index] = a
         dweights.append(dweight)
     return dqkv_L3NK, dweights[:2]
 
@@ -171,7 +174,7 @@ def load_weight(
 
 @triton.jit
 def product(xs, ys, ws, c: tl.constexpr):
-    """x y w of one chunk in fp32; x y if mask is no `ws`."""
+    """x * y * w of one chunk in fp32; x * y if `ws` is empty."""
     xy = xs[c].to(tl.float32) * ys[c].to(tl.float32)
     if len(ws) > 0:
         xy *= ws[c].to(tl.float32)
@@ -196,14 +199,14 @@ def means(xs, ys, ws, NORM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def forward_part(
-    qkv_L3NK, weight, coords_L3, frequency_P, y_LNK, token, L, stride, part_stride, eps,
-    PART: tl.constexpr, NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr,
+def forward_qk(
+    qkv_L3NK, weight, coords_L3, frequency_P, y_LNK, token, L, stride, qkv_stride, eps,
+    QKV_INDEX: tl.constexpr, NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     d, p = tl.arange(0, BLOCK_K)[None, None], tl.arange(0, BLOCK_K // 2)
     at, mask = token.to(tl.int64)[:, None, None], (token < L)[:, None, None]
-    xs = load_heads(qkv_L3NK + PART * part_stride + at * stride + d, mask, N, K, H, C, K)
+    xs = load_heads(qkv_L3NK + QKV_INDEX * qkv_stride + at * stride + d, mask, N, K, H, C, K)
     ws = load_weight(weight, mask, d, NORM, N, K, H, C)
     if coords_L3 is not None:
         frequency = tl.load(frequency_P + p, mask=p < K // 2, other=0.0)
@@ -221,19 +224,19 @@ def forward_part(
 
 @triton.jit
 def forward_kernel(
-    qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, q_LNK, k_LNK, stride, part_stride, L, eps,
+    qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, q_LNK, k_LNK, stride, qkv_stride, L, eps,
     NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * T + tl.arange(0, T)
     if tl.program_id(1) == 0:
-        forward_part(
-            qkv_L3NK, q_weight, coords_L3, frequency_P, q_LNK, token, L, stride, part_stride, eps,
+        forward_qk(
+            qkv_L3NK, q_weight, coords_L3, frequency_P, q_LNK, token, L, stride, qkv_stride, eps,
             0, NORM, FIRST_H, FIRST_W, N, K, H, BLOCK_K, C,
         )  # fmt: skip
     else:
-        forward_part(
-            qkv_L3NK, k_weight, coords_L3, frequency_P, k_LNK, token, L, stride, part_stride, eps,
+        forward_qk(
+            qkv_L3NK, k_weight, coords_L3, frequency_P, k_LNK, token, L, stride, qkv_stride, eps,
             1, NORM, FIRST_H, FIRST_W, N, K, H, BLOCK_K, C,
         )  # fmt: skip
 
@@ -241,12 +244,12 @@ def forward_kernel(
 @triton.jit
 def norm_gradient(xs, gs, ws, sums, eps, NORM: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     """dx of all chunks, from x, a and w; and `sums` of a n with these tokens added, per chunk or one for all heads."""
-    squares, alongs = means(xs, xs, (), NORM, N, K), means(xs, gs, ws, NORM, N, K)
+    squares, dots = means(xs, xs, (), NORM, N, K), means(xs, gs, ws, NORM, N, K)
     dxs, added = (), ()
     for c in tl.static_range(len(xs)):
         inverse = tl.rsqrt(squares[c] + eps)
         n = xs[c].to(tl.float32) * inverse
-        dxs += (inverse * (gs[c] * ws[c].to(tl.float32) - n * (inverse * alongs[c])),)
+        dxs += (inverse * (gs[c] * ws[c].to(tl.float32) - n * (inverse * dots[c])),)
         if NORM == "across_heads":
             added += (sums[c] + gs[c] * n,)
         elif c == 0:
@@ -257,10 +260,10 @@ def norm_gradient(xs, gs, ws, sums, eps, NORM: tl.constexpr, N: tl.constexpr, K:
 
 
 @triton.jit
-def backward_part(
+def backward_qk(
     grad_LNK, qkv_L3NK, weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, start, end,
-    grad_stride, stride, part_stride, eps,
-    PART: tl.constexpr, NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr,
+    grad_stride, stride, qkv_stride, eps,
+    QKV_INDEX: tl.constexpr, NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, T: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     d, p = tl.arange(0, BLOCK_K)[None, None], tl.arange(0, BLOCK_K // 2)
@@ -272,7 +275,7 @@ def backward_part(
         at, mask = token.to(tl.int64)[:, None, None], (token < end)[:, None, None]
         grads = load_heads(grad_LNK + at * grad_stride + d, mask, N, K, H, C, K)
         if NORM != "none":
-            xs = load_heads(qkv_L3NK + PART * part_stride + at * stride + d, mask, N, K, H, C, K)
+            xs = load_heads(qkv_L3NK + QKV_INDEX * qkv_stride + at * stride + d, mask, N, K, H, C, K)
         if coords_L3 is not None:
             frequency = tl.load(frequency_P + p, mask=p < K // 2, other=0.0)  # here, to save registers
             cos, sin = cos_sin(coords_L3, token, token < end, frequency, FIRST_H, FIRST_W)
@@ -288,8 +291,8 @@ def backward_part(
             ws = load_weight(weight, mask, d, NORM, N, K, H, C)  # here, to save registers
             dxs, sums = norm_gradient(xs, gs, ws, sums, eps, NORM, N, K)
         for c in tl.static_range(C):
-            store_heads(dqkv_L3NK + (at * 3 + PART) * (N * K) + d, c, dxs[c], mask, N, K, H)
-    tile = PART * tl.num_programs(0) + tl.program_id(0)
+            store_heads(dqkv_L3NK + (at * 3 + QKV_INDEX) * (N * K) + d, c, dxs[c], mask, N, K, H)
+    tile = QKV_INDEX * tl.num_programs(0) + tl.program_id(0)
     if NORM == "across_heads":
         for c in tl.static_range(C):
             tile_sum = tl.sum(sums[c], 0, keep_dims=True)
@@ -300,8 +303,8 @@ def backward_part(
 
 
 @triton.jit
-def copy_part(
-    grad_LNK, dqkv_L3NK, start, end, grad_stride, PART: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+def copy_v(
+    grad_LNK, dqkv_L3NK, start, end, grad_stride, QKV_INDEX: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_K)[None, None]
@@ -310,30 +313,30 @@ def copy_part(
         at, mask = token.to(tl.int64)[:, None, None], (token < end)[:, None, None]
         grads = load_heads(grad_LNK + at * grad_stride + d, mask, N, K, H, C, K)
         for c in tl.static_range(C):
-            store_heads(dqkv_L3NK + (at * 3 + PART) * (N * K) + d, c, grads[c], mask, N, K, H)
+            store_heads(dqkv_L3NK + (at * 3 + QKV_INDEX) * (N * K) + d, c, grads[c], mask, N, K, H)
 
 
 @triton.jit
 def backward_kernel(
     dq_LNK, dk_LNK, dv_LNK, qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW,
-    dq_stride, dk_stride, dv_stride, stride, part_stride, L, PROGRAM_TOKENS, eps,
+    dq_stride, dk_stride, dv_stride, stride, qkv_stride, L, PROGRAM_TOKENS, eps,
     NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * PROGRAM_TOKENS
     end = tl.minimum(start + PROGRAM_TOKENS, L)
     if tl.program_id(1) == 0:
-        backward_part(
+        backward_qk(
             dq_LNK, qkv_L3NK, q_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, start, end,
-            dq_stride, stride, part_stride, eps, 0, NORM, FIRST_H, FIRST_W, N, K, T, H, BLOCK_K, C,
+            dq_stride, stride, qkv_stride, eps, 0, NORM, FIRST_H, FIRST_W, N, K, T, H, BLOCK_K, C,
         )  # fmt: skip
     elif tl.program_id(1) == 1:
-        backward_part(
+        backward_qk(
             dk_LNK, qkv_L3NK, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, start, end,
-            dk_stride, stride, part_stride, eps, 1, NORM, FIRST_H, FIRST_W, N, K, T, H, BLOCK_K, C,
+            dk_stride, stride, qkv_stride, eps, 1, NORM, FIRST_H, FIRST_W, N, K, T, H, BLOCK_K, C,
         )  # fmt: skip
     else:
-        copy_part(dv_LNK, dqkv_L3NK, start, end, dv_stride, 2, N, K, T, H, BLOCK_K, C)
+        copy_v(dv_LNK, dqkv_L3NK, start, end, dv_stride, 2, N, K, T, H, BLOCK_K, C)
 
 
 @torch.library.custom_op("megasora::qk_norm_rope3d", mutates_args=())
@@ -494,5 +497,5 @@ def check(qkv_L3NK: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, ro
         if shape != expected:
             raise ValueError(f"{name} {shape} must be {expected} for norm={norm!r}, as qkv is {tuple(qkv_L3NK.shape)}")
     if rope is not None:
-        rope.check(qkv=qkv_L3NK)
+        rope.check_shapes(qkv=qkv_L3NK)
     check_device(qkv=qkv_L3NK, q_weight=q_weight, k_weight=k_weight, rope=None if rope is None else rope.coords_L3)

@@ -13,6 +13,8 @@ read twice, since the sums are needed before the first output.
 A program loads its tile of vectors in a few chunks, all loads in flight at once, and then computes. In the backward
 pass it loops over many vectors and accumulates dw in registers; the sums of all programs are added up afterwards. Both
 sums have a fixed order.
+
+Letters: `M` vectors. In kernels: `T` vectors of a tile, in `C` chunks of `BLOCK` elements.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from megasora.kernels.vector_chunks import full_chunks, load_chunks, split_width
 
 FORWARD: LaunchTable = {"any": LaunchConfig(tile_elements=1024, elements_per_thread=8)}
 BACKWARD: LaunchTable = {"any": LaunchConfig(tile_elements=1024, elements_per_thread=8)}
-FORWARD_CHUNKS = 5  # of a vector, at most: widths 1536, 3072 and 5120 leave no gap
+FORWARD_CHUNKS = 5  # of a vector, at most: widths 1536, 3072 and 5120 need no padding
 BACKWARD_CHUNKS = 3  # fewer, as registers also hold the gradient and the sums of dw
 ONE_CHUNK_WIDTH = 512  # vectors up to this width are one chunk
 
@@ -48,7 +50,7 @@ AllReduce = Callable[[Tensor], Tensor]
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """The maths of unsharded vectors, differentiable; arguments as of `rms_norm`."""
+    """Reference implementation for unsharded vectors, differentiable; arguments as of `rms_norm`."""
     wide, weight = upcast(x, weight_D)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 

@@ -19,6 +19,8 @@ to quarter turns: with n the integer nearest to a / (pi/2), a - n pi/2 is in [-p
 accurate to fp32, and n mod 4 gives the swap of cos and sin and their signs.
 
 Least traffic in bf16, bytes per element: 4 forward (x, y), 4 backward (dy, dx).
+
+Letters: `P` pairs of a head, K / 2. In kernels: `T` tokens of a program, `H` heads of a chunk.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from megasora.kernels.launch import (
 )
 
 ROTATE: LaunchTable = {"any": LaunchConfig(tile_elements=1024, elements_per_thread=8)}
-MAX_CHUNKS = 5  # of the heads of a token, which share cos and sin; 6, 12, 20, 24 and 40 heads leave no gap
+MAX_CHUNKS = 5  # of the heads of a token, which share cos and sin; 6, 12, 20, 24 and 40 heads need no padding heads
 
 
 def rope_split(head_dim: int) -> tuple[int, int, int]:
@@ -120,7 +122,7 @@ class Rope:
     def sin(self) -> Tensor:
         return self.rotation.imag
 
-    def check(self, **heads: Tensor) -> None:
+    def check_shapes(self, **heads: Tensor) -> None:
         """Raises ValueError unless each of `heads` is [L, ..., K] with the L of the coords and K = sum(split)."""
         tokens, head_dim = len(self.coords_L3), sum(self.split)
         for name, x in heads.items():
@@ -132,7 +134,7 @@ class Rope:
 
 
 def rope3d_reference(x_LNK: Tensor, rope: Rope) -> Tensor:
-    """The maths, differentiable; arguments as of `rope3d`."""
+    """Reference implementation, differentiable; arguments as of `rope3d`."""
     even, odd = upcast(*x_LNK.unflatten(-1, (-1, 2)).unbind(-1))
     rotated = torch.stack((even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos), -1)
     return rotated.flatten(-2).to(x_LNK.dtype)
@@ -258,6 +260,6 @@ def rope3d(x_LNK: Tensor, rope: Rope, backend: str = "auto") -> Tensor:
     """
     if x_LNK.ndim != 3 or not x_LNK.is_floating_point():
         raise ValueError(f"x {tuple(x_LNK.shape)} of {x_LNK.dtype} must be floating point [L, N, K]")
-    rope.check(x=x_LNK)
+    rope.check_shapes(x=x_LNK)
     check_device(x=x_LNK, rope=rope.coords_L3)
     return Rope3D.apply(x_LNK, rope, rope.rotation if resolve_backend(backend, x_LNK) == "torch" else None)

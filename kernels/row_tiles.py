@@ -1,6 +1,8 @@
 """Triton side of rows.py: launching one program per row tile, and what such programs share.
 
 A program reads its row and its range of tokens with `tile_range`, and processes T tokens per loop iteration.
+
+Letters: `Q` row tiles (rows.py).
 """
 
 from __future__ import annotations

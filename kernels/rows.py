@@ -3,12 +3,14 @@
     cu_rows [R + 1]: row r is tokens cu_rows[r] .. cu_rows[r + 1] - 1, contiguous from token 0; rows may be empty.
     Tokens after the last row are padding.
 
-Rows are split into row tiles of at most `TILE_TOKENS` tokens, and so is the padding. One program of a kernel processes
+Rows are split into row tiles of 32, 64 or 128 tokens at most, and so is the padding. One program of a kernel processes
 one row tile: it loads the vectors of the row (shift, scale, gate) once, accumulates sums over the tokens in registers
 and stores them once; `row_tiles.sum_of_tiles` then adds up the tiles of each row. Both sums have a fixed order, unlike
 atomic additions, so results repeat bit by bit.
 
 The index is computed on the CPU from cu_rows, once per pack, and copied to the device in one transfer.
+
+Letters: `Q` row tiles, those of padding included.
 """
 
 from __future__ import annotations
@@ -19,22 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_TOKENS = {0: 32, 16_384: 64, 65_536: 128}  # tokens of a pack, at least: tokens of a tile; a GPU needs > 100 tiles
+# pack of at least this many tokens: tokens per tile; so that a GPU has more than 100 tiles
+TILE_TOKENS_BY_PACK_SIZE = {0: 32, 16_384: 64, 65_536: 128}
 
 
 def tile_tokens_for(num_tokens: int) -> int:
     """Tokens of a row tile in a pack of `num_tokens` tokens; likewise for other vectors."""
-    return max(size for at_least, size in TILE_TOKENS.items() if num_tokens >= at_least)
+    return max(size for at_least, size in TILE_TOKENS_BY_PACK_SIZE.items() if num_tokens >= at_least)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Index of the rows of a pack and of their row tiles. Build one per pack, and use it in every layer."""
+    """Offsets and row tiles of the rows of a pack. Build one per pack, and use it in every layer."""
 
     num_tokens: int
     num_rows: int
     num_real: int  # tokens in rows; those after them are padding
-    num_tiles: int  # of rows, without the tiles of padding
+    num_row_tiles: int  # tiles of rows, without those of padding: the first ones
     tile_start_Q: Tensor  # int32 [Q + 1]: first token of each tile, then `num_tokens`
     tile_row_Q: Tensor  # int32 [Q]: row of each tile; `num_rows` for tiles of padding, which come last
     first_tile_R: Tensor  # int32 [R + 1]: first tile of each row, then the first tile of padding
@@ -62,7 +65,7 @@ class Rows:
         """[R, D] -> [num_real, D]: for each real token the vector of its row."""
         return vectors_RD.index_select(0, self.row_L)
 
-    def real(self, x_LD: Tensor) -> Tensor:
+    def unpad(self, x_LD: Tensor) -> Tensor:
         """[L, D] -> [num_real, D]: without padding, in fp32 at least."""
         return x_LD[: self.num_real].to(torch.promote_types(x_LD.dtype, torch.float32))
 
@@ -74,14 +77,14 @@ class Rows:
 
     def sum(self, x_LD: Tensor) -> Tensor:
         """[num_real, D] -> [R, D]: sums over the tokens of each row, in the order of the kernels (see above)."""
-        lengths_Q = self.tile_start_Q.diff()[: self.num_tiles]
+        lengths_Q = self.tile_start_Q.diff()[: self.num_row_tiles]
         sums_QD = torch.segment_reduce(x_LD.contiguous(), "sum", lengths=lengths_Q, initial=0.0, unsafe=True)
         return torch.segment_reduce(sums_QD, "sum", lengths=self.first_tile_R.diff(), initial=0.0, unsafe=True)
 
-    def check(self, x_LD: Tensor, **vectors: Tensor | None) -> None:
+    def check_shapes(self, x_LD: Tensor, **vectors: Tensor | None) -> None:
         """Raises ValueError unless `x_LD` is [L, D] with L = `num_tokens`, and each of `vectors` is [R, D]."""
         if x_LD.ndim != 2 or len(x_LD) != self.num_tokens:
-            raise ValueError(f"x {tuple(x_LD.shape)} must be [L, D] with L = {self.num_tokens}, the tokens of its rows")
+            raise ValueError(f"x {tuple(x_LD.shape)} must be [L, D] with L = {self.num_tokens}, the tokens of the pack")
         for name, x in {"x": x_LD, **vectors}.items():
             if x is not None and not x.is_floating_point():
                 raise ValueError(f"{name} {tuple(x.shape)} of {x.dtype} must be floating point")

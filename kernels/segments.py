@@ -12,6 +12,8 @@ use, and reused by all layers:
 `varlen`: one call for all segments, for kernels that take cumulative lengths, which allow no gaps. Segments are in the
 order of their queries, and gaps between or after them become segments without keys, so that queries stay in place. Keys
 stay in place if their ranges are contiguous in that order, as in a pack, and are gathered otherwise.
+
+Letters: `g` segments of a bucket, `m` tokens of its longest; `V` segments of a `Varlen`.
 """
 
 from __future__ import annotations

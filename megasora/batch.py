@@ -3,7 +3,7 @@
 A pack always has `L` tokens. Its segments (clips) are contiguous and start at token 0; the tokens after the last
 segment are padding, which attends to nothing and has no loss. A segment consists of whole rows: a row is a range of
 tokens with one timestep. Tokens of a clip are in time-major order, so that the tokens of a latent frame are
-contiguous. A segment may hold less than its clip (a part of a long clip, or what token dropping leaves of it):
+contiguous. A segment may hold less than its clip (a part of a split clip, or what token dropping leaves of it):
 `positions_L` gives the index of each token in its clip.
 
 Where several ranks share a pack (context parallel), a ContextSplit says which rank has which tokens. A rank's share is

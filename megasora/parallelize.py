@@ -104,7 +104,7 @@ def build_pipeline(
     dtype: torch.dtype,
     accumulate_grads: AccumulateGrads,
 ) -> Pipeline:
-    """The pipeline of this rank's stages; `dtype` is that of the hidden tokens, `accumulate_grads` as in `Pipeline`."""
+    """The pipeline of this rank's stages; `dtype` is that of the hidden states, `accumulate_grads` as in `Pipeline`."""
     p = config.parallel
     hidden = torch.empty(share_length(config) // p.tensor, config.model.width, dtype=dtype, device="meta")
     total = num_stages(p.schedule, p.pipeline, p.stages_per_rank)
@@ -121,7 +121,7 @@ def local_stages(config: Config, axis: Axis) -> list[tuple[int, int, int]]:
 
 
 def apply_tensor_parallel(model: VideoDiT, axis: Axis) -> None:
-    """Shards the linears of the blocks and the hidden tokens over the tensor axis."""
+    """Shards the linears of the blocks and the hidden states over the tensor axis."""
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         options = next((value for pattern, value in COLUMN_PARALLEL.items() if fnmatch(name, pattern)), None)

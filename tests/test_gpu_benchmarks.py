@@ -99,7 +99,7 @@ def test_every_tuned_file_has_tables():
 # ---- counts
 
 
-def test_least_bytes_are_those_of_performance_notes():
+def test_least_bytes_are_those_of_the_docstrings_of_the_kernels():
     size = Size(tokens=64, width=256, head_dim=64, row_tokens=32)
     expected = {  # bytes per element of an activation, forward and backward
         "adaln_modulate": (4, 6), "gated_residual_adaln": (8, 12), "gated_residual_norm": (8, 12),
@@ -121,7 +121,7 @@ def test_the_one_clip_has_the_flops_of_the_pack():
     assert kernels.attention_flops([3, 5], 2, 7)["forward"] == 2 * 2 * 2 * 7 * (9 + 25)
 
 
-def test_flops_of_a_block_are_the_formula_of_performance_notes():
+def test_flops_of_a_block_equal_the_closed_form():
     d, ff, s, words = 5120, 13_824, 36_864, 512
     linear = 4 * d * d + 2 * d * ff + 2 * d * d + 2 * d * d * words / s
     expected = 3 * s * 2 * (linear + 2 * s * d + 2 * words * d)

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from megasora.errors import MegaSoraError
 from megasora.files import write_text_atomic
 from megasora.ingest.duplicates import DuplicateIndex
 from megasora.ingest.pool import WorkerPool
+from megasora.ingest.results import FoundScenes
 from megasora.ingest.sources import ClipSource, find_clips
 from megasora.ingest.worker import scene_job, worker_settings
 
@@ -67,19 +67,17 @@ def find_scenes(options: argparse.Namespace) -> Iterator[tuple[ClipSource, int |
     """Each scene as a clip, with the hashes of its first and middle frame or None; without --scenes, whole clips."""
     config = load(None, options.overrides)
     threshold = options.threshold if options.scenes else NO_CUTS
-    in_flight: deque[ClipSource] = deque()
 
-    def jobs() -> Iterator[dict]:
+    def jobs() -> Iterator[tuple[ClipSource, dict]]:
         for clip in find_clips(options.clips):
-            in_flight.append(clip)
-            yield scene_job(clip.media, threshold, options.min_seconds)
+            yield clip, scene_job(clip.media, threshold, options.min_seconds)
 
     settings = worker_settings(config.codec, config.ingest, config.data.patch)
     with WorkerPool(settings, config.ingest.workers or len(os.sched_getaffinity(0))) as pool:
-        for result in pool.run(jobs()):
-            clip = in_flight.popleft()
+        for clip, result in pool.run(jobs()):
             whole_clip = [[clip.media.start, clip.media.end, None, None]]
-            for start, end, first_hash, middle_hash in result.get("scenes", whole_clip):
+            scenes = result.scenes if isinstance(result, FoundScenes) else whole_clip
+            for start, end, first_hash, middle_hash in scenes:
                 yield replace(clip, media=replace(clip.media, start=start, end=end)), first_hash, middle_hash
 
 

@@ -98,7 +98,7 @@ class LocalFolder:
 
 
 def read_cached(descriptor: Descriptor, offset: int, buffers: Sequence[memoryview]) -> int:
-    """Reads what it can without waiting for the disk. Returns the bytes read; 0 if the file system does not support it."""
+    """Reads without waiting for the disk. Returns the bytes read; 0 if the file system does not support it."""
     try:
         return os.preadv(descriptor.fd, buffers, offset, os.RWF_NOWAIT)
     except OSError as error:

@@ -1,8 +1,8 @@
 """Places the long clips into packs so that packs cost the same. Token counts in; a pack for each long clip out.
 
-A clip is long here if it is among the longest quarter and has more than 1/256 of a pack's tokens.
-The attention cost of a full pack is the sum of l^2 over its clips of l tokens, and long clips make nearly all of its
-differences. They are therefore placed before the short clips, which then fill the packs (packing.py):
+Long clips are the longest quarter, without those of at most 1/256 of a pack. The attention cost of a full pack is the
+sum of l^2 over its clips of l tokens, and long clips make nearly all of its differences. They are therefore placed
+before the short clips, which then fill the packs (packing.py):
 
     mean       = sum(l^2) / sum(l) over the short clips          cost of one token of them
     surplus(l) = l (l - mean)                                    cost of a long clip beyond short clips in its place

@@ -133,20 +133,20 @@ class Mixture:
 def split_clips(dataset: ShardSplit, tokens_per_pack: int, split_long: bool) -> tuple[np.ndarray, ...]:
     """Per clip or part of a clip: (clip in the dataset, first token, tokens), int64, and whether it is a whole clip.
 
-    Raises MegaSoraError for clips that are too long.
+    Raises MegaSoraError for clips that are longer than a pack.
     """
     tokens = dataset.index.token_counts
-    long = np.flatnonzero(tokens > tokens_per_pack)
-    if len(long) and not split_long:
-        longest = int(long[tokens[long].argmax()])
+    over_pack = np.flatnonzero(tokens > tokens_per_pack)
+    if len(over_pack) and not split_long:
+        longest = int(over_pack[tokens[over_pack].argmax()])
         raise MegaSoraError(
             f"data.tokens_per_pack={tokens_per_pack} is less than the {tokens[longest]} tokens of "
-            f"{describe_source(dataset, longest)}, and of {len(long) - 1} more clips; raise it, set "
+            f"{describe_source(dataset, longest)}, and of {len(over_pack) - 1} more clips; raise it, set "
             "data.split_long=true, or leave the clips out"
         )
     num_parts = np.ones(len(tokens), dtype=np.int64)
     boundaries: list[list[int]] = []
-    for clip in long.tolist():
+    for clip in over_pack.tolist():
         frames, rows, columns = dataset.index[clip].grid
         max_frames = tokens_per_pack // (rows * columns)
         if max_frames == 0:
@@ -159,7 +159,7 @@ def split_clips(dataset: ShardSplit, tokens_per_pack: int, split_long: bool) -> 
         boundaries.append([frames * part // parts * rows * columns for part in range(parts + 1)])
     clip_I, first_entry = np.repeat(np.arange(len(tokens)), num_parts), np.cumsum(num_parts) - num_parts
     start_I, tokens_I = np.zeros(len(clip_I), dtype=np.int64), tokens[clip_I]
-    for clip, starts in zip(long.tolist(), boundaries, strict=True):
+    for clip, starts in zip(over_pack.tolist(), boundaries, strict=True):
         entries = np.s_[first_entry[clip] : first_entry[clip] + num_parts[clip]]
         start_I[entries], tokens_I[entries] = starts[:-1], np.diff(starts)
     return clip_I, start_I, tokens_I, num_parts[clip_I] == 1

@@ -1,4 +1,4 @@
-"""A thread that runs an iterator ahead of its consumer: items in; the same items out of a bounded queue."""
+"""A thread that runs an endless iterator ahead of its consumer: items in; the same items out of a bounded queue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ POLL_SECONDS = 0.2  # between two checks whether the consumer has stopped
 
 
 class Prefetcher:
-    """Runs `items` in a thread, at most `depth` items ahead, and one more in its hands."""
+    """Runs `items`, which must be endless, in a thread.
+
+    At most `depth` items are queued, and one more is produced or waits for space.
+    """
 
     def __init__(self, items: Iterator[Any], depth: int):
         self.items, self.stopped = items, threading.Event()
@@ -39,6 +42,7 @@ class Prefetcher:
             for item in self.items:
                 if not self.put(item):
                     return
+            raise RuntimeError("the iterator of a Prefetcher has ended; it must be endless")
         except BaseException as error:
             self.put(error)
 

@@ -1,4 +1,4 @@
-"""The lock under which one reader thread at a time runs Python code; it is released while a thread waits for I/O.
+"""Lets one reader thread at a time run Python code; released while a thread waits for I/O.
 
     reader thread (reader_pool.py):  with reader_lock: read a pack
     folder (folder.py):              with reader_lock.released(): wait for the disk or the server

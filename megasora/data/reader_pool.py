@@ -43,8 +43,8 @@ class PendingPacks:
 class ReaderPool:
     """`count` threads that call `read_pack(pack, begin)`; with 0, the caller's thread does.
 
-    `read_pack` calls `begin(clip)` before it reads a clip, by index. It runs under `reader_lock`; what it waits for must
-    release it (`ReaderLock.released`).
+    `read_pack` calls `begin(clip)` before it reads a clip, by index. It runs under `reader_lock`; what it waits for
+    must release it (`ReaderLock.released`).
     """
 
     def __init__(self, read_pack: Callable[[Any, Callable[[int], None]], Any], count: int, reader_lock: ReaderLock):

@@ -1,12 +1,12 @@
 """The files of a shard folder (format 1): names, the index of a tar, the manifest. docs/shards.md describes them.
 
     dataset.json                  manifest: format, fingerprints of codec and text encoder, patch, counts, all tars
-    train-000000-000.tar          WebDataset tar: KEY.caption.txt  KEY.meta.json  [KEY.text.f16]  KEY.patches.f16 |
-    .bf16 train-000000-000.index.npy    one row per clip: sample id, grid, native size, byte ranges and checksums in the
-    tar
+    train-000000-000.tar          WebDataset tar: KEY.caption.txt KEY.meta.json [KEY.text.f16] KEY.patches.f16|.bf16
+    train-000000-000.index.npy    one row per clip: sample id, grid, native size, byte ranges in the tar, checksums
 
 Plans are made from the indices alone. They are arrays, so that a million clips are open in a fraction of a second.
-There is no pickle anywhere. shard_reader.py reads clips, shard_writer.py writes them, verify.py checks every byte.
+There is no pickle anywhere. shard_reader.py reads clips, shard_writer.py writes them, manifest_writer.py
+writes dataset.json, verify.py checks every byte.
 """
 
 from __future__ import annotations
@@ -174,10 +174,10 @@ def check_manifest(manifest: Manifest) -> None:
     for counts in manifest.splits.values():
         if not all(isinstance(counts[key], int) for key in ("clips", "images", "frames", "tokens", "max_tokens")):
             raise ValueError("a count is not an integer")
-        for name, facts in counts["shards"].items():
+        for name, shard in counts["shards"].items():
             if not re.fullmatch(r"[a-z]+-\d+-\d+\.tar", name, re.ASCII):
                 raise ValueError(f"{name!r} is no name of a shard")
-            if not all(isinstance(facts[key], int) for key in ("clips", "bytes", "index_crc32")):
+            if not all(isinstance(shard[key], int) for key in ("clips", "bytes", "index_crc32")):
                 raise ValueError(f"a value of {name} is not an integer")
 
 

@@ -1,9 +1,8 @@
-"""Writing shards: ingest blocks of consecutive clips, each written atomically, and the manifest over all of them.
+"""Writes ingest blocks: shards of consecutive clips, each block atomically.
 
     with BlockWriter(folder, block, max_bytes) as writer:
         writer.add(split, record, meta)        ... in the order of sample ids
         writer.commit(rejected, details)
-    write_manifest(folder, ...)                when all blocks are complete
 
     .locks/000003                 held by the writer of block 3; the system releases it when that process ends
     .staging/000003/              the block's files until `commit`
@@ -11,7 +10,8 @@
     blocks/000003.json            the marker, written last: block 3 is complete, and its contents
 
 A block is written by one process into tars of its own, so shards do not depend on the number of processes. The next
-writer of a block removes what a killed one left; complete blocks are never touched.
+writer of a block removes what a killed one left; complete blocks are never touched. manifest_writer.py merges the
+complete blocks into a dataset.
 """
 
 from __future__ import annotations
@@ -31,15 +31,11 @@ from torch import Tensor
 from zlib_ng.zlib_ng import crc32
 
 from megasora.data.pack import Record
-from megasora.data.shard_damage import check_tar_size, missing_text
 from megasora.data.shard_format import (
     DTYPES,
     INDEX_DTYPE,
-    MANIFEST,
     MEMBERS,
     SPLITS,
-    Manifest,
-    add_counts,
     count_clips,
     index_bytes,
     index_name,
@@ -78,6 +74,11 @@ class BlockInfo:
     splits: dict[str, dict[str, Any]]  # `count_clips`, and shards: name -> clips, bytes, index_crc32
     rejected: dict[str, int]  # reason -> clips
     details: dict[str, Any]  # of the caller of `commit`
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all clips of the block were rejected."""
+        return self.first_sample_id < 0
 
 
 class BlockWriter:
@@ -181,8 +182,9 @@ class BlockWriter:
             self.open.popitem()[1].close()
         splits = {}
         for split in sorted(self.shards):
-            rows = np.concatenate([shard.rows for shard in self.shards[split]])
-            splits[split] = {**count_clips(rows), "shards": {s.path.name: s.facts for s in self.shards[split]}}
+            shards = self.shards[split]
+            index_entries = np.concatenate([shard.index_entries for shard in shards])
+            splits[split] = {**count_clips(index_entries), "shards": {s.path.name: s.manifest_entry for s in shards}}
         info = BlockInfo(
             self.block, self.dtype, self.patch_dim, self.text_dim, self.first_sample_id, self.last_sample_id, splits,
             dict(sorted(rejected.items())), dict(details),
@@ -225,8 +227,8 @@ class ShardFile:
         self.path, self.dtype = path, dtype
         self.file = open(path, "wb")  # noqa: SIM115
         self.written: list[tuple[Record, dict[str, int]]] = []  # per clip: file -> CRC-32
-        self.rows = np.zeros(0, INDEX_DTYPE)
-        self.facts: dict[str, int] = {}  # for the manifest
+        self.index_entries = np.zeros(0, INDEX_DTYPE)
+        self.manifest_entry: dict[str, int] = {}  # clips, bytes, index_crc32
 
     def add(self, record: Record, files: dict[str, bytes | PatchFile]) -> None:
         checksums = {}
@@ -250,50 +252,50 @@ class ShardFile:
         os.fsync(self.file.fileno())
         self.file.close()
         with open(self.path, "rb") as file:
-            self.rows = self.read_back(file)
+            self.index_entries = self.read_back(file)
             size = file.seek(0, 2)
-        index = index_bytes(self.rows)
+        index = index_bytes(self.index_entries)
         with atomic_writer(self.path.with_name(index_name(self.path.name))) as file:
             file.write(index)
-        self.facts = {"clips": len(self.rows), "bytes": size, "index_crc32": crc32(index)}
+        self.manifest_entry = {"clips": len(self.index_entries), "bytes": size, "index_crc32": crc32(index)}
 
     def read_back(self, file: BinaryIO) -> np.ndarray:
-        """The index rows of the tar, from its bytes on the disk. Raises MegaSoraError if they are not those written."""
+        """The index entries of the tar, from its bytes on the disk. Raises MegaSoraError if those were changed."""
         names = member_files(self.dtype)
         records = group_by_key(read_members(file, names, str(self.path)))
-        rows = np.zeros(len(self.written), INDEX_DTYPE)
+        index_entries = np.zeros(len(self.written), INDEX_DTYPE)
         if len(records) != len(self.written):
             raise MegaSoraError(
                 f"{self.path}: {len(records)} of {len(self.written)} clips are read back; check the disk"
             )
-        for row, (record, checksums), spans in zip(rows, self.written, records.values(), strict=True):
-            row["sample_id"], row["grid"], row["native_size"] = record.sample_id, record.grid, record.native_size
+        for entry, (record, checksums), spans in zip(index_entries, self.written, records.values(), strict=True):
+            entry["sample_id"], entry["grid"], entry["native_size"] = record.sample_id, record.grid, record.native_size
             start = min(offset for offset, _ in spans.values()) - BLOCK_BYTES
             size = max(offset + padded_size(size) for offset, size in spans.values()) - start
             record_crc, file_crcs = range_checksums(file, start, size, spans)
-            row["record"] = (start, size, record_crc)
+            entry["record"] = (start, size, record_crc)
             for member, name in zip(MEMBERS, names, strict=True):
                 if name in checksums:
-                    row[member] = (*spans[name], file_crcs[name])
+                    entry[member] = (*spans[name], file_crcs[name])
                     if file_crcs[name] != checksums[name]:
                         raise MegaSoraError(
                             f"{self.path}: {name} of sample {record.sample_id} is read back with checksum "
                             f"{file_crcs[name]:08x}, written with {checksums[name]:08x}; check disk and memory"
                         )
-        return rows
+        return index_entries
 
 
 def meta_json(record: Record, dtype: str, meta: Mapping[str, Any]) -> bytes:
     """meta.json of a record. Raises ValueError if `meta` lacks `source` or `sha256`, or has keys of the record."""
     height, width, frames, fps = record.native_size
-    facts = {
+    values = {
         "sample_id": record.sample_id, "height": height, "width": width, "frames": frames, "fps": fps,
         "duration": frames / fps if fps else 0.0, "grid": list(record.grid), "shape": list(record.patches_LP.shape),
         "dtype": dtype,
     }  # fmt: skip
-    if wrong := [key for key in ("source", "sha256") if key not in meta] or sorted(facts.keys() & meta.keys()):
-        raise ValueError(f"meta must have source and sha256 and none of {sorted(facts)}: see {', '.join(wrong)}")
-    return json.dumps({"sample_id": facts.pop("sample_id"), "source": meta["source"], **facts, **meta}).encode()
+    if wrong := [key for key in ("source", "sha256") if key not in meta] or sorted(values.keys() & meta.keys()):
+        raise ValueError(f"meta must have source and sha256 and none of {sorted(values)}: see {', '.join(wrong)}")
+    return json.dumps({"sample_id": values.pop("sample_id"), "source": meta["source"], **values, **meta}).encode()
 
 
 def raw_bytes(values: Tensor, dtype: str, name: str) -> bytes:
@@ -340,9 +342,6 @@ def range_checksums(
     return range_crc, span_crcs
 
 
-# ---------------------------------------------------------------- complete blocks
-
-
 def block_name(block: int) -> str:
     return f"{block:06d}"
 
@@ -350,100 +349,6 @@ def block_name(block: int) -> str:
 def marker_path(folder: Path, block: int) -> Path:
     """The file whose presence means that the block is complete."""
     return folder / BLOCK_DIR / f"{block_name(block)}.json"
-
-
-def read_block(folder: Path, block: int) -> BlockInfo | None:
-    """The contents of a complete block; None if it is not complete. Raises MegaSoraError if one of its files is missing
-    or cut."""
-    path = marker_path(folder, block)
-    try:
-        info = BlockInfo(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise MegaSoraError(f"{path} is damaged: {error}; remove it and ingest again") from None
-    for counts in info.splits.values():
-        for name, shard in counts["shards"].items():
-            tar = folder / name
-            check_tar_size(folder, name, tar.stat().st_size if tar.is_file() else None, shard["bytes"])
-            if not (folder / index_name(name)).is_file():
-                raise MegaSoraError(f"{folder / index_name(name)}: {missing_text(folder, name)}")
-    return info
-
-
-def write_manifest(
-    folder: Path,
-    codec_fingerprint: str,
-    text_fingerprint: str,
-    patch: list[int],
-    num_blocks: int,
-    codec_settings: Mapping[str, Any],
-) -> Manifest:
-    """Writes dataset.json over all blocks and removes the lock and staging folders. Its bytes depend on the blocks
-    alone.
-
-    `codec_settings`: the configuration to build the codec from. Raises MegaSoraError if blocks are missing or do not
-    fit together. Several processes may call it at once.
-    """
-    with locked(folder / LOCK_DIR / "manifest", f"the manifest of {folder}", wait=True):
-        blocks = read_all_blocks(folder, num_blocks)
-        manifest = merge_blocks(folder, blocks)
-        manifest.codec_fingerprint, manifest.text_fingerprint = codec_fingerprint, text_fingerprint
-        manifest.patch, manifest.codec_settings = list(patch), dict(codec_settings)
-        write_text_atomic(folder / MANIFEST, json_text(asdict(manifest)))
-        sync(folder)
-        shutil.rmtree(folder / STAGING_DIR, ignore_errors=True)  # of writers killed after they completed their block
-        for lock in (folder / LOCK_DIR).glob("[0-9]*"):
-            lock.unlink(missing_ok=True)
-    return manifest
-
-
-def read_all_blocks(folder: Path, num_blocks: int) -> list[BlockInfo]:
-    """Blocks 0 to num_blocks - 1. Raises MegaSoraError if one is not complete, or there are more."""
-    blocks = [read_block(folder, block) for block in range(num_blocks)]
-    if missing := [block for block, info in enumerate(blocks) if info is None]:
-        shown = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
-        raise MegaSoraError(f"{folder}: {len(missing)} of {num_blocks} blocks are missing: {shown}; ingest again")
-    names = {marker_path(folder, block).name for block in range(num_blocks)}
-    if extra := sorted(path.name for path in (folder / BLOCK_DIR).glob("*.json") if path.name not in names):
-        raise MegaSoraError(
-            f"{folder / BLOCK_DIR / extra[0]} is beyond the {num_blocks} blocks of this ingest; remove it"
-        )
-    return blocks
-
-
-def merge_blocks(folder: Path, blocks: list[BlockInfo]) -> Manifest:
-    """A manifest with the counts and shards of all blocks. Raises MegaSoraError if blocks contradict each other."""
-    manifest = Manifest("", "", [], 0, {}, {})
-    for split in SPLITS:
-        manifest.splits[split] = {**count_clips(np.zeros(0, INDEX_DTYPE)), "shards": {}}
-    filled = [info for info in blocks if info.first_sample_id >= 0]
-    for previous, info in zip([None, *filled], filled, strict=False):
-        if previous is not None:
-            check_consecutive(folder, previous, info)
-        manifest.dtype, manifest.patch_dim, manifest.text_dim = info.dtype, info.patch_dim, info.text_dim
-        for split, counts in info.splits.items():
-            add_counts(manifest.splits[split], counts)
-    rejected: dict[str, int] = {}
-    for info in blocks:
-        for reason, count in info.rejected.items():
-            rejected[reason] = rejected.get(reason, 0) + count
-    manifest.rejected = dict(sorted(rejected.items()))
-    return manifest
-
-
-def check_consecutive(folder: Path, previous: BlockInfo, info: BlockInfo) -> None:
-    """Raises MegaSoraError if two consecutive blocks share sample ids or were made with different settings."""
-    if info.first_sample_id <= previous.last_sample_id:
-        raise MegaSoraError(
-            f"{folder}: blocks {previous.block} and {info.block} both have sample {info.first_sample_id}"
-        )
-    for key in ("dtype", "patch_dim", "text_dim"):
-        if getattr(info, key) != getattr(previous, key):
-            raise MegaSoraError(
-                f"{folder}: {key} is {getattr(previous, key)} in block {previous.block} and {getattr(info, key)} in "
-                f"block {info.block}; remove one of them from {folder / BLOCK_DIR} and ingest again"
-            )
 
 
 def json_text(values: object) -> str:

@@ -7,6 +7,7 @@ output_folder.py     ingest.json, and the checks that all processes run the same
 caption_encoding.py  captions are checked and encoded before clips are decoded
 pool.py              jobs to worker processes, results in order; a crash costs one clip
 worker.py            in a worker: bytes -> frames -> filters.py -> codec -> float16.py -> patches in a file
+results.py           EncodedClip or Rejection: what a worker returns
 summary.py           counts of rejected clips
 scenes.py, duplicates.py   for tools/list_clips.py
 """

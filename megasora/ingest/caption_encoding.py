@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megasora.config import Config
 from megasora.errors import MegaSoraError
+from megasora.ingest.results import Rejection
 from megasora.ingest.sources import ClipSource
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ class PreparedClip:
 
     sample_id: int
     source: ClipSource
-    spool: Path  # file that its patches are written to
+    patch_path: Path  # file that its patches are written to
     text: Tensor | None = None  # [S, E]
-    rejection: dict[str, str] | None = None  # as a worker's: filter, reason, message
+    rejection: Rejection | None = None
 
 
 def check_captions(clips: list[ClipSource], config: Config) -> None:
@@ -47,9 +48,9 @@ def check_captions(clips: list[ClipSource], config: Config) -> None:
 
 
 def prepare_block(
-    sample_ids: range, clips: list[ClipSource], spool: Path, config: Config, encoder: TextEncoder
+    sample_ids: range, clips: list[ClipSource], patch_dir: Path, config: Config, encoder: TextEncoder
 ) -> Iterator[PreparedClip]:
-    """The clips of one block in order, their captions encoded in batches. `spool`: folder for their patches."""
+    """The clips of one block in order, their captions encoded in batches. `patch_dir`: folder for their patches."""
     for start in range(0, len(sample_ids), CAPTION_BATCH):
         batch = sample_ids[start : start + CAPTION_BATCH]
         rejections = {sample_id: caption_rejection(clips[sample_id], config) for sample_id in batch}
@@ -59,31 +60,27 @@ def prepare_block(
         for sample_id in batch:
             source, text = clips[sample_id], texts.get(sample_id)
             rejection = rejections[sample_id] or encoding_rejection(source, text, encoder.precomputed)
-            path = spool / str(sample_id)
-            yield PreparedClip(sample_id, source, path, None if rejection else text, rejection)
+            patch_path = patch_dir / str(sample_id)
+            yield PreparedClip(sample_id, source, patch_path, None if rejection else text, rejection)
 
 
-def caption_rejection(clip: ClipSource, config: Config) -> dict[str, str] | None:
+def caption_rejection(clip: ClipSource, config: Config) -> Rejection | None:
     """Why a clip has no caption to encode, or None."""
     if clip.caption_error:
-        return rejection("unreadable caption", clip.caption_error)
+        return Rejection("caption", "unreadable caption", clip.caption_error)
     if not clip.caption and config.ingest.missing_caption == "skip":
-        return rejection("no caption", f"{clip.media} has no caption")
+        return Rejection("caption", "no caption", f"{clip.media} has no caption")
     return None
 
 
-def encoding_rejection(clip: ClipSource, text: Tensor | MegaSoraError, precomputed: bool) -> dict[str, str] | None:
+def encoding_rejection(clip: ClipSource, text: Tensor | MegaSoraError, precomputed: bool) -> Rejection | None:
     """Why an encoded caption cannot be stored, or None."""
     if isinstance(text, MegaSoraError):
-        return rejection("caption too long", f"{clip.media}: {text}")
+        return Rejection("caption", "caption too long", f"{clip.media}: {text}")
     if precomputed and not torch.isfinite(text.half()).all():
         message = f"{clip.media}: features of its caption are not finite in float16"
-        return rejection("features not finite", message)
+        return Rejection("caption", "features not finite", message)
     return None
-
-
-def rejection(reason: str, message: str) -> dict[str, str]:
-    return {"filter": "caption", "reason": reason, "message": message}
 
 
 def encode_captions(encoder: TextEncoder, captions: list[str]) -> list[Tensor | MegaSoraError]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,21 +20,23 @@ from typing import TYPE_CHECKING, Any
 
 from megasora.codec import build_codec
 from megasora.config import Config
+from megasora.data.manifest_writer import read_block, write_manifest
 from megasora.data.pack import Record
 from megasora.data.shard_format import Manifest
-from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, BlockWriter, PatchFile, read_block, write_manifest
+from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, BlockWriter, PatchFile
 from megasora.errors import MegaSoraError
 from megasora.ingest.caption_encoding import PreparedClip, check_captions, prepare_block
 from megasora.ingest.output_folder import (
-    SPOOL,
+    PATCH_DIR,
     claim_output,
     discard_output,
     ingest_spec,
     remove_empty_folders,
-    spool_folder,
+    temporary_patch_dir,
 )
 from megasora.ingest.parts import Part
 from megasora.ingest.pool import WorkerPool
+from megasora.ingest.results import EncodedClip, Rejection
 from megasora.ingest.sources import ClipSource, find_clips
 from megasora.ingest.summary import Rejections, print_summary
 from megasora.ingest.worker import encode_job, worker_settings
@@ -47,7 +48,10 @@ if TYPE_CHECKING:
 
 
 def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None) -> Manifest | None:
-    """See `megasora.ingest.ingest`."""
+    """Writes the blocks of one part, and the manifest if all blocks are complete.
+
+    Arguments and errors: `megasora.ingest.ingest`.
+    """
     part = part or Part()
     clips = find_clips(source)
     check_captions(clips, config)
@@ -67,12 +71,12 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
     if missing := sum(block is None for block in blocks):
         print(f"part {part} is complete; {missing} of {num_blocks} blocks, of other parts, are not")
         return None
-    if all(block.first_sample_id < 0 for block in blocks):
+    if all(block.is_empty for block in blocks):
         discard_output(out)
         remove_empty_folders(new_folders)
         first = blocks[0].details["first_rejection"]
         raise MegaSoraError(f"none of the {len(clips)} clips in {source} could be used; the first: {first}")
-    shutil.rmtree(out / SPOOL, ignore_errors=True)
+    shutil.rmtree(out / PATCH_DIR, ignore_errors=True)
     manifest = write_manifest(
         out, codec.fingerprint, encoder.fingerprint, list(config.data.patch), num_blocks, asdict(config.codec)
     )
@@ -85,86 +89,82 @@ def ingest_part(
 ) -> None:
     """Writes every block of this part that is not complete yet."""
     name = f"part-{part.index + 1}-of-{part.count}"
-    with locked(out / LOCK_DIR / name, f"part {part} of {out}"), spool_folder(out / SPOOL / name) as spool:
+    with (
+        locked(out / LOCK_DIR / name, f"part {part} of {out}"),
+        temporary_patch_dir(out / PATCH_DIR / name) as patch_dir,
+    ):
         incomplete = [block for block in part.blocks(num_blocks) if read_block(out, block) is None]
         if incomplete:
-            ingest_blocks(clips, incomplete, out, spool, config, encoder, part)
+            ingest_blocks(clips, incomplete, out, patch_dir, config, encoder, part)
 
 
 def ingest_blocks(
     clips: list[ClipSource],
     blocks: list[int],
     out: Path,
-    spool: Path,
+    patch_dir: Path,
     config: Config,
     encoder: TextEncoder,
     part: Part,
 ) -> None:
     size = config.ingest.clips_per_block
     sample_ids = {block: range(block * size, min((block + 1) * size, len(clips))) for block in blocks}
-    in_flight: deque[PreparedClip] = deque()  # given to the pool and not written yet, in order
 
-    def jobs() -> Iterator[dict[str, Any] | None]:
+    def jobs() -> Iterator[tuple[PreparedClip, dict[str, Any] | Rejection]]:
         for ids in sample_ids.values():
-            for clip in prepare_block(ids, clips, spool, config, encoder):
-                in_flight.append(clip)
-                yield None if clip.rejection else encode_job(clip.source.media, clip.spool)
+            for clip in prepare_block(ids, clips, patch_dir, config, encoder):
+                yield clip, clip.rejection or encode_job(clip.source.media, clip.patch_path)
 
-    def encoded_clips(pool: WorkerPool) -> Iterator[tuple[PreparedClip, dict[str, Any]]]:
-        for result in pool.run(jobs()):
-            clip = in_flight.popleft()
-            yield clip, clip.rejection or result
-
-    encoder.encode([""])  # an encoder that cannot be loaded is an error here, and not the fault of a caption
+    # fails here if the encoder cannot be loaded; encode_captions would reject the captions instead
+    encoder.encode([""])
     settings = worker_settings(config.codec, config.ingest, config.data.patch)
     with (
         WorkerPool(settings, config.ingest.workers or num_cores()) as pool,
         progress_bar(sum(map(len, sample_ids.values())), part) as advance,
     ):
-        encoded = encoded_clips(pool)
+        results = pool.run(jobs())
         for block, ids in sample_ids.items():
             with BlockWriter(out, block, config.ingest.shard_mib << 20) as writer:
-                write_block(writer, islice(encoded, len(ids)), encoder.precomputed, advance)
+                write_block(writer, islice(results, len(ids)), encoder.precomputed, advance)
 
 
 def write_block(
     writer: BlockWriter,
-    encoded: Iterable[tuple[PreparedClip, dict[str, Any]]],
+    results: Iterable[tuple[PreparedClip, EncodedClip | Rejection]],
     precomputed: bool,
     advance: Callable[[], None],
 ) -> None:
     """Writes the clips of one block, counts those that were rejected, and commits the block.
 
-    `encoded`: clips with their jobs' results; `precomputed`: store text features; `advance`: called for each clip.
+    `results`: of the jobs of its clips; `precomputed`: store text features; `advance`: called for each clip.
     """
     rejections = Rejections()
-    for clip, result in encoded:
-        if "reason" in result:
+    for clip, result in results:
+        if isinstance(result, Rejection):
             rejections.add(result)
         else:
             write_record(writer, clip, result, precomputed)
-        clip.spool.unlink(missing_ok=True)
+        clip.patch_path.unlink(missing_ok=True)
         advance()
     writer.commit(rejections.reasons, rejections.details())
 
 
-def write_record(writer: BlockWriter, clip: PreparedClip, facts: dict[str, Any], precomputed: bool) -> None:
-    """Writes one clip. `facts`: the result of its job."""
-    t, h, w = facts["grid"]
+def write_record(writer: BlockWriter, clip: PreparedClip, result: EncodedClip, precomputed: bool) -> None:
+    t, h, w = result.grid
     record = Record(
         clip.sample_id,
-        PatchFile(clip.spool, (t * h * w, facts["patch_dim"])),
+        PatchFile(clip.patch_path, (t * h * w, result.patch_dim)),
         (t, h, w),
         clip.text,
-        (float(facts["height"]), float(facts["width"]), float(facts["frames"]), facts["fps"]),
+        (float(result.height), float(result.width), float(result.frames), result.fps),
         clip.source.caption or "",
     )
     media = clip.source.media
-    meta: dict[str, Any] = {"source": clip.source.name, "sha256": facts["sha256"]}
+    meta: dict[str, Any] = {"source": clip.source.name, "sha256": result.sha256}
     if media.is_excerpt:
         meta |= {"start": media.start, "end": media.end}
-    if facts["quality"]:
-        meta["quality"] = facts["quality"]
+    if result.quality:
+        meta["quality"] = result.quality
     writer.add(clip.source.split, record, meta, clip.text if precomputed else None)
 
 

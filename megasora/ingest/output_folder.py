@@ -22,7 +22,7 @@ from megasora.ingest.sources import ClipSource, listing_hash
 from megasora.locks import locked
 
 SPEC_FILE = "ingest.json"
-SPOOL = ".spool"
+PATCH_DIR = ".patches"
 # keys of [ingest] that change the speed of an ingest and not its shards
 SPEED_ONLY_KEYS = ("workers", "worker_memory_mib", "decode_timeout_seconds")
 
@@ -39,7 +39,7 @@ def ingest_spec(clips: list[ClipSource], config: Config, codec: str, text: str) 
 
 
 def claim_output(out: Path, spec: dict[str, Any]) -> bool:
-    """Creates `out` for the ingest `spec`, or checks that it belongs to it. Returns True if it was created now.
+    """Creates `out` for the ingest `spec`, or checks that it belongs to it. True if this process wrote ingest.json.
 
     Raises MegaSoraError where `out` holds other files, or another ingest, with every key that differs.
     """
@@ -80,7 +80,7 @@ def differing_keys(path: Path, spec: dict[str, Any]) -> list[str]:
 
 def discard_output(out: Path) -> None:
     """Deletes the files of an ingest that has no complete clip. Only for a folder that `claim_output` accepted."""
-    for name in (BLOCK_DIR, STAGING_DIR, SPOOL, LOCK_DIR):
+    for name in (BLOCK_DIR, STAGING_DIR, PATCH_DIR, LOCK_DIR):
         shutil.rmtree(out / name, ignore_errors=True)
     (out / SPEC_FILE).unlink(missing_ok=True)
 
@@ -93,7 +93,7 @@ def remove_empty_folders(folders: list[Path]) -> None:
 
 
 @contextmanager
-def spool_folder(folder: Path) -> Iterator[Path]:
+def temporary_patch_dir(folder: Path) -> Iterator[Path]:
     """A folder for the patches of clips that are not in a shard yet: empty on entry, removed on exit."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -21,9 +21,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from megasora.errors import MegaSoraError
+from megasora.ingest.results import Rejection, Result, from_message
+
+Clip = TypeVar("Clip")
 
 START_TIMEOUT_SECONDS = 120  # until a worker is ready
 EXIT_TIMEOUT_SECONDS = 10  # between the end of a worker's output and its exit, in which it may dump its memory
@@ -52,7 +55,7 @@ class WorkerProcess:
 
 
 class WorkerPool:
-    """`with WorkerPool(...) as pool: for result in pool.run(jobs)`. Jobs and results are those of `worker.py`."""
+    """`with WorkerPool(...) as pool: for clip, result in pool.run(jobs)`. Jobs and results are those of `worker.py`."""
 
     def __init__(self, settings: dict[str, Any], num_workers: int):
         """`settings`: from `worker_settings`."""
@@ -69,32 +72,34 @@ class WorkerPool:
             self.stop_worker(worker)
         self.selector.close()
 
-    def run(self, jobs: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any] | None]:
-        """Yields one result per job, in order; None for a job that is None; a rejection for a job that cost its worker.
+    def run(self, jobs: Iterator[tuple[Clip, dict[str, Any] | Rejection]]) -> Iterator[tuple[Clip, Result]]:
+        """Runs the jobs of clips, (clip, job); yields (clip, result) in their order.
 
-        Raises MegaSoraError where workers cannot start or write.
+        A clip that is rejected already comes with its Rejection instead of a job; a job that cost its worker has a
+        Rejection as its result. Raises MegaSoraError if workers cannot start or write.
         """
         numbered = enumerate(jobs)
-        results: dict[int, dict[str, Any] | None] = {}
-        num_yielded, num_assigned, more = 0, 0, True
+        clips: deque[Clip] = deque()  # of the jobs whose results are not yielded yet, in order
+        results: dict[int, Result] = {}
+        num_yielded, more = 0, True
         while True:
-            while more and num_assigned - num_yielded < 2 * JOBS_PER_WORKER * self.num_workers + 2:
+            while more and len(clips) < 2 * JOBS_PER_WORKER * self.num_workers + 2:
                 worker = self.available_worker()
                 if worker is None:
                     break
-                index, job = next(numbered, (None, None))
+                index, (clip, job) = next(numbered, (None, (None, None)))
                 if index is None:
                     more = False
                     break
-                num_assigned += 1
-                if job is None:
-                    results[index] = None
+                clips.append(clip)
+                if isinstance(job, Rejection):
+                    results[index] = job
                 else:
                     self.assign(worker, index, job)
             if num_yielded in results:
-                yield results.pop(num_yielded)
+                yield clips.popleft(), results.pop(num_yielded)
                 num_yielded += 1
-            elif num_yielded == num_assigned:
+            elif not clips:
                 return
             else:
                 results.update(self.poll())
@@ -129,9 +134,9 @@ class WorkerPool:
         worker.jobs.append((index, job))
         worker.send(job)
 
-    def poll(self) -> dict[int, dict[str, Any]]:
+    def poll(self) -> dict[int, Result]:
         """Waits for a message, an exit or a timeout; returns the results that are new, by the index of their job."""
-        results: dict[int, dict[str, Any]] = {}
+        results: dict[int, Result] = {}
         busy = [worker for worker in self.workers if worker.jobs]
         wait = max(0.0, min(self.deadline(worker) for worker in busy) - time.monotonic())
         for key, _ in self.selector.select(wait):
@@ -151,7 +156,7 @@ class WorkerPool:
     def deadline(self, worker: WorkerProcess) -> float:
         return worker.last_message_time + (self.timeout_seconds if worker.ready else START_TIMEOUT_SECONDS)
 
-    def handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    def handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> dict[int, Result]:
         worker.last_message_time = time.monotonic()
         if "error" in message:
             raise MegaSoraError(message["error"])
@@ -159,9 +164,9 @@ class WorkerPool:
             worker.ready = True
             return {}
         index, _ = worker.jobs.popleft()
-        return {index: message}
+        return {index: from_message(message)}
 
-    def replace_worker(self, worker: WorkerProcess, timed_out: bool) -> dict[int, dict[str, Any]]:
+    def replace_worker(self, worker: WorkerProcess, timed_out: bool) -> dict[int, Rejection]:
         """Replaces a worker that exited or timed out; returns the rejection of its current job, by index."""
         exit_code = self.stop_worker(worker, 0.0 if timed_out else EXIT_TIMEOUT_SECONDS)
         ended = f"ended with {describe_exit(exit_code)}"
@@ -182,7 +187,7 @@ class WorkerPool:
             reason, message = "timeout", f"{name} took more than {limit} to decode"
         else:
             reason, message = "crash", f"{name} crashed its decoder, which {ended}"
-        return {index: {"filter": "decode", "reason": reason, "message": message}}
+        return {index: Rejection("decode", reason, message)}
 
     def stop_worker(self, worker: WorkerProcess, timeout_seconds: float = 0.0) -> int:
         """Removes a worker and returns its exit code; kills it if it has not exited after `timeout_seconds`."""

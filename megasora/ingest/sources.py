@@ -329,7 +329,7 @@ def read_text(path: Path, limit: int | None = MAX_CAPTION_BYTES) -> str:
 
 
 def one_line(caption: object) -> str:
-    """The caption with consecutive white space as one space. Raises ValueError for null, numbers and lone surrogates."""
+    """The caption with consecutive white space as one space. ValueError for null, numbers and lone surrogates."""
     if not isinstance(caption, str):
         raise ValueError(f"{caption!r} is not text")
     caption.encode("utf-8")

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from megasora.data.shard_format import Manifest
+from megasora.ingest.results import Rejection
 
 # in the order in which they see a clip
 FILTERS = ("caption", "decode", "duration", "motion and contrast", "codec", "scores")
@@ -21,11 +22,10 @@ class Rejections:
         self.examples: dict[str, list[str]] = {}  # reason -> messages
         self.first = ""  # message
 
-    def add(self, rejection: dict[str, str]) -> None:
-        """`rejection`: filter, reason and message, as `Worker.run_job` returns them."""
-        reason, message = rejection["reason"], rejection["message"].encode("utf-8", "replace").decode()
+    def add(self, rejection: Rejection) -> None:
+        reason, message = rejection.reason, rejection.message.encode("utf-8", "replace").decode()
         self.reasons[reason] += 1
-        self.by_filter.setdefault(rejection["filter"], Counter())[reason] += 1
+        self.by_filter.setdefault(rejection.filter_name, Counter())[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < MAX_EXAMPLES:
             examples.append(message)

@@ -30,6 +30,7 @@ from megasora.errors import MegaSoraError
 from megasora.ingest.duplicates import frame_hash
 from megasora.ingest.filters import FrameStats, Thumbnails, check_duration, load_score_functions
 from megasora.ingest.float16 import Float16Converter
+from megasora.ingest.results import EncodedClip, FoundScenes, Rejection, Result, to_message
 from megasora.ingest.scenes import SceneDetector, color_cells
 
 MAX_CACHED_HASHES = 64
@@ -42,9 +43,9 @@ def worker_settings(codec: CodecConfig, limits: IngestConfig, patch: list[int]) 
     return {"codec": asdict(codec), "ingest": asdict(limits), "patch": list(patch), "parent": os.getpid()}
 
 
-def encode_job(media: Media, spool: Path) -> dict[str, Any]:
-    """A job, as JSON values, that encodes a clip and writes its patches to the file `spool`."""
-    return {**asdict(media), "path": str(media.path), "spool": str(spool)}
+def encode_job(media: Media, patch_path: Path) -> dict[str, Any]:
+    """A job, as JSON values, that encodes a clip and writes its patches to the file `patch_path`."""
+    return {**asdict(media), "path": str(media.path), "patch_path": str(patch_path)}
 
 
 def scene_job(media: Media, threshold: float, min_seconds: float) -> dict[str, Any]:
@@ -61,28 +62,28 @@ class Worker:
         self.score_functions = load_score_functions(limits.scores)
         self.file_hashes: dict[tuple, str] = {}
 
-    def run_job(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The result of a job: what `encode` or `find_scenes` returns; or filter, reason and message of a rejection."""
-        spool, find_scenes = job.pop("spool"), job.pop("find_scenes", None)
+    def run_job(self, job: dict[str, Any]) -> Result:
+        """The result of a job of `encode_job` or `scene_job`."""
+        patch_path, find_scenes = job.pop("patch_path"), job.pop("find_scenes", None)
         media = Media(**{**job, "path": Path(job["path"])})
         try:
             if find_scenes:
                 return self.find_scenes(media, *find_scenes)
-            with open(spool, "wb") as file:
+            with open(patch_path, "wb") as file:
                 return self.encode(media, file)
         except RejectedClip as error:
-            return {"filter": error.filter_name, "reason": error.reason, "message": str(error)}
+            return Rejection(error.filter_name, error.reason, str(error))
         except MemoryError:
             memory = f"ingest.worker_memory_mib={self.limits.worker_memory_mib}"
             message = f"{media} needs more memory than {memory} to decode"
-            return {"filter": "decode", "reason": "too large in memory", "message": message}
+            return Rejection("decode", "too large in memory", message)
         except OSError as error:
             if error.errno in DISK_ERRNOS:
                 raise
-            return {"filter": "decode", "reason": "unreadable", "message": f"{media}: {error}"}
+            return Rejection("decode", "unreadable", f"{media}: {error}")
 
-    def encode(self, media: Media, file: BinaryIO) -> dict[str, Any]:
-        """Writes the float16 patches [l, P] of a clip to `file`; returns its size, grid, hash and quality."""
+    def encode(self, media: Media, file: BinaryIO) -> EncodedClip:
+        """Writes the float16 patches [l, P] of a clip to `file`."""
         limits, name, quality = self.limits, str(media), {}
         with open_clip(media, limits) as clip:
             frames = check_duration(clip.frames, clip.fps, name, limits)
@@ -97,11 +98,8 @@ class Worker:
             quality.update(stats.values())
         if thumbnails:
             quality.update(thumbnails.scores(name, self.score_functions))
-        return {
-            "height": counter.size[0], "width": counter.size[1], "frames": counter.count,
-            "fps": clip.fps if counter.count > 1 else 0.0, "grid": grid, "patch_dim": patch_dim,
-            "sha256": self.file_hash(media), "quality": quality,
-        }  # fmt: skip
+        (height, width), fps = counter.size, clip.fps if counter.count > 1 else 0.0
+        return EncodedClip(height, width, counter.count, fps, grid, patch_dim, self.file_hash(media), quality)
 
     def write_patches(self, frames: Iterator[np.ndarray], name: str, file: BinaryIO) -> tuple[list[int], int]:
         """Encodes uint8 frames [H, W, 3] and appends their patches to `file`; returns the grid [t, h, w] and P."""
@@ -118,9 +116,8 @@ class Worker:
             t += 1
         return [t, h, w], patches.shape[1]
 
-    def find_scenes(self, media: Media, threshold: float, min_seconds: float) -> dict[str, Any]:
-        """`scenes`: for each, start and end in seconds (end null: that of the file), and the hashes of its first and
-        middle frame."""
+    def find_scenes(self, media: Media, threshold: float, min_seconds: float) -> FoundScenes:
+        """The scenes of at least `min_seconds`; `threshold`: of SceneDetector."""
         with open_clip(media, self.limits) as clip:
             detector, hashes = SceneDetector(threshold, round(min_seconds * clip.fps)), []
             for frame in clip.frames:
@@ -132,7 +129,7 @@ class Worker:
             start = media.start if first == 0 else round(seconds[first], 6)
             end = media.end if stop == len(hashes) else round(seconds[stop], 6)
             scenes.append([start, end, hashes[first], hashes[(first + stop) // 2]])
-        return {"scenes": scenes}
+        return FoundScenes(scenes)
 
     def file_hash(self, media: Media) -> str:
         """SHA-256 of the file's bytes, cached, because the excerpts of one file follow each other."""
@@ -199,7 +196,7 @@ def main() -> None:
         worker = Worker(CodecConfig(**settings["codec"]), IngestConfig(**settings["ingest"]), settings["patch"])
         send({"ready": True})
         for line in sys.stdin:
-            send(worker.run_job(json.loads(line)))
+            send(to_message(worker.run_job(json.loads(line))))
     except (MegaSoraError, OSError) as error:
         send({"error": str(error)})
     except BrokenPipeError:

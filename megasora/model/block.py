@@ -2,7 +2,7 @@
 last branch (DiT, arXiv 2212.09748).
 
 Shift, scale and gate are computed once per row and broadcast to the row's tokens inside kernels only: expanded, each
-would be as large as the hidden tokens. Between two branches, one kernel adds the first to the residual stream and
+would be as large as the hidden states. Between two branches, one kernel adds the first to the residual stream and
 normalizes the sum.
 """
 
@@ -26,7 +26,7 @@ from megasora.model.attention import NORM_EPS, CrossAttention, SelfAttention
 
 
 class BlockInputs(NamedTuple):
-    """What all blocks need of a pack besides its hidden tokens; computed once per forward pass."""
+    """What all blocks need of a pack besides its hidden states; computed once per forward pass."""
 
     cond_RD: Tensor
     shared_RCD: Tensor | None  # shift, scale and gate of both branches, C = 6, with model.modulation=shared
@@ -85,7 +85,8 @@ class ResidualNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """`run_block` calls it, with activation recompute or without."""
+    """A transformer block: self-attention, cross-attention and MLP on the hidden states [L, D]. Call it through
+    `run_block`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -97,7 +98,7 @@ class Block(nn.Module):
         self.mlp = MLP(config.width, config.mlp_hidden)
 
     def forward(self, x_LD: Tensor, inputs: BlockInputs, saved_output: list | None = None) -> Tensor:
-        """Hidden tokens [L, D] -> [L, D]. `saved_output`: see megasora.kernels.attention.attention."""
+        """Hidden states [L, D] -> [L, D]. `saved_output`: see megasora.kernels.attention.attention."""
         rows, rope = inputs.rows, inputs.rope
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(inputs.cond_RD, inputs.shared_RCD)
         h_LD = adaln_modulate(x_LD, shift_a, scale_a, rows, NORM_EPS, backend=self.kernel_backend)

@@ -6,7 +6,7 @@ Each row (consecutive tokens with one timestep) has a conditioning vector: times
 clip attends to itself and to its own caption; the only position information is the rotary embedding of the coords.
 
 A pipeline stage is this model without some of its blocks, which `keep_stage` deletes. The conditioning modules stay on
-every stage and compute from the pack there, so only hidden tokens are sent from stage to stage.
+every stage and compute from the pack there, so only hidden states are sent from stage to stage.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class VideoDiT(nn.Module):
         """The velocity [L, P] of every token, at least fp32; undefined at padding.
 
         A pipeline stage without the first block gets `hidden_LD` from the stage before it; one without the last block
-        returns hidden tokens [L, D].
+        returns hidden states [L, D].
         """
         x_LD = self.embed_patches(batch) if self.patch_in is not None else hidden_LD
         inputs = self.block_inputs(batch)
@@ -111,13 +111,13 @@ class VideoDiT(nn.Module):
         return out_LP.to(torch.promote_types(out_LP.dtype, torch.float32))
 
     def embed_patches(self, batch: VideoBatch) -> Tensor:
-        """Patches to the hidden tokens [L, D] of this rank."""
+        """Patches to the hidden states [L, D] of this rank."""
         x_LD = self.patch_in(self.scatter_tokens(batch.patches_LP).to(self.patch_in.weight.dtype))
         is_first_L1 = self.scatter_tokens(batch.coords_L3[:, :1] == 0).to(x_LD.dtype)
         return x_LD + is_first_L1 * self.first_frame
 
     def block_inputs(self, batch: VideoBatch) -> BlockInputs:
-        """What the blocks need of a pack besides its hidden tokens."""
+        """What the blocks need of a pack besides its hidden states."""
         text_SD, pooled_GD = self.embed_text(batch)
         clip_GD = self.native(batch.native_size_G4) + pooled_GD
         cond_RD = self.timestep(batch.timesteps_R) + clip_GD[batch.row_segment_R]

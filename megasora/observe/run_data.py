@@ -146,7 +146,7 @@ def read_evaluated_samples(path: Path, evaluation: dict[str, Any]) -> list[Sampl
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise MegaSoraError(
-                f"{path}: prompts[{index}] has no usable prompt, expected, read and file ({error!r}); "
+                f"{path}: prompts[{index}] has no usable prompt, expected, detected and file ({error!r}); "
                 "remove the file and evaluate again"
             ) from None
         if Path(str(name)).name != str(name) or sample.file.suffix not in MEDIA_TYPES:

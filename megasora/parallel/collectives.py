@@ -63,7 +63,7 @@ def local_chunk(x: Tensor, axis: Axis) -> Tensor:
 
 
 class GatherTokens(Function):
-    """All-gather of tokens [L/t, ...] to [L, ...], all of which every rank uses alike."""
+    """All-gather of tokens [L/t, ...] to [L, ...], all of which every rank uses identically."""
 
     @staticmethod
     def forward(ctx, x: Tensor, axis: Axis) -> Tensor:

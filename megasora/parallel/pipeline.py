@@ -3,7 +3,7 @@
     pack m: stage 0 --hidden [L, D]--> stage 1 --> ... --> last stage --> prediction [L, P] --> loss
             stage 0 <--gradient------- stage 1 <-- ... <-- last stage <-----------------------'
 
-All ranks of the axis have all packs, so only hidden tokens and their gradients are sent; schedules are given microbatch
+All ranks of the axis have all packs, so only hidden states and their gradients are sent; schedules are given microbatch
 indices. The order of the microbatches on each rank is a schedule of torch.distributed.pipelining:
 
     1f1b         one stage per rank; one forward, one backward (arXiv 2104.04473, fig. 4)
@@ -12,8 +12,8 @@ indices. The order of the microbatches on each rank is a schedule of torch.distr
                  gradient of its input and computes weight gradients in what would be a bubble (arXiv 2401.10241,
                  section 6; weight_grad_store.py)
 
-Runs with torch 2.11 to 2.13: torch's private classes for received tensors differ between them, so buffers are allocated
-here, from the one shape that is sent.
+Tested with torch 2.11 and 2.13: torch's private classes for received tensors differ between them, so buffers are
+allocated here, from the one shape that is sent.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Pipeline:
                       parameters: once per microbatch, for zbv twice, after the backward pass and after the deferred
                       weight gradients. It may add them to its own sums and set `.grad` to None; then no other stage
                       has gradients when it is called.
-    hidden            a tensor with the shape and dtype of the hidden tokens, the same for all packs; may be on `meta`
+    hidden            a tensor with the shape and dtype of the hidden states, the same for all packs; may be on `meta`
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Pipeline:
 
 
 class PackStageModule(nn.Module):
-    """A stage as torch calls it: with the received hidden tokens, if any, and the index of the microbatch."""
+    """A stage as torch calls it: with the received hidden states, if any, and the index of the microbatch."""
 
     def __init__(self, stage: nn.Module, packs: list[Any]):
         super().__init__()

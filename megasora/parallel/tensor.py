@@ -4,7 +4,8 @@ of every weight matrix and, between matrices, a shard of the tokens.
     [L/t, D] --all-gather--> [L, D] --column--> [L, F/t] ... [L, F/t] --row--> [L, D] --reduce-scatter--> [L/t, D]
 
 A column-parallel linear has a shard of the outputs, a row-parallel one of the inputs. They replace nn.Linear under the
-same parameter names, so the model's forward is that of a single process. Communication overlaps with computation: while
+same parameter names, so the model's forward is that of a single process. `t` is the number of ranks, `F` the features
+between the two matrices (heads or MLP). Communication overlaps with computation: while
 tokens are gathered, the product with the local ones is computed, and while one gradient is reduced, the other.
 A pipeline may set `wgrad_store` to defer the weight gradients (weight_grad_store.py).
 """

@@ -90,7 +90,7 @@ class ZeroEngine:
         "backward" for both of all packs; then "optimizer".
         """
         if len(packs) != self.num_packs:  # DeepSpeed would update the weights too early, or not at all
-            raise ValueError(f"{len(packs)} packs; data.packs_per_step / data ranks is {self.num_packs}")
+            raise ValueError(f"{len(packs)} packs in a step; data.packs_per_step / data ranks is {self.num_packs}")
         for group in self.adam.param_groups:
             group["lr"] = lr
         num_ranks = self.mesh.data_context.size  # DeepSpeed divides gradients by it
@@ -180,8 +180,8 @@ def parameter_groups(
 
 
 def check_same_groups(keys: list[tuple], axis: Axis) -> None:
-    """Raises RuntimeError if ranks of `axis` have different parameter groups: DeepSpeed sums the gradient norm over them
-    group by group."""
+    """Raises RuntimeError if ranks of `axis` have different parameter groups: DeepSpeed sums the gradient norm over
+    them group by group."""
     by_rank: list = [None] * axis.size
     dist.all_gather_object(by_rank, keys, group=axis.group)
     if any(other != keys for other in by_rank):

@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step. GPU time is read from CUDA events after the step, so no phase synchronizes."""
+"""Seconds of each phase of a step. GPU times are read from CUDA events, so measuring does not synchronize a phase."""
 
 from __future__ import annotations
 

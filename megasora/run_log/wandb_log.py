@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,11 @@ class WandbLog:
                 self.warning = "wandb: its queue is full; some lines were dropped"
 
     def close(self) -> None:
-        """Waits at most CLOSE_SECONDS for the queued lines to be logged."""
+        """Waits at most CLOSE_SECONDS for the queued lines to be logged; a warning if some are not."""
         if self.thread is not None and self.thread.is_alive():
-            try:
-                self.queue.put_nowait(None)
-            except queue.Full:
-                return
-            self.thread.join(CLOSE_SECONDS)
+            deadline = time.monotonic() + CLOSE_SECONDS
+            with suppress(queue.Full):
+                self.queue.put(None, timeout=CLOSE_SECONDS)
+            self.thread.join(max(0.0, deadline - time.monotonic()))
             if self.thread.is_alive():
-                self.warning = f"wandb did not finish within {CLOSE_SECONDS:.0f} s; the run continues without it"
+                self.warning = f"wandb did not finish within {CLOSE_SECONDS:.0f} s; lines that were not sent are lost"

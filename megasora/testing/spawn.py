@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 PRELOADED = [
     "torch", "torch.distributed.pipelining", "deepspeed", "megasora.trainer", "megasora.tasks.dit",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # else imported by deepspeed.initialize, with the whole of inductor
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # else imported by deepspeed.initialize, with all of torch._inductor
 ]  # fmt: skip
 
 

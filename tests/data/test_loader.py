@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 from megasora.config import DataConfig, TokenDropConfig
 from megasora.data.loader import PLACEHOLDER_ID, PackLoader
+from megasora.data.manifest_writer import write_manifest
 from megasora.data.mixture import Mixture, open_mixture
 from megasora.data.pack import Record, make_batch
 from megasora.data.packing_plan import Cursor, PackingPlan, assign_packs_to_ranks
 from megasora.data.shard_format import Entry, Index, Manifest
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.shard_writer import BlockWriter, write_manifest
+from megasora.data.shard_writer import BlockWriter
 from megasora.data.tar import DamagedTar
 from megasora.errors import DataError, MegaSoraError
 

@@ -8,11 +8,12 @@ import torch
 
 from megasora.batch import grid_coords
 from megasora.config import DataConfig, load
+from megasora.data.manifest_writer import write_manifest
 from megasora.data.mixture import Mixture, open_mixture
 from megasora.data.pack import Record, make_batch
 from megasora.data.shard_format import Entry, Index, Manifest
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.shard_writer import BlockWriter, write_manifest
+from megasora.data.shard_writer import BlockWriter
 from megasora.errors import MegaSoraError
 
 MANIFEST = Manifest("codec-a", "text-a", [1, 1, 1], 2, {}, {}, 4)
@@ -52,7 +53,7 @@ def test_clips_are_counted_through_the_datasets_and_sample_ids_include_the_datas
     assert "shards/train-000000-000.tar, sample 100" in mixture.describe_clip(2)
 
 
-# ---- mixture that are too long
+# ---- clips longer than a pack
 
 
 def test_a_clip_longer_than_a_pack_is_an_error_with_its_name_and_the_numbers():

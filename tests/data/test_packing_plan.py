@@ -203,12 +203,12 @@ def test_all_steps_have_a_similar_fraction_of_short_clips():
     assert fractions.std() < 0.3 * fractions.mean()
 
 
-def test_packs_that_are_not_full_go_into_different_steps():
-    costs, full = np.array([100] * 30 + [40, 60]), np.array([True] * 30 + [False] * 2)
-    of_steps = costs[order_packs(costs, full, 8, 0, 0, 0, 0)].reshape(4, 8).sum(1)
+def test_underfilled_packs_go_into_different_steps():
+    costs, is_filled = np.array([100] * 30 + [40, 60]), np.array([True] * 30 + [False] * 2)
+    of_steps = costs[order_packs(costs, is_filled, 8, 0, 0, 0, 0)].reshape(4, 8).sum(1)
     assert sorted(of_steps.tolist()) == [740, 760, 800, 800]
-    expensive = np.array([100] * 30 + [200, 200])  # not full because of one long clip: not cheap
-    of_steps = expensive[order_packs(expensive, full, 8, 0, 0, 0, 0)].reshape(4, 8).sum(1)
+    expensive = np.array([100] * 30 + [200, 200])  # underfilled because of one long clip: not cheap
+    of_steps = expensive[order_packs(expensive, is_filled, 8, 0, 0, 0, 0)].reshape(4, 8).sum(1)
     assert sorted(of_steps.tolist()) == [800, 800, 800, 1000]
 
 

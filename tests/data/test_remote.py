@@ -11,10 +11,11 @@ from aiohttp import web
 from megasora.config import DataConfig
 from megasora.data.folder import open_folder
 from megasora.data.loader import PackLoader
+from megasora.data.manifest_writer import write_manifest
 from megasora.data.mixture import open_mixture
 from megasora.data.pack import Record
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.shard_writer import BlockWriter, write_manifest
+from megasora.data.shard_writer import BlockWriter
 from megasora.data.tar import DamagedTar
 from megasora.data.verify import verify
 

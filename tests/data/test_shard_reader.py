@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from megasora.data.folder import MAX_OPEN_FILES, LocalFolder, open_folder
+from megasora.data.manifest_writer import write_manifest
 from megasora.data.pack import Record
 from megasora.data.reader_lock import ReaderLock
 from megasora.data.shard_format import MANIFEST, Manifest, check_fingerprints, index_bytes, read_manifest
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.shard_writer import BlockWriter, PatchFile, write_manifest
+from megasora.data.shard_writer import BlockWriter, PatchFile
 from megasora.data.tar import BLOCK_BYTES, END_OF_ARCHIVE, DamagedTar
 from megasora.data.verify import verify
 from megasora.errors import MegaSoraError

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from megasora.data.folder import open_folder
+from megasora.data.manifest_writer import read_block, write_manifest
 from megasora.data.pack import Record
 from megasora.data.shard_format import MANIFEST, read_manifest
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.shard_writer import BlockWriter, PatchFile, read_block, write_manifest
+from megasora.data.shard_writer import BlockWriter, PatchFile
 from megasora.data.tar import DamagedTar
 from megasora.data.verify import verify
 from megasora.errors import MegaSoraError
@@ -101,6 +102,7 @@ def test_a_block_of_rejected_clips_alone_is_complete(tmp_path):
             if block == 1:
                 writer.add("train", record(5), meta(5))
             writer.commit({"no caption": 4}, {})
+    assert [read_block(tmp_path, block).is_empty for block in range(2)] == [True, False]
     manifest = write_manifest(tmp_path, "a", "b", [1, 1, 1], 2, {})
     assert manifest.rejected == {"no caption": 8} and manifest.patch_dim == 3
     assert len(ShardSplit.open(tmp_path, "train")) == 1 and len(ShardSplit.open(tmp_path, "val")) == 0

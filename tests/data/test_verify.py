@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from megasora.data.folder import open_folder
+from megasora.data.manifest_writer import write_manifest
 from megasora.data.pack import Record
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.shard_writer import BlockWriter, PatchFile, write_manifest
+from megasora.data.shard_writer import BlockWriter, PatchFile
 from megasora.data.verify import verify
 
 LENGTH, WIDTH = 6, 4

@@ -178,7 +178,7 @@ def test_an_error_after_the_first_block_preserves_complete_blocks(clips, referen
 
 
 def test_an_output_folder_that_is_not_an_ingest_is_not_changed(clips, tmp_path):
-    for name in ("blocks", ".staging", ".spool"):
+    for name in ("blocks", ".staging", ".patches"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "other").write_text("other")
     before = contents(tmp_path)

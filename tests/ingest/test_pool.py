@@ -20,6 +20,7 @@ from megasora.data.patches import frames_to_float, pad_frames, patchify
 from megasora.data.video import Media, read_clip, write_image, write_video
 from megasora.errors import MegaSoraError
 from megasora.ingest.pool import WorkerPool
+from megasora.ingest.results import EncodedClip, Rejection
 from megasora.ingest.worker import Worker, encode_job, worker_settings
 
 SCORES = """
@@ -51,13 +52,13 @@ def noise(frames: int, height: int, width: int) -> np.ndarray:
 def test_a_worker_writes_the_patches_that_the_codec_gives_for_the_whole_clip(patch, size, tmp_path):
     write_video(noise(*size), 12, tmp_path / "a.mp4")
     config = CodecConfig(channels=24)
-    result = Worker(config, IngestConfig(), patch).run_job(encode_job(Media(tmp_path / "a.mp4"), tmp_path / "spool"))
+    result = Worker(config, IngestConfig(), patch).run_job(encode_job(Media(tmp_path / "a.mp4"), tmp_path / "patches"))
     frames = frames_to_float(torch.from_numpy(read_clip(tmp_path / "a.mp4", IngestConfig()).frames_FHWC))
     frames = pad_frames(frames, (8 * patch[1], 8 * patch[2]))
     expected, grid = patchify(build_codec(config).encode(frames), tuple(patch))
-    written = np.fromfile(tmp_path / "spool", "<f2").reshape(-1, result["patch_dim"])
-    assert tuple(result["grid"]) == grid and (result["height"], result["width"]) == size[1:]
-    assert (result["frames"], result["fps"]) == (size[0], 12.0)
+    written = np.fromfile(tmp_path / "patches", "<f2").reshape(-1, result.patch_dim)
+    assert tuple(result.grid) == grid and (result.height, result.width) == size[1:]
+    assert (result.frames, result.fps) == (size[0], 12.0)
     assert written.shape == expected.shape
     torch.testing.assert_close(torch.from_numpy(written).float(), expected.half().float(), rtol=2e-3, atol=2e-5)
 
@@ -66,7 +67,7 @@ def test_a_worker_writes_the_patches_that_the_codec_gives_for_the_whole_clip(pat
 def test_latents_that_are_not_finite_in_float16_reject_their_clip(value, tmp_path):
     write_image(np.full((16, 16, 3), 7, np.uint8), tmp_path / "a.png")
     worker = Worker(CodecConfig(), IngestConfig(), [1, 1, 1])
-    valid = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "spool"))
+    valid = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "patches"))
     encode = worker.encoder.encode
 
     def overflowing(frames):
@@ -75,10 +76,10 @@ def test_latents_that_are_not_finite_in_float16_reject_their_clip(value, tmp_pat
             yield latent
 
     worker.encoder.encode = overflowing
-    rejection = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "spool"))
-    assert (rejection["filter"], rejection["reason"]) == ("codec", "not finite") and valid["grid"] == [1, 2, 2]
+    rejection = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "patches"))
+    assert (rejection.filter_name, rejection.reason) == ("codec", "not finite") and valid.grid == [1, 2, 2]
     for words in ("a.png: latent frame 1", "1 of 192 values are not finite in float16"):
-        assert words in rejection["message"]
+        assert words in rejection.message
 
 
 def stills(folder: Path, *levels: int) -> list[Path]:
@@ -87,10 +88,17 @@ def stills(folder: Path, *levels: int) -> list[Path]:
     return [folder / f"{number}.png" for number in range(len(levels))]
 
 
-def run(paths: list[Path | None], folder: Path, workers: int = 2, **limits) -> list[dict | None]:
+REJECTION = Rejection("caption", "no caption", "a.mp4 has no caption")
+
+
+def run(paths: list[Path | None], folder: Path, workers: int = 2, **limits) -> list[EncodedClip | Rejection]:
+    """Results of the files `paths`, in order; a None comes with a REJECTION instead of a job."""
     settings = worker_settings(CodecConfig(), IngestConfig(**limits), [1, 1, 1])
     with WorkerPool(settings, workers) as pool:
-        return list(pool.run(encode_job(Media(p), folder / f"{i}.spool") if p else None for i, p in enumerate(paths)))
+        jobs = [(p, encode_job(Media(p), folder / f"{i}.f16") if p else REJECTION) for i, p in enumerate(paths)]
+        results = list(pool.run(iter(jobs)))
+    assert [path for path, _ in results] == paths
+    return [result for _, result in results]
 
 
 @pytest.fixture
@@ -106,20 +114,20 @@ def test_results_come_in_the_order_of_the_jobs(workers, scores, tmp_path):
     paths: list[Path | None] = [*stills(tmp_path, *levels)]
     paths.insert(5, None)
     results = run(paths, tmp_path, workers, scores=scores)
-    assert results.pop(5) is None
-    assert [result["quality"]["misbehave"] for result in results] == levels
+    assert results.pop(5) is REJECTION
+    assert [result.quality["misbehave"] for result in results] == levels
 
 
 def test_a_worker_that_crashes_hangs_or_exceeds_its_memory_rejects_only_its_clip(scores, tmp_path, capfd):
     levels = [0, 10, 1, 2, 20, 3, 30, 40, 50, 4, 10, 10, 5]
     results = run(stills(tmp_path, *levels), tmp_path, scores=scores, decode_timeout_seconds=1.5)
-    reasons = [result.get("reason") for result in results]
+    reasons = [getattr(result, "reason", None) for result in results]
     crash, timeout, large = "crash", "timeout", "too large in memory"
     assert reasons == [None, crash, None, None, timeout, None, large, None, crash, None, crash, crash, None]
-    assert "1.png" in results[1]["message"] and "SIGSEGV" in results[1]["message"]
-    assert "ingest.decode_timeout_seconds=1.5" in results[4]["message"] and "exit code 3" in results[8]["message"]
-    assert "ingest.worker_memory_mib=4096" in results[6]["message"]
-    assert {result.get("filter") for result in results} == {None, "decode"}
+    assert "1.png" in results[1].message and "SIGSEGV" in results[1].message
+    assert "ingest.decode_timeout_seconds=1.5" in results[4].message and "exit code 3" in results[8].message
+    assert "ingest.worker_memory_mib=4096" in results[6].message
+    assert {getattr(result, "filter_name", None) for result in results} == {None, "decode"}
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_rejects_no_clip(scores, tmp_path):
@@ -136,7 +144,7 @@ def test_a_full_disk_is_an_error_and_rejects_no_clip(tmp_path):
         settings = worker_settings(CodecConfig(), IngestConfig(), [1, 1, 1])
         with WorkerPool(settings, 1) as pool:
             write_video(noise(9, 256, 256), 12, tmp_path / "a.mp4")
-            list(pool.run(iter([encode_job(Media(tmp_path / "a.mp4"), Path("/dev/full"))])))
+            list(pool.run(iter([("a", encode_job(Media(tmp_path / "a.mp4"), Path("/dev/full")))])))
 
 
 def test_workers_die_with_their_parent(scores, tmp_path):
@@ -153,12 +161,12 @@ def test_workers_die_with_their_parent(scores, tmp_path):
         "pool = WorkerPool(worker_settings(CodecConfig(), limits, [1, 1, 1]), 1)\n"
         "worker = pool.available_worker()\n"
         "print(worker.process.pid, flush=True)\n"
-        "list(pool.run(iter([encode_job(Media(folder / '0.png'), folder / 'spool')])))\n"
+        "list(pool.run(iter([('0', encode_job(Media(folder / '0.png'), folder / 'patches'))])))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
         worker = int(parent.stdout.readline())
         deadline = time.monotonic() + 20
-        while not (tmp_path / "spool").exists():  # the job is running
+        while not (tmp_path / "patches").exists():  # the job is running
             assert time.monotonic() < deadline and parent.poll() is None
             time.sleep(0.02)
         os.kill(parent.pid, signal.SIGKILL)

@@ -28,6 +28,9 @@ def without_interpreter(*command: object) -> subprocess.CompletedProcess:
     return done
 
 
+pytestmark = pytest.mark.timeout(600)  # compiling all kernels takes minutes on a busy machine
+
+
 @pytest.fixture(scope="module", params=[(chip, dtype) for chip in (80, 90) for dtype in compiled.DTYPES], ids=str)
 def kernels(request, tmp_path_factory) -> list[dict]:
     """The kernels of every operation and size, for one chip and dtype; compiled in one process."""

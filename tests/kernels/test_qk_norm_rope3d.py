@@ -76,7 +76,7 @@ def test_without_rope_nothing_is_rotated(norm, backend, device, dtype):
 @each_variant
 @each_norm
 def test_inputs_need_not_be_contiguous(norm, backend, device, dtype):
-    """Slices of parts and of heads; heads before parts; every second element."""
+    """A slice of [q, k, v, ...]; a slice of heads; heads before q, k, v; every second element."""
     rope, cpu_rope = build_rope(5, 12, device), build_rope(5, 12)
     views = {
         (5, 4, 3, 12): lambda wide: wide[:, 1:],

@@ -5,7 +5,7 @@ import torch
 from agreement import TRITON_DEVICE, normal
 
 from megasora.kernels.row_tiles import sum_of_tiles
-from megasora.kernels.rows import TILE_TOKENS, Rows
+from megasora.kernels.rows import TILE_TOKENS_BY_PACK_SIZE, Rows
 
 
 def rows_of(*lengths, tokens=None, device="cpu"):
@@ -21,7 +21,7 @@ def test_each_tile_is_within_one_row_and_tiles_are_in_order(lengths):
     assert starts[0] == 0 and starts[-1] == tokens
     row_of_token = [row for row, n in enumerate((*lengths, 50)) for _ in range(n)]
     for start, end, row in zip(starts, starts[1:], rows.tile_row_Q.tolist(), strict=False):
-        assert 0 < end - start <= TILE_TOKENS[0] and set(row_of_token[start:end]) == {row}
+        assert 0 < end - start <= TILE_TOKENS_BY_PACK_SIZE[0] and set(row_of_token[start:end]) == {row}
     for row, (a, b) in enumerate(rows.first_tile_R.unfold(0, 2, 1).tolist()):
         assert rows.tile_row_Q[a:b].tolist() == [row] * (b - a)
     assert rows.row_L.tolist() == row_of_token[: sum(lengths)] and rows.num_real == sum(lengths)
@@ -29,7 +29,7 @@ def test_each_tile_is_within_one_row_and_tiles_are_in_order(lengths):
 
 def test_longer_packs_have_longer_tiles():
     longest = [int(rows_of(n).tile_start_Q.diff().max()) for n in (1000, 20_000, 100_000)]
-    assert longest == sorted(TILE_TOKENS.values()) == [32, 64, 128]
+    assert longest == sorted(TILE_TOKENS_BY_PACK_SIZE.values()) == [32, 64, 128]
 
 
 def test_sums_are_over_the_tokens_of_each_row():

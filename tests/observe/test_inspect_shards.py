@@ -15,10 +15,11 @@ from megasora.cli import main
 from megasora.codec import build_codec
 from megasora.config import CodecConfig
 from megasora.data.folder import open_folder
+from megasora.data.manifest_writer import write_manifest
 from megasora.data.pack import Record
 from megasora.data.patches import frames_to_float, pad_frames, patchify
 from megasora.data.shard_format import MANIFEST
-from megasora.data.shard_writer import BlockWriter, write_manifest
+from megasora.data.shard_writer import BlockWriter
 from megasora.data.verify import verify
 from megasora.observe.inspect_shards import decode_clip, expected_padding, preview
 

@@ -19,9 +19,9 @@ from megasora.observe.curves import decimate, smooth
 from megasora.observe.formatting import NBSP
 from megasora.observe.report import write_report
 
-ATTACK = '<script>alert("red")</script> & a "circle"'
+HTML_INJECTION = '<script>alert("red")</script> & a "circle"'
 WORDS = {"color": "red", "direction": "left", "shape": "circle", "background": "plain"}
-TAKES_NO_END_TAG = {"meta", "img", "input", "br", "!doctype"}
+VOID_ELEMENTS = {"meta", "img", "input", "br"}
 
 
 def write_lines(path: Path, records: list[dict], incomplete: str = "") -> None:
@@ -71,7 +71,7 @@ def make_run(folder: Path) -> Path:
     prompts = []
     for index, wrong in enumerate(detections):
         expected = WORDS if index < 3 else WORDS | {"color": "blue"}
-        prompt = ATTACK if index == 0 else f"prompt {index}"
+        prompt = HTML_INJECTION if index == 0 else f"prompt {index}"
         entry = {"prompt": prompt, "expected": expected, "detected": expected | wrong, "held_out": index > 1}
         prompts.append(entry | {"file": f"{index:03d}.mp4"})
         write_clip(samples / f"{index:03d}.mp4")
@@ -118,7 +118,7 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
-        if tag not in TAKES_NO_END_TAG:
+        if tag not in VOID_ELEMENTS:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -173,7 +173,7 @@ def test_videos_play_and_are_embedded_byte_for_byte(run_dir, page):
 
 
 def test_words_from_captions_and_settings_are_escaped(page):
-    assert sum(tag == "script" for tag, _ in Elements(page).elements) == 1  # our own
+    assert sum(tag == "script" for tag, _ in Elements(page).elements) == 1  # the page's script
     assert "&lt;script&gt;alert(&quot;red&quot;)&lt;/script&gt; &amp; a &quot;circle&quot;" in page
     assert "a &lt;i&gt;green&lt;/i&gt; square" in page
     assert "runs/&lt;b&gt;bold&lt;/b&gt;" in page and "<b>bold" not in page
@@ -244,7 +244,7 @@ def test_charts_take_their_colors_from_the_page_and_are_the_same_each_time(run_d
 
 
 def test_run_of_one_step_has_a_page(run_dir, tmp_path):
-    folder = copy_run(run_dir, tmp_path / "begun", "config.yaml")
+    folder = copy_run(run_dir, tmp_path / "one_step", "config.yaml")
     write_lines(folder / "metrics.jsonl", [metrics_line(1, loss=float("nan"), grad_norm=None)])
     text = write_report(folder).read_text(encoding="utf-8").replace(NBSP, " ")
     figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The table of layouts, one global batch and one model that every layout must train alike, and the single-process
+"""The table of layouts, one global batch and one model that every layout must train identically, and the single-process
 reference.
 
 The batch has several packs with segments of very different lengths, an image of 4 tokens next to a clip of 1,000. All
@@ -34,7 +34,7 @@ from megasora.tasks.dit import DiTTask
 
 PATCH_DIM = 6
 STEPS = 3
-DIALECTS = {
+MODULATIONS = {  # value of model.modulation: settings of this variant of the block
     "block": ["model.modulation=block", "model.qk_norm=per_head"],
     "shared": ["model.modulation=shared", "model.qk_norm=across_heads"],
 }
@@ -104,8 +104,8 @@ LAYOUTS = [
 ]
 
 
-def configure(layout: Layout, dialect: str) -> Config:
-    return load(None, [*BASE, *DIALECTS[dialect], *layout.settings])
+def configure(layout: Layout, modulation: str) -> Config:
+    return load(None, [*BASE, *MODULATIONS[modulation], *layout.settings])
 
 
 def global_batch(config: Config) -> list[VideoBatch]:

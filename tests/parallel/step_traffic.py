@@ -36,7 +36,7 @@ class TrainerOfOneStep(Trainer):
     def __init__(self, config: Config, task: DiTTask):
         self.config, self.world, self.task, self.step = config, task.world, task, 0
         self.ema = ShardedEMA([f.values["weights"] for f in task.fragments()], config.optim.ema_decay)
-        self.stop_requested, self.peak_flops_per_s = (lambda: False), None
+        self.stop_requested, self.matmul_flops_per_s = (lambda: False), None
 
     def sum_over_ranks(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         self.local_sums = output.sums

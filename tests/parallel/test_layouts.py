@@ -5,7 +5,7 @@ from functools import cache
 import layouts
 import pytest
 import torch
-from layouts import DIALECTS, LAYOUTS, configure, module_errors, single_process, step_errors, train_both
+from layouts import LAYOUTS, MODULATIONS, configure, module_errors, single_process, step_errors, train_both
 
 from megasora.testing.spawn import run_ranks
 
@@ -13,8 +13,8 @@ MODULES_FLOAT64, STEPS_FLOAT32 = 1e-10, 2e-5
 
 
 @cache
-def expected(dialect: str, depth: int, packs: int, dtype: torch.dtype, steps: int) -> dict:
-    config = configure(layouts.layout(1, depth=depth, packs=packs), dialect)
+def expected(modulation: str, depth: int, packs: int, dtype: torch.dtype, steps: int) -> dict:
+    config = configure(layouts.layout(1, depth=depth, packs=packs), modulation)
     return single_process(config, dtype, steps)
 
 
@@ -22,16 +22,16 @@ def expected(dialect: str, depth: int, packs: int, dtype: torch.dtype, steps: in
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_a_layout_trains_the_same_model(layout):
-    configs = [configure(layout, dialect) for dialect in DIALECTS]
+    configs = [configure(layout, modulation) for modulation in MODULATIONS]
     results = run_ranks(train_both, layout.processes, configs)
-    for i, (dialect, config) in enumerate(zip(DIALECTS, configs, strict=True)):
-        size = (dialect, config.model.depth, config.data.packs_per_step)
+    for i, (modulation, config) in enumerate(zip(MODULATIONS, configs, strict=True)):
+        size = (modulation, config.model.depth, config.data.packs_per_step)
         modules, steps = [rank[i][0] for rank in results], results[0][i][1]
 
         for what, error in module_errors(modules, expected(*size, torch.float64, 1)).items():
-            assert error <= MODULES_FLOAT64, f"{dialect}, float64: {what} has error {error:.1e}"
+            assert error <= MODULES_FLOAT64, f"{modulation}, float64: {what} has error {error:.1e}"
         for what, error in step_errors(steps, expected(*size, torch.float32, layouts.STEPS), config).items():
-            assert error <= STEPS_FLOAT32, f"{dialect}, float32 steps: {what} has error {error:.1e}"
+            assert error <= STEPS_FLOAT32, f"{modulation}, float32 steps: {what} has error {error:.1e}"
 
 
 IN_BFLOAT16 = [  # each DeepSpeed optimizer class, with gradients that are partial over tensor and over pipeline

@@ -1,7 +1,7 @@
-"""Mutation tests: the comparison of layouts fails, far above its bounds, if one mistake is made on purpose.
+"""Mutation tests: the comparison of layouts fails, far above its bounds, if a fault is injected.
 
-Each mistake is one that somebody could make: a missing sum over ranks, a missing exchange, a value counted twice. Two
-ranks train with one mistake after the other; the comparison is that of test_layouts.
+Each fault is a mistake that somebody could make: a missing sum over ranks, a missing exchange, a value counted twice.
+Two ranks train with one fault after the other; the comparison is that of test_layouts.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from megasora.tasks import dit
 from megasora.testing.spawn import run_ranks
 
 BOUNDS = {"modules": 1e-10, "steps": 2e-5}  # as in test_layouts
-LEAST_ERROR = 1e-3  # with a mistake
-CASES = {  # both dialects; small enough to be trained twenty times
+LEAST_ERROR = 1e-3  # with a fault
+CASES = {  # both modulations; small enough to be trained twenty times
     "tensor": (layout(2, tensor=2, depth=2, packs=2), "shared"),
     "context": (layout(2, context=2, depth=2, packs=2), "block"),
     "pipeline": (layout(2, pipeline=2, depth=2, packs=2), "shared"),
@@ -97,7 +97,7 @@ def is_on_first_tensor_rank(placement, pipeline_rank, tensor_rank):
 
 ALL_COPIES_PRIMARY = patch.object(Placement, "is_primary_replica", lambda *_: True)
 NO_PARTIAL_AXES = patch.object(parallelize, "placement_of", placement_without_partial_axes)
-MISTAKES = {  # (layout, what is compared, mistake): (patch, quantity that shows it)
+FAULTS = {  # (layout, what is compared, fault): (patch, quantity that shows it)
     ("tensor", "modules", "gradients of replicated inputs are not summed"): (
         patch.object(CopyToTensorParallel, "backward", staticmethod(backward_without_sum)), "gradient of",
     ),
@@ -146,20 +146,20 @@ MISTAKES = {  # (layout, what is compared, mistake): (patch, quantity that shows
         patch.object(ZeroEngine, "train_step", step_without_scaled_loss), "norm of step 0",
     ),
 }  # fmt: skip
-NO_MISTAKE = {(name, kind, "none"): (None, "") for name, kind, _ in MISTAKES}
+NO_FAULT = {(name, kind, "none"): (None, "") for name, kind, _ in FAULTS}
 TRAINERS = {"modules": train_modules, "steps": train_steps}
 
 
-def train_with_each_mistake(name):
+def train_with_each_fault(name):
     """{case: result} of one rank for the cases of a layout; where the replica check raised, its message instead.
 
-    All ranks make the mistake, or none does.
+    All ranks have the fault, or none does.
     """
     results = {}
-    for case, (mistake, _) in (NO_MISTAKE | MISTAKES).items():
+    for case, (fault, _) in (NO_FAULT | FAULTS).items():
         if case[0] == name:
             try:
-                with mistake or nullcontext():
+                with fault or nullcontext():
                     results[case] = TRAINERS[case[1]](configure(*CASES[name]))
             except MegaSoraError as error:
                 results[case] = str(error)
@@ -170,7 +170,7 @@ def train_with_each_mistake(name):
 def results_of(name):
     """Results of all ranks for a layout; an error is returned, so that it is cached too."""
     try:
-        return run_ranks(train_with_each_mistake, 2, name)
+        return run_ranks(train_with_each_fault, 2, name)
     except (RuntimeError, TimeoutError) as error:
         return error
 
@@ -196,14 +196,14 @@ def errors_of(case):
         return {f"error: {error}": math.inf}
 
 
-@pytest.mark.parametrize("case", NO_MISTAKE, ids=": ".join)
-def test_the_comparison_passes_without_a_mistake(case):
+@pytest.mark.parametrize("case", NO_FAULT, ids=": ".join)
+def test_the_comparison_passes_without_a_fault(case):
     errors = errors_of(case)
     assert all(error <= BOUNDS[case[1]] for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("case", MISTAKES, ids=": ".join)
-def test_the_comparison_fails_with_a_mistake(case):
+@pytest.mark.parametrize("case", FAULTS, ids=": ".join)
+def test_the_comparison_fails_with_a_fault(case):
     errors = errors_of(case)
-    shown = {what: error for what, error in errors.items() if what.startswith(MISTAKES[case][1])}
+    shown = {what: error for what, error in errors.items() if what.startswith(FAULTS[case][1])}
     assert shown and max(shown.values()) > LEAST_ERROR, errors

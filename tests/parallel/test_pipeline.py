@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from megasora.errors import MegaSoraError
 from megasora.parallel.mesh import Axis
 from megasora.parallel.pipeline import Pipeline, check_microbatches, num_stages, rank_of_stage, stage_numbers
-from megasora.parallel.weight_grad_store import WeightGradStore, apply_deferred_weight_grads
+from megasora.parallel.weight_grad_store import DefersWeightGrad, WeightGradStore, apply_deferred_weight_grads
 
 TOKENS, WIDTH, PATCH, HIDDEN = 11, 6, 4, 8  # all different, so that no two shapes agree by accident
 
@@ -505,7 +505,7 @@ def test_pop_returns_the_gradients_of_one_backward_pass():
     torch.testing.assert_close(linear.weight.grad, (first.sum(0) + second.sum(0)).expand(2, 3))
 
 
-def test_a_module_with_a_wgrad_store_defers_its_gradient_too():
+def test_a_module_that_defers_weight_grads_gets_the_store():
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, module, weight):
@@ -519,10 +519,10 @@ def test_a_module_with_a_wgrad_store_defers_its_gradient_too():
             ctx.module.wgrad_store.put(ctx.module.weight, lambda: (grad * x).sum(0))
             return grad * weight, None, None
 
-    class Scale(nn.Module):
+    class Scale(DefersWeightGrad):
         def __init__(self):
             super().__init__()
-            self.weight, self.wgrad_store = nn.Parameter(torch.ones(3)), None
+            self.weight = nn.Parameter(torch.ones(3))
 
         def forward(self, x):
             return Product.apply(x, self, self.weight)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import DIALECTS, LAYOUTS, configure
+from layouts import LAYOUTS, MODULATIONS, configure
 
 from megasora.build import build_model, patch_dim
 from megasora.parallel.mesh import Axis, Mesh
@@ -70,9 +70,9 @@ def no_barrier(monkeypatch):
     monkeypatch.setattr("megasora.parallel.context_attention.dist.barrier", lambda group: None)
 
 
-def local_models(layout, dialect):
+def local_models(layout, modulation):
     """(config, [(mesh, local model)] of all ranks that together hold one copy of the weights)."""
-    config = configure(layout, dialect)
+    config = configure(layout, modulation)
     meshes = [
         emulated_mesh(config, layout.processes, pipeline, tensor, config.parallel.context - 1)
         for pipeline in range(config.parallel.pipeline)
@@ -91,10 +91,10 @@ def single_process_weights(config):
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("modulation", MODULATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_at_step_0_every_layout_has_the_weights_of_the_single_process_bit_for_bit(layout, dialect, no_barrier):
-    config, models = local_models(layout, dialect)
+def test_at_step_0_every_layout_has_the_weights_of_the_single_process_bit_for_bit(layout, modulation, no_barrier):
+    config, models = local_models(layout, modulation)
     expected, primary_replicas, num_elements = single_process_weights(config), {}, 0
     for mesh, local in models:
         for name, weight in weights_of(local).items():
@@ -111,10 +111,10 @@ def test_at_step_0_every_layout_has_the_weights_of_the_single_process_bit_for_bi
     assert num_elements == sum(weight.numel() for weight in expected.values())  # each element exactly once
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_rank_holds_its_part_of_the_blocks_and_no_more(dialect, no_barrier):
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_a_rank_holds_its_part_of_the_blocks_and_no_more(modulation, no_barrier):
     layout = next(layout for layout in LAYOUTS if layout.name == "data=1,tensor=2,context=2,pipeline=2")
-    config, models = local_models(layout, dialect)
+    config, models = local_models(layout, modulation)
     total = sum(w.numel() for name, w in single_process_weights(config).items() if name.startswith("blocks."))
     for _, local in models:
         local_total = sum(w.numel() for name, w in weights_of(local).items() if name.startswith("blocks."))

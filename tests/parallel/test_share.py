@@ -217,9 +217,9 @@ PACKINGS = {
 }
 
 
-@pytest.mark.parametrize("dialect", layouts.DIALECTS)
-def test_a_clips_loss_and_the_gradient_do_not_depend_on_its_pack(dialect):
-    config = configure(layouts.layout(1, depth=2), dialect)
+@pytest.mark.parametrize("modulation", layouts.MODULATIONS)
+def test_a_clips_loss_and_the_gradient_do_not_depend_on_its_pack(modulation):
+    config = configure(layouts.layout(1, depth=2), modulation)
     model = random_model(config).double()
     expected, expected_gradients = losses_and_gradients(model, config, [(list(CLIPS), 246)])
     assert min(expected.values()) > 0.1

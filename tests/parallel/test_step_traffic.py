@@ -37,8 +37,8 @@ def recording_rank(layout):
 
 
 @cache
-def recorded_step(layout, dialect, dtype):
-    config = configure(layout, dialect)
+def recorded_step(layout, modulation, dtype):
+    config = configure(layout, modulation)
     config.run.dtype = dtype
     return run_fake_rank(record_step, recording_rank(layout), layout.processes, config)
 
@@ -60,9 +60,9 @@ def unexpected(step):
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("layout, dialect, dtype", EVERY_STEP, ids=lambda value: getattr(value, "name", value))
-def test_a_step_sends_what_the_docs_say(layout, dialect, dtype):
-    assert unexpected(recorded_step(layout, dialect, dtype)) == {}
+@pytest.mark.parametrize("layout, modulation, dtype", EVERY_STEP, ids=lambda value: getattr(value, "name", value))
+def test_a_step_sends_what_the_docs_say(layout, modulation, dtype):
+    assert unexpected(recorded_step(layout, modulation, dtype)) == {}
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_a_rank_of_a_large_world_sends_what_the_docs_say():
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------- the test can fail
+# ---------------------------------------------------------------------- mutations
 
 
 def record_step_with_bf16_reduction(config):
@@ -121,12 +121,12 @@ def record_step_with_bf16_reduction(config):
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_gradients_reduced_in_bfloat16_are_seen(layout, op):
+def test_gradients_reduced_in_bfloat16_are_detected(layout, op):
     config = configure(layout, "shared")
     config.run.dtype = "bfloat16"
     step = run_fake_rank(record_step_with_bf16_reduction, recording_rank(layout), layout.processes, config)
-    seen = {key for key in unexpected(step) if "data_context" in key[0]}
-    assert {(key[1], key[2]) for key in seen} == {(op, "torch.bfloat16"), (op, "torch.float32")}
+    detected = {key for key in unexpected(step) if "data_context" in key[0]}
+    assert {(key[1], key[2]) for key in detected} == {(op, "torch.bfloat16"), (op, "torch.float32")}
 
 
 # ---------------------------------------------------------------------- the docs

@@ -11,7 +11,7 @@ from megasora.testing.wan import CLIPS, make_pack, make_tiny_wan, run_reference,
 
 
 def predict_share(settings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """On each rank: (slots' sample ids [L], places in their clips [L], predictions [L, P]) of its share."""
+    """On each rank: (slots' sample ids [L], positions in their clips [L], predictions [L, P]) of its share."""
     from megasora.batch import segment_ids
     from megasora.diffusion.flow import build_rows
     from megasora.parallel.mesh import build_mesh

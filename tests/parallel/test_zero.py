@@ -108,6 +108,21 @@ def test_fragments_of_all_ranks_cover_each_element_once(case, on_ranks):
         assert end == size, name
 
 
+# ---------------------------------------------------------------------- number of packs
+
+
+def error_of_a_step_without_packs():
+    engine = build_engine(configure(layout(1, depth=1, packs=2), "block"))
+    with pytest.raises(ValueError) as error:
+        engine.train_step([], lambda prediction, index: prediction.sum(), lr=0.1)
+    return str(error.value)
+
+
+def test_a_step_needs_the_configured_number_of_packs():
+    (message,) = run_ranks(error_of_a_step_without_packs, 1)
+    assert message == "0 packs in a step; data.packs_per_step / data ranks is 2"
+
+
 # ---------------------------------------------------------------------- sums of gradients
 
 

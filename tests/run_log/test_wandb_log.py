@@ -128,9 +128,30 @@ def test_a_hang_delays_the_run_by_no_more_than_the_close_timeout(where, tmp_path
 def test_lines_beyond_the_queue_are_dropped_without_waiting(tmp_path, monkeypatch, release):
     install(monkeypatch, lambda **_: release.wait(60))
     monkeypatch.setattr(wandb_log, "CLOSE_SECONDS", 0.2)
-    log, seconds = log_a_run(tmp_path, lines=10_500)
+    start, log = time.monotonic(), WandbLog(OFFLINE, tmp_path, {})
+    for step in range(10_500):
+        log.write(step, {})
     assert "queue is full" in log.warning and log.queue.qsize() == 10_000
-    assert seconds < SOON
+    log.close()
+    assert "did not finish" in log.warning and "lost" in log.warning
+    assert time.monotonic() - start < SOON
+
+
+def test_closing_a_full_queue_waits_for_space(tmp_path, monkeypatch, release):
+    run = FakeRun()
+
+    def init(**_):
+        release.wait(60)
+        return run
+
+    install(monkeypatch, init)
+    monkeypatch.setattr(wandb_log, "MAX_QUEUED", 2)
+    log = WandbLog(OFFLINE, tmp_path, {})
+    for step in range(2):
+        log.write(step, {"loss": step})
+    threading.Timer(0.2, release.set).start()
+    log.close()
+    assert [step for step, _ in run.logged] == [0, 1] and run.finished and log.warning is None
 
 
 def test_offline_mode_writes_into_the_run_folder(tmp_path, monkeypatch):

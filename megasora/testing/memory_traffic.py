@@ -1,6 +1,6 @@
 """Counts the bytes that operations of kernels/ load and store, without a GPU.
 
-    with Traffic() as traffic:
+    with MemoryTraffic() as traffic:
         y = adaln_modulate(x, shift, scale, rows, 1e-6, backend="triton")
     traffic.bytes                                  total
     traffic.by_argument["forward_kernel.x_LD"]     of one argument of one kernel
@@ -35,7 +35,7 @@ ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_stri
 OVERWRITE = ("copy_", "fill_", "zero_")  # do not read the tensor that they write
 
 
-class Traffic:
+class MemoryTraffic:
     """Context manager that counts. Kernels must be interpreted: TRITON_INTERPRET=1, see kernels/launch.py."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Traffic:
     def bytes(self) -> int:
         return self.by_argument.total()
 
-    def __enter__(self) -> Traffic:
+    def __enter__(self) -> MemoryTraffic:
         for owner, name, replacement in (
             (GridExecutor, "__call__", self.launch),
             (InterpreterBuilder, "create_masked_load", self.load),
@@ -95,9 +95,9 @@ class Traffic:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the inputs and outputs of PyTorch operators; traces into those of our namespace."""
+    """Counts the inputs and outputs of PyTorch operators; traces into operators of NAMESPACE."""
 
-    def __init__(self, traffic: Traffic) -> None:
+    def __init__(self, traffic: MemoryTraffic) -> None:
         super().__init__()
         self.traffic = traffic
 
@@ -134,7 +134,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def bytes_of(x: Tensor) -> int:
-    """Of the elements in memory: expanded dims, of stride 0, count once."""
+    """Bytes of a tensor's elements in memory; expanded dims, of stride 0, count once."""
     elements = math.prod(size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True))
     return elements * x.element_size()
 
