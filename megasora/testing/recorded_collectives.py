@@ -64,8 +64,7 @@ OPERATORS = {
 class RecordedCollectives(TorchDispatchMode):
     """Records all messages while it is entered. KeyError at a collective that is not in OPERATORS.
 
-    On a fake group it fills received tensors, which nobody sends: floating-point ones with 0, others with 1 (which lets
-    pipeline stages agree on static shapes).
+    On a fake group, where nothing is transferred, it fills what `fill_received` says.
     """
 
     def __init__(self) -> None:
@@ -85,6 +84,19 @@ class RecordedCollectives(TorchDispatchMode):
         group = dist.ProcessGroup.unbox(args[group_argument])
         ranks = tuple(dist.get_process_group_ranks(group))
         self.messages += [Message(op, tensor.dtype, tensor.numel(), ranks) for tensor in tensors]
-        if op == "recv" and dist.get_backend(group) == "fake":
-            for tensor in tensors:
-                tensor.fill_(0 if tensor.is_floating_point() else 1)
+        if dist.get_backend(group) == "fake":
+            fill_received(op, args)
+
+
+def fill_received(op: str, args: tuple) -> None:
+    """Fills the tensors that a call on a fake group leaves uninitialized, in some releases of PyTorch.
+
+    Outputs of reduce-scatter and all-to-all get this rank's own input. Messages of `recv` get 0 if they are
+    floating-point, else 1, which lets pipeline stages agree on static shapes.
+    """
+    if op == "recv":
+        for tensor in args[0]:
+            tensor.fill_(0 if tensor.is_floating_point() else 1)
+    elif op in ("reduce_scatter", "all_to_all"):
+        output, own = args[0].view(-1), args[1].reshape(-1)
+        output.copy_(own[: len(output)]) if len(own) >= len(output) else output.zero_()
