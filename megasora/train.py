@@ -89,6 +89,7 @@ def train(config: Config, stop: StopSignal) -> None:
                 begin_launch(run, world.size)
             world.barrier()  # from here on exit.json is of this launch
             try:
+                watchdog.heartbeat("building the model")
                 task = DiTTask(config, world, build_mesh(config.parallel, world.device.type))
                 Trainer(config, world, task, stop.requested, watchdog.heartbeat).run()
             except (MegaSoraError, OSError) as error:

@@ -33,7 +33,7 @@ class Trainer:
     """Trains `task` from the newest checkpoint of `run.dir`, or from step 0, to `run.steps`.
 
     `stop_requested()` is polled once per step; if it is true on any rank, all ranks save a checkpoint after that step
-    and stop. `heartbeat(activity)` is called before each step, validation and save, for the watchdog.
+    and stop. `heartbeat(activity)` is called before each load, step, validation and save, for the watchdog.
     """
 
     def __init__(
@@ -162,6 +162,7 @@ class Trainer:
 
     def resume(self) -> tuple[int, dict[str, Any]]:
         """Loads the newest checkpoint, if there is one; returns (its step or 0, the settings that saved it)."""
+        self.heartbeat("loading the newest checkpoint")
         state = self.saver.load_newest()
         if self.world.is_main:
             prepare_run_folder(self.config, state["step"] if state is not None else 0)

@@ -71,7 +71,7 @@ def test_a_process_that_cannot_follow_a_stop_request_is_ended(tmp_path):
 @pytest.mark.timeout(200)
 def test_a_suspended_process_is_named_by_the_other(shards, tiny, tmp_path):
     run = tmp_path / "run"
-    settings = ["run.steps=5000", "checkpoint.every=10000", "validation.every=10000", "run.hang_seconds=15"]
+    settings = ["run.steps=5000", "checkpoint.every=10000", "validation.every=10000", "run.hang_seconds=20"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(
         [*launcher, "--shutdown-timeout", "1", "-m", "megasora.train", *train_arguments(run, shards, tiny), *settings],
