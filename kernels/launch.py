@@ -37,7 +37,7 @@ class LaunchConfig(NamedTuple):
         return previous_power_of_2(self.tile_elements // math.prod(vector_size))
 
     def num_warps(self, *vector_size: int) -> int:
-        """Of a program, 1 to 16. `vector_size`: as of `vectors_per_tile`."""
+        """Warps of a program, 1 to 16. `vector_size`: as of `vectors_per_tile`."""
         elements = self.vectors_per_tile(*vector_size) * math.prod(vector_size)
         return min(16, previous_power_of_2(elements // (32 * self.elements_per_thread)))
 

@@ -105,7 +105,7 @@ class WanFolder:
         ]
 
     def sources(self) -> dict[str, Source]:
-        """By VideoDiT's name, for every weight that Wan has."""
+        """Sources by VideoDiT's name, for every weight that Wan has."""
         sources = {}
         layers = dict(MODEL_LAYERS)
         for i in range(self.depth):
@@ -254,7 +254,7 @@ def import_wan(
 
 
 def open_files(files: tuple[Path, ...], stack: ExitStack) -> dict[str, Any]:
-    """By tensor name, the open file that holds it; the files are closed with `stack`."""
+    """The open file that holds each tensor, by tensor name; the files are closed with `stack`."""
     from safetensors import SafetensorError, safe_open
 
     file_of: dict[str, Any] = {}

@@ -155,7 +155,7 @@ class RemoteFolder:
         return done
 
     def read_whole(self, names: list[str]) -> list[bytes]:
-        """In one batch: such systems have a high latency but answer many requests at once."""
+        """The contents of several files, in one batch: such systems have a high latency but serve many at once."""
         return self.system.cat_ranges([f"{self.root}/{name}" for name in names], 0, None, on_error="raise")
 
     def open(self, name: str) -> BinaryIO:

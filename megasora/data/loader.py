@@ -99,11 +99,11 @@ class PackLoader:
         try:
             while True:
                 try:
-                    step = prefetcher.get(min(1.0, timeout / 4))
+                    batch = prefetcher.get(min(1.0, timeout / 4))
                 except queue.Empty:
                     self.raise_if_hung(readers)
                     continue
-                yield step
+                yield batch
         finally:
             prefetcher.stop()
             readers.close()
@@ -148,10 +148,10 @@ class PackLoader:
         """Reads clips to their place in the pack. If one is left out, those after it move up."""
         clips, token_counts = pack.clips.tolist(), pack.tokens.tolist()
         buffer = PackBuffer(self.buffers.acquire(), self.config.tokens_per_pack, self.mixture.dtype)
-        places = buffer.patches_LP[: sum(token_counts)].split(token_counts)
+        clip_buffers = buffer.patches_LP[: sum(token_counts)].split(token_counts)
         records: list[Record] = []
         damaged: list[DamagedTar] = []
-        for clip, num_kept, out_LP in zip(clips, token_counts, places, strict=True):
+        for clip, num_kept, out_LP in zip(clips, token_counts, clip_buffers, strict=True):
             begin(clip)
             try:
                 positions = self.kept_positions(clip, num_kept, pack.epoch)

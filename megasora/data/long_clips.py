@@ -47,14 +47,14 @@ def place_long_clips(tokens_I: np.ndarray, capacity: int, packs_per_step: int) -
     clip_J, short = by_length[:num_long], tokens_I[by_length[num_long:]]
     tokens_J = tokens_I[clip_J]
     surplus_J = tokens_J * (tokens_J - (short * short).sum() // short.sum())
-    target_B, num_led_packs = surplus_targets(surplus_J, num_packs, packs_per_step)
+    target_B, num_expensive_packs = surplus_targets(surplus_J, num_packs, packs_per_step)
 
-    pack_I[clip_J[:num_led_packs]] = np.arange(num_led_packs)
+    pack_I[clip_J[:num_expensive_packs]] = np.arange(num_expensive_packs)
     free_B = np.full(num_packs, capacity)
-    free_B[:num_led_packs] -= tokens_J[:num_led_packs]
+    free_B[:num_expensive_packs] -= tokens_J[:num_expensive_packs]
     free_B -= np.minimum(capacity * int(short.sum()) // int(tokens_I.sum()), free_B // SHORT_SPACE_DIVISOR)
-    target_B[:num_led_packs] -= surplus_J[:num_led_packs]
-    remaining = np.arange(num_led_packs, num_long)
+    target_B[:num_expensive_packs] -= surplus_J[:num_expensive_packs]
+    remaining = np.arange(num_expensive_packs, num_long)
     for within_target in (True, False):
         while len(remaining):
             longest_B = np.searchsorted(-tokens_J[remaining], -free_B)  # of the remaining clips, the longest that fits
@@ -72,19 +72,21 @@ def place_long_clips(tokens_I: np.ndarray, capacity: int, packs_per_step: int) -
 
 
 def surplus_targets(surplus_J: np.ndarray, num_packs: int, packs_per_step: int) -> tuple[np.ndarray, int]:
-    """(int64 [B]: the target sum of surplus of each pack; how many packs, the first ones, are led by one long clip).
+    """(int64 [B]: the target sum of surplus of each pack; the number of expensive packs, which come first).
 
-    Pack b of these is led by clip b. `surplus_J`: of the long clips, longest first.
+    The target of an expensive pack is the largest surplus of its group; pack b begins with clip b. `surplus_J`: of the
+    long clips, longest first.
     """
     num_groups = min(len(surplus_J), num_packs) // packs_per_step
     largest_G = surplus_J[: num_groups * packs_per_step : packs_per_step]
     # remaining surplus, and its average over the remaining packs, once the first 0, 1, 2 ... groups have their targets
     remaining_G1 = int(surplus_J.sum()) - packs_per_step * np.append(0, np.cumsum(largest_G))
     average_G1 = remaining_G1 // np.maximum(num_packs - packs_per_step * np.arange(len(remaining_G1)), 1)
-    led_groups = int(np.argmin(np.append(largest_G > average_G1[:-1], False)))
-    num_led_packs = led_groups * packs_per_step
-    led = np.repeat(largest_G[:led_groups], packs_per_step)
-    return np.append(led, np.full(num_packs - num_led_packs, average_G1[led_groups])), num_led_packs
+    num_expensive_groups = int(np.argmin(np.append(largest_G > average_G1[:-1], False)))
+    num_expensive_packs = num_expensive_groups * packs_per_step
+    expensive_targets = np.repeat(largest_G[:num_expensive_groups], packs_per_step)
+    other_targets = np.full(num_packs - num_expensive_packs, average_G1[num_expensive_groups])
+    return np.append(expensive_targets, other_targets), num_expensive_packs
 
 
 def match_clips_to_packs(longest_B: np.ndarray, target_B: np.ndarray, num_clips: int) -> tuple[np.ndarray, np.ndarray]:

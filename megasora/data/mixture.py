@@ -82,7 +82,7 @@ class Mixture:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the first dataset; the values that concern the model are the same in all."""
+        """The manifest of the first dataset; the values that concern the model are the same in all."""
         return self.datasets[0].manifest
 
     def read(

@@ -64,7 +64,7 @@ class FlowMatching:
         return t_G, clean, u[CAPTION] < c.caption_dropout
 
     def noise_to(self, batch: VideoBatch, t: float, stream: int) -> tuple[VideoBatch, Tensor, Tensor]:
-        """As `add_noise`, for validation: all frames of all clips at timestep `t`, no caption hidden.
+        """As `add_noise`, for validation: all frames of all clips at timestep `t` in [0, 1], no caption hidden.
 
         The noise is the same at each call; `stream` is its random stream.
         """

@@ -25,7 +25,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """From `1/8` to `8/8`. Raises MegaSoraError."""
+        """Parses `1/8` to `8/8`. Raises MegaSoraError."""
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
             raise MegaSoraError(f"--part {text} is not I/N with I from 1 to N, e.g. 1/8")
@@ -33,7 +33,7 @@ class Part:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str]) -> Part:
-        """From the variables of torchrun and Slurm: ranks, tasks of a job array, or ranks within each task.
+        """The part given by torchrun's and Slurm's variables: ranks, tasks of a job array, or ranks within each task.
 
         Raises MegaSoraError where a variable is not a number or out of range.
         """

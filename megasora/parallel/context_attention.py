@@ -28,7 +28,7 @@ from megasora.batch import VideoBatch
 from megasora.kernels.attention import attention, attention_backward, attention_forward, reuse_or_compute
 from megasora.kernels.merge_partial_attention import merge_partial_attention
 from megasora.parallel.mesh import Axis
-from megasora.parallel.ring_exchanges import ContextSegments, RingExchange, build_segments
+from megasora.parallel.ring_exchanges import ContextSegments, RingExchange, build_context_segments
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ContextAttention:
                 f"the split has {split.ranks} ranks of {split.slots_per_rank} slots, the axes {self.ring.size} (ring) "
                 f"of {self.ulysses.size} (ulysses) x {local_tokens}"
             )
-        return build_segments(split, self.ring.rank, batch.patches_LP.device)
+        return build_context_segments(split, self.ring.rank, batch.patches_LP.device)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, segments: ContextSegments, saved_output: list | None = None

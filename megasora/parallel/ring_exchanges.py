@@ -1,6 +1,6 @@
 """Plans the exchanges of ring attention: what each rank of the ring sends, receives and computes for one pack.
 
-    ContextSplit  --build_segments-->  ContextSegments: the rank's own segments, then one RingExchange per distance
+    ContextSplit  --build_context_segments-->  ContextSegments: own segments, then one RingExchange per distance
 
 At distance d, rank r sends keys and values to rank r + d and receives those of rank r - d (modulo the ring). In a pack
 only tokens of one clip need each other: a rank sends another the keys of those of its clips which the other has tokens
@@ -48,7 +48,7 @@ class ContextSegments:
     exchanges: tuple[RingExchange, ...]  # at each distance at which any two ranks exchange keys, nearest first
 
 
-def build_segments(split: ContextSplit, rank: int, device: torch.device | str) -> ContextSegments:
+def build_context_segments(split: ContextSplit, rank: int, device: torch.device | str) -> ContextSegments:
     """What rank `rank` of the ring computes, sends and receives. ValueError as of `pieces_by_rank`."""
     pieces = pieces_by_rank(split)
     ranges = list(pieces[rank].values())

@@ -26,7 +26,7 @@ class Node:
     name: str
     versions: dict[str, str] = field(default_factory=dict)
     gpus: list[str] = field(default_factory=list)
-    gpu_tflops: float = 0.0  # TFLOP/s of the slowest GPU
+    gpu_tflop_per_s: float = 0.0  # TFLOP/s of the slowest GPU
     disk_mib: int = 0
     local_mib: int = 0
     shared_mib: int = 0
@@ -100,19 +100,19 @@ def check_gpus(node: Node, config: Config, processes: int) -> None:
         if config.run.device == "cuda":
             node.problems.append("torch sees no GPU")
         return
-    tflops = []
+    tflop_per_s = []
     for gpu in range(torch.cuda.device_count()):
         node.gpus.append(torch.cuda.get_device_name(gpu))
         try:
-            tflops.append(measure_matmul_tflops(gpu))
+            tflop_per_s.append(measure_matmul_tflop_per_s(gpu))
         except RuntimeError as error:
             node.problems.append(f"GPU {gpu} fails: {str(error).splitlines()[0]}")
-    node.gpu_tflops = min(tflops, default=0.0)
+    node.gpu_tflop_per_s = min(tflop_per_s, default=0.0)
     if len(node.gpus) < processes:
         node.problems.append(f"{len(node.gpus)} GPUs, {processes} are needed")
 
 
-def measure_matmul_tflops(gpu: int, size: int = 4096, repeats: int = 8) -> float:
+def measure_matmul_tflop_per_s(gpu: int, size: int = 4096, repeats: int = 8) -> float:
     """TFLOP/s of a bf16 matrix product on a GPU. Raises RuntimeError if the product is wrong."""
     import torch
 

@@ -26,7 +26,7 @@ def compare_nodes(nodes: list[Node]) -> None:
         ahead = node.clock - median_clock
         if abs(ahead) > MAX_CLOCK_SECONDS:
             node.problems.append(f"its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the others")
-    flag_slow_nodes(answered, "gpu_tflops", "its slowest GPU computes {:.0f} TFLOP/s, elsewhere {:.0f}")
+    flag_slow_nodes(answered, "gpu_tflop_per_s", "its slowest GPU computes {:.0f} TFLOP/s, elsewhere {:.0f}")
 
 
 def flag_slow_nodes(nodes: list[Node], key: str, message: str) -> None:
@@ -62,9 +62,9 @@ def print_table(nodes: list[Node], all_reduce_rate: float, seconds: float) -> No
         if node.versions:
             gpus = ", ".join(f"{count} x {name}" for name, count in Counter(node.gpus).items())
             free = (f"{mib / 1024:.1f} GiB" for mib in (node.disk_mib, node.local_mib, node.shared_mib))
-            tflops = f"{node.gpu_tflops:.0f}" if node.gpu_tflops else "-"
+            tflop_per_s = f"{node.gpu_tflop_per_s:.0f}" if node.gpu_tflop_per_s else "-"
             bandwidth = f"{node.gib_per_second:.2f}" if node.gib_per_second else "-"
-            cells += [gpus or "none", tflops, *free, f"{node.clock:+.3f} s", bandwidth]
+            cells += [gpus or "none", tflop_per_s, *free, f"{node.clock:+.3f} s", bandwidth]
         else:
             cells += ["-"] * 7
         table.add_row(*map(Text, [*cells, "; ".join(node.problems) or "fit"]), style="red" if node.problems else None)

@@ -63,12 +63,12 @@ def test_few_clips_and_very_short_ones_are_all_short(tokens):
 def test_targets_are_the_largest_surplus_of_each_group_and_the_average_of_the_rest():
     surplus = np.array([90, 80, 50, 45, 8, 6, 4, 2, 1, 1])
     # groups of two: 90 > (287 - 0) / 6, 50 > (287 - 180) / 4, 8 > (287 - 280) / 2
-    target, num_led = surplus_targets(surplus, 6, 2)
-    assert num_led == 6 and target.tolist() == [90, 90, 50, 50, 8, 8]
-    target, num_led = surplus_targets(np.array([9, 8, 7, 6, 5, 4]), 3, 2)
-    assert num_led == 0 and target.tolist() == [13, 13, 13]
-    target, num_led = surplus_targets(np.array([30, 4, 4, 4]), 3, 1)
-    assert num_led == 1 and target.tolist() == [30, 6, 6]
+    target, num_expensive = surplus_targets(surplus, 6, 2)
+    assert num_expensive == 6 and target.tolist() == [90, 90, 50, 50, 8, 8]
+    target, num_expensive = surplus_targets(np.array([9, 8, 7, 6, 5, 4]), 3, 2)
+    assert num_expensive == 0 and target.tolist() == [13, 13, 13]
+    target, num_expensive = surplus_targets(np.array([30, 4, 4, 4]), 3, 1)
+    assert num_expensive == 1 and target.tolist() == [30, 6, 6]
 
 
 def test_the_pack_that_can_take_the_longest_clip_chooses_first():

@@ -16,7 +16,7 @@ from megasora.config import ParallelConfig
 from megasora.kernels.attention import Segments, attention, attention_reference
 from megasora.parallel.context_attention import ContextAttention, Transfer
 from megasora.parallel.mesh import Axis, build_mesh
-from megasora.parallel.ring_exchanges import build_segments
+from megasora.parallel.ring_exchanges import build_context_segments
 from megasora.testing.spawn import run_ranks
 
 HEADS, HEAD_DIM = 4, 8
@@ -252,7 +252,7 @@ class RecordingAttention(ContextAttention):
 
 def recorded_events(case, rank, backward):
     context = RecordingAttention(case.ring, rank)
-    segments = build_segments(case.split, rank, "cpu")
+    segments = build_context_segments(case.split, rank, "cpu")
     q = k = v = torch.ones(case.slots_per_rank, 1, 2, requires_grad=True)
     out = context(q, k, v, segments)
     if backward:
@@ -321,8 +321,8 @@ def test_inputs_that_do_not_fit_the_split_raise_an_error():
     with pytest.raises(ValueError, match="one shape"):
         context(x, x, x.double(), context.segments(share))
     with pytest.raises(ValueError, match="segments end at query 9, after the last of 8"):
-        build_segments(Case(2, 1, [(0, 0, 0, 9)], 8).split, 0, "cpu")
+        build_context_segments(Case(2, 1, [(0, 0, 0, 9)], 8).split, 0, "cpu")
     context.ulysses = Axis("ulysses", 2, 0, None)
     with pytest.raises(ValueError, match="3 heads cannot be divided by 2 Ulysses ranks"):
         y = torch.zeros(22, 3, 2)
-        context(y, y, y, build_segments(ContextSplit(2, 44, torch.zeros(0, 4, dtype=torch.int64)), 0, "cpu"))
+        context(y, y, y, build_context_segments(ContextSplit(2, 44, torch.zeros(0, 4, dtype=torch.int64)), 0, "cpu"))

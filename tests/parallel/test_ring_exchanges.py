@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from megasora.batch import ContextSplit
 from megasora.parallel.context_split import received_tokens_per_rank, sent_tokens_per_rank, split_pack
-from megasora.parallel.ring_exchanges import build_segments, slice_or_index
+from megasora.parallel.ring_exchanges import build_context_segments, slice_or_index
 
 LENGTHS = st.lists(st.one_of(st.integers(1, 9), st.integers(50, 300)), min_size=1, max_size=12)
 
 
 def split_and_plans(lengths, ranks):
     split = split_pack(lengths, ranks, -(-sum(lengths) // ranks))
-    return split, [build_segments(split, rank, "cpu") for rank in range(ranks)]
+    return split, [build_context_segments(split, rank, "cpu") for rank in range(ranks)]
 
 
 @settings(deadline=None, max_examples=60)
@@ -54,7 +54,7 @@ def test_each_query_meets_every_key_of_its_segment_once(lengths, ranks):
 
 def test_ranks_without_a_common_segment_exchange_nothing():
     split = ContextSplit(3, 9, torch.tensor([[0, 0, 0, 9], [1, 1, 0, 4], [2, 1, 4, 9]]))
-    exchanges = build_segments(split, 0, "cpu").exchanges
+    exchanges = build_context_segments(split, 0, "cpu").exchanges
     assert [x.distance for x in exchanges] == [1, 2]  # made by the other two ranks
     assert all(x.num_sent == x.num_received == 0 for x in exchanges)
 
@@ -68,4 +68,4 @@ def test_adjacent_ranges_are_a_slice_and_others_an_index():
 def test_two_pieces_of_a_segment_on_one_rank_raise_an_error():
     split = ContextSplit(2, 4, torch.tensor([[0, 0, 0, 4], [1, 0, 4, 6], [1, 0, 8, 9]]))
     with pytest.raises(ValueError, match="rank 1 has two pieces of segment 0; a split may give it one"):
-        build_segments(split, 0, "cpu")
+        build_context_segments(split, 0, "cpu")
