@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megasora.config import Config, differences, load
+from megasora.config import Config, differences, load_run_config
 from megasora.errors import MegaSoraError
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ def check_run(config: Config) -> None:
 
 def check_run_folder(config: Config) -> None:
     """A run folder belongs to one configuration, except for the keys of MUTABLE_ON_RESUME."""
-    saved = Path(config.run.dir) / "config.yaml"
-    if not saved.is_file():
+    if not (Path(config.run.dir) / "config.yaml").is_file():
         return
-    changed = differences(config, load(saved), MUTABLE_ON_RESUME)
+    changed = differences(config, load_run_config(config.run.dir), MUTABLE_ON_RESUME)
     if changed:
         raise MegaSoraError(
             f"run.dir={config.run.dir} already holds another configuration ({'; '.join(changed[:8])}); "

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megasora import __version__
+from megasora.data.media_formats import CLIP_FILES
 from megasora.errors import CONFIGURATION, MegaSoraError
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
@@ -56,7 +57,7 @@ def add_ingest(commands) -> None:
     p = add_command(commands, "ingest", ingest, "Converts clips and captions to shards.", INGEST)
     p.add_argument(
         "clips", type=Path, metavar="CLIPS",
-        help="folder of .mp4 .mov .mkv .webm .avi .png .jpg .webp files, a list of these (.txt, .jsonl), or tars",
+        help=f"folder of {CLIP_FILES} files, a list of these (.txt, .jsonl), or tars",
     )  # fmt: skip
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write; new, empty, or of the same ingest"
@@ -79,6 +80,7 @@ def add_train(commands) -> None:
     p = add_command(commands, "train", train, "Trains or resumes a run in this process.", TRAIN)
     p.add_argument("config", metavar="YAML")
     p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("--check", action="store_true", help="only make the checks before a run; prints run.dir")
 
 
 def add_status(commands) -> None:
@@ -230,7 +232,7 @@ def shards(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     from megasora.train import main
 
-    return main([options.config, *options.overrides])
+    return main([*(["--check"] if options.check else []), options.config, *options.overrides])
 
 
 def status(options: argparse.Namespace) -> int:

@@ -6,11 +6,12 @@ The exit codes are those of megasora/errors.py. torchrun itself exits with 1 on 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,9 @@ from megasora.errors import CONFIGURATION, CRASH, DONE, STOPPED, MegaSoraError
 from megasora.stop import StopSignal
 
 if TYPE_CHECKING:
+    from megasora.parallel.mesh import Mesh
     from megasora.parallel.world import World
+    from megasora.tasks.task import Task
 
 MAIN_PRINTS_SECONDS = 5.0  # within which the main process has printed its error
 
@@ -35,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
                 "\n\nExample: torchrun --nproc-per-node 2 -m megasora.train configs/demo.yaml run.dir=runs/demo",
             )
             return 0 if arguments else 2
-        only_check = arguments[0] == "--check"
-        arguments = arguments[only_check:]
+        only_check = "--check" in arguments
+        arguments = [text for text in arguments if text != "--check"]
         if not arguments:
             raise MegaSoraError("--check: give the configuration to check, e.g. configs/demo.yaml")
         config = load(arguments[0], arguments[1:])
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         with StopSignal() as stop:
             train(config, stop)
         return DONE
-    except (MegaSoraError, OSError) as error:  # e.g. no space: the system's message names the file
+    except (MegaSoraError, OSError) as error:
         return print_error(error, getattr(error, "exit_code", CRASH))
 
 
@@ -63,12 +66,18 @@ def print_error(error: Exception, code: int) -> int:
         return code
     if rank > 0:  # the main process prints first: the launcher kills the others as soon as one has exited
         time.sleep(MAIN_PRINTS_SECONDS)
-    print(f"megasora: error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
+    message = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a failed write names no file
+        message += "; free some space on the file system of run.dir, or lower checkpoint.keep"
+    print(f"megasora: error: {message}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
     return code
 
 
-def train(config: Config, stop: StopSignal) -> None:
-    """One process of a run, from joining the process group to the record of its exit."""
+def train(config: Config, stop: StopSignal, build_task: Callable[[Config, World, Mesh], Task] | None = None) -> None:
+    """One process of a run, from joining the process group to the record of its exit.
+
+    `build_task`: what is trained; None for a VideoDiT. Raises MegaSoraError after an expected failure, as a stop.
+    """
     import torch
 
     from megasora.parallel.mesh import build_mesh
@@ -90,7 +99,7 @@ def train(config: Config, stop: StopSignal) -> None:
             world.barrier()  # from here on exit.json is of this launch
             try:
                 watchdog.heartbeat("building the model")
-                task = DiTTask(config, world, build_mesh(config.parallel, world.device.type))
+                task = (build_task or DiTTask)(config, world, build_mesh(config.parallel, world.device.type))
                 Trainer(config, world, task, stop.requested, watchdog.heartbeat).run()
             except (MegaSoraError, OSError) as error:
                 record_exit(run, getattr(error, "exit_code", CRASH), str(error), world.rank)

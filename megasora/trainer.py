@@ -67,6 +67,8 @@ class Trainer:
         Raises StopRequested after a requested stop, NonFiniteError, or what the task raises.
         """
         if self.step >= self.config.run.steps:
+            if self.world.is_main:
+                print(f"{self.config.run.dir} is complete: {self.step} of {self.config.run.steps} steps")
             return
         with RunLog(self.config, self.world.rank, self.step) as log:
             self.log_start(log)
@@ -132,10 +134,11 @@ class Trainer:
         if math.isfinite(metrics.loss) and math.isfinite(output.grad_norm):
             return
         newest = self.saver.store.newest()
+        remedy = f"start another run.dir with optim.lr below {self.config.optim.lr:g}"
+        if newest is not None:
+            remedy += f", if need be from these weights: model.init_from={newest}"
         raise NonFiniteError(
-            f"step {self.step + 1}: loss {metrics.loss}, gradient norm {output.grad_norm}; "
-            f"{f'the newest checkpoint is {newest.name}' if newest else 'nothing was saved'}; "
-            f"lower optim.lr={self.config.optim.lr}"
+            f"step {self.step + 1}: loss {metrics.loss:g}, gradient norm {output.grad_norm:g}; {remedy}"
         )
 
     def validate(self, log: RunLog) -> None:
@@ -146,12 +149,13 @@ class Trainer:
         info = {"parameters": self.task.num_parameters, **self.task.run_info()}
         log.write_run_info(info, self.world.device, self.world.size)
         log.print(f"from step {self.step} to {self.config.run.steps}")
-        if self.saved_settings != self.parallel_settings:
-            saved, new = (
-                " ".join(f"{k}={v}" for k, v in settings.items())
-                for settings in (self.saved_settings, self.parallel_settings)
-            )
-            log.print(f"step {self.step} was saved by {saved}; this launch has {new}")
+        changes = [
+            f"{key} {self.saved_settings.get(key)} -> {value}"
+            for key, value in self.parallel_settings.items()
+            if self.saved_settings.get(key) != value
+        ]
+        if changes:
+            log.print(f"since the checkpoint of step {self.step}: {', '.join(changes)}")
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -18,6 +18,7 @@ from megasora.build import build_model, patch_dim
 from megasora.cli import main
 from megasora.config import load
 from megasora.data.shard_format import read_manifest
+from megasora.train import main as train_main
 
 RUN_TEST_YAML = Path(__file__).parent / "runs" / "tiny.yaml"
 
@@ -43,7 +44,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- help
 
 HELP = {  # command -> words of its help on what is read and written, and on units
-    "ingest": ["Reads every clip below CLIPS", "NAME.txt", "captions.jsonl", "Writes WebDataset tars", "--out DIR"],
+    "ingest": ["Reads every clip", "NAME.txt", "captions.jsonl", "Writes WebDataset tars", "--out DIR", ".jpeg"],
     "shards": ["Reads dataset.json", "prints clips, tokens and sizes"],
     "train": ["Reads a configuration", "writes the run folder", "metrics.jsonl", "in seconds", "torchrun"],
     "status": ["Reads the folder RUN", "tokens per second", "last checkpoint", "--watch"],
@@ -318,6 +319,19 @@ def test_train_rejects_triton_without_a_gpu_unless_it_is_interpreted(shards, tin
     monkeypatch.setattr("megasora.kernels.launch.INTERPRETED", False)
     assert main(["train", *arguments, "model.kernel_backend=triton", "run.device=cpu"]) == 2
     assert "model.kernel_backend=triton needs a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_check_prints_the_run_folder_and_starts_nothing(shards, tiny, tmp_path, capsys):
+    config, *overrides = train_arguments(tmp_path / "run", shards, tiny)
+    for arguments in (
+        ["--check", config, *overrides],
+        [config, "--check", *overrides],
+        [config, *overrides, "--check"],
+    ):
+        assert main(["train", *arguments]) == 0
+        assert train_main(arguments) == 0
+        assert capsys.readouterr().out == f"{tmp_path / 'run'}\n" * 2
     assert not (tmp_path / "run").exists()
 
 

@@ -8,9 +8,20 @@ import pytest
 import yaml
 
 from megasora.cli import main
-from megasora.config import Config, ModelConfig, differences, every_key, load, parse_size, to_yaml, token_pixels
+from megasora.config import (
+    Config,
+    ModelConfig,
+    differences,
+    every_key,
+    load,
+    load_run_config,
+    parse_size,
+    to_yaml,
+    token_pixels,
+)
+from megasora.config.load import NAMES_ELSEWHERE
 from megasora.config.renamed import RENAMED, RENAMED_VALUES
-from megasora.config.schema import section_type
+from megasora.config.schema import find_section
 from megasora.errors import MegaSoraError
 
 PRESETS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
@@ -92,10 +103,17 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
         ("optm.lr=3", "optim"),
         ("objective.frame_conditioning.frist=1", "objective.frame_conditioning.first"),
         ("run.lr=1", "optim.lr"),
+        ("optim.learning_rate=1", "optim.lr"),
+        ("data.batch_size=1", "data.packs_per_step"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(override, nearest):
     assert message([override]).endswith(f"'; did you mean '{nearest}'?")
+
+
+def test_the_names_of_other_trainers_are_not_valid_and_ours_are():
+    names = {key.rsplit(".", 1)[-1] for key in every_key()}
+    assert not NAMES_ELSEWHERE.keys() & names and set(NAMES_ELSEWHERE.values()) <= set(every_key())
 
 
 def test_an_unknown_key_without_a_similar_one_is_answered_with_the_known_keys():
@@ -133,8 +151,8 @@ def test_renamed_keys_are_not_valid_and_their_new_names_are():
 
 @pytest.mark.parametrize("key", sorted(RENAMED))
 def test_a_renamed_key_is_answered_with_its_new_name(key):
-    section, _, name = RENAMED[key].rpartition(".")
-    subkey = ".first" if section_type(type(getattr(Config(), section)), name) else ""
+    section = find_section(RENAMED[key])
+    subkey = f".{dataclasses.fields(section)[0].name}" if section else ""
     expected = f"{key} was renamed to {RENAMED[key]}. The new overrides: {RENAMED[key]}{subkey}=1"
     assert message([f"{key}{subkey}=1"]) == expected
 
@@ -173,7 +191,7 @@ def test_all_renamed_keys_of_a_file_are_named_with_new_lines_that_load(tmp_path)
     path = write(tmp_path, OLD_FILE)
     with pytest.raises(MegaSoraError) as caught:
         load(path)
-    text, _, lines = str(caught.value).partition(". The new lines:\n")
+    text, _, lines = str(caught.value).partition(". In these sections, replace the old keys by:\n")
     assert text == (
         f"{path}: optim.rate was renamed to optim.lr; optim.clip was renamed to optim.max_grad_norm; "
         "data.drop was renamed to data.token_drop; "
@@ -185,12 +203,92 @@ def test_all_renamed_keys_of_a_file_are_named_with_new_lines_that_load(tmp_path)
     assert (config.optim.lr, config.data.token_drop.start, config.model.qk_norm) == (2e-4, 0.5, "across_heads")
 
 
-def test_a_run_folder_with_renamed_keys_ends_the_command_with_exit_code_2(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(to_yaml(Config()).replace("  lr: 0.0001", "  rate: 0.0001"))
-    assert main(["train", str(write(tmp_path, "")), f"run.dir={tmp_path}"]) == 2
+def test_renamed_and_unknown_keys_of_the_file_and_the_overrides_are_one_message(tmp_path):
+    path = write(tmp_path, "optim: {rate: 1, bteas: 2}\nmodel: {widht: 3}\n")
+    with pytest.raises(MegaSoraError) as caught:
+        load(path, ["optim.ema=0.5", "model.depht=3", "data.drop.strat=0.5"])
+    assert str(caught.value).splitlines() == [
+        f"{path}: unknown key 'optim.bteas'; did you mean 'optim.betas'?",
+        f"{path}: unknown key 'model.widht'; did you mean 'model.width'?",
+        "override 'model.depht=3': unknown key 'model.depht'; did you mean 'model.depth'?",
+        "override 'data.drop.strat=0.5': unknown key 'data.token_drop.strat'; did you mean 'data.token_drop.start'?",
+        "optim.ema was renamed to optim.ema_decay; data.drop was renamed to data.token_drop. "
+        "The new overrides: optim.ema_decay=0.5",
+        f"{path}: optim.rate was renamed to optim.lr. In these sections, replace the old keys by:",
+        "optim:",
+        "  lr: 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("optim.rate=1", "optim.lr=2"),
+        ("model.attention=plain", "model.attention_backend=sdpa"),
+        ("data.drop.start=0.5", "data.token_drop.start=0.1"),
+    ],
+)
+def test_an_old_and_a_new_key_together_are_an_error_that_keeps_the_new_one(old, new, tmp_path):
+    (old_key, old_value), (new_key, new_value) = old.split("="), new.split("=")
+    expected = f"{old_key} was renamed to {new_key}, and both are given; keep {new_key}"
+    assert message([old, new]) == message([new, old]) == expected
+    section, old_name, *rest = old_key.split(".")
+    new_name = new_key.split(".")[1]
+    if rest:
+        old_value, new_value = f"{{{rest[0]}: {old_value}}}", f"{{{rest[0]}: {new_value}}}"
+    path = write(tmp_path, f"{section}:\n  {old_name}: {old_value}\n  {new_name}: {new_value}\n")
+    assert message(path=path) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize("value", ["0.5", "null", "{}"])
+def test_a_renamed_section_that_is_given_a_value_is_not_suggested_as_a_key(value):
+    with pytest.raises(MegaSoraError) as caught:
+        load(None, [f"data.drop={value}"])
+    text = str(caught.value)
+    assert text.splitlines()[-1] == "data.drop was renamed to data.token_drop" and "data.token_drop=" not in text
+    if value != "{}":
+        assert "data.token_drop is a section; give data.token_drop.<key>, one of start, end, epochs" in text
+
+
+@pytest.mark.parametrize(
+    ("saved", "keys"),
+    [
+        ("optim: {rate: 1.0, lr: 2.0}\n", "optim.rate"),
+        ("model: {recompute: attention}\n", "model.recompute"),
+        ("optim: {rate: 1.0, clip: 0.5, ema: 0.9}\nmodel: {gone: 1}\n", "optim.rate, optim.clip, optim.ema, ..."),
+        ("optim: {momentum: 0.9}\n", "optim.momentum"),
+    ],
+)
+def test_a_run_folder_with_other_keys_is_of_another_version(saved, keys, tmp_path):
+    (tmp_path / "config.yaml").write_text(saved)
+    with pytest.raises(MegaSoraError) as caught:
+        load_run_config(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'config.yaml'} was written by a version of MegaSora with other configuration keys ({keys}); "
+        "start again in another run.dir"
+    )
+
+
+def test_a_run_folder_of_this_version_gives_its_configuration(tmp_path):
+    config = load(None, ["run.steps=9"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "report"])
+def test_a_run_folder_of_another_version_ends_each_command_with_one_line_and_exit_code_2(command, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(Config()).replace("  lr: 0.0001", "  rate: 0.0001"))
+    arguments = {
+        "train": [str(write(tmp_path, "")), f"run.dir={run}"],
+        "sample": [str(run), "--prompt", "a", "--out", str(tmp_path / "a.mp4")],
+        "report": [str(run)],
+    }
+    assert main([command, *arguments[command]]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'config.yaml'}: optim.rate was renamed to optim.lr. The new lines:" in error
-    assert "optim:\n  lr: 0.0001" in error
+    assert error.startswith(f"megasora: error: {run / 'config.yaml'} was written by a version of MegaSora with other")
+    assert "(optim.rate)" in error and error.count("\n") == 1
 
 
 # ---- values of the wrong type
@@ -239,7 +337,7 @@ def test_yaml_aliases_are_rejected_before_they_are_expanded(tmp_path):
     [
         ("- 1\n- 2\n", "holds a list; a configuration is a mapping of sections"),
         ("run: {steps: 3", "is not valid YAML"),
-        ("run:\n  steps: 3\n  steps: 4\n", "found duplicate key steps"),
+        ("run:\n  steps: 3\n  steps: 4\n", "run.steps occurs twice, lines 2 and 3"),
         ("run:\n", "run is a section; give run.<key>"),
         ("!!python/object:os.system {}\n", "could not determine a constructor"),
         ("run: {steps: 1}\n---\nrun: {steps: 2}\n", "is not valid YAML: expected a single document"),
@@ -284,6 +382,13 @@ def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
         ([f"objective.frame_conditioning.{k}=0" for k in CHOICES], "not all zero"),
         (["optim.min_lr_ratio=1.5"], "optim.min_lr_ratio=1.5 must be from 0 to 1: the last lr / optim.lr"),
         (["data.tokens_per_pack=0"], "data.tokens_per_pack=0 must be at least 1"),
+        (["evaluation.prompts=4"], "evaluation.prompts=4 must be 0 or a multiple of 16, e.g. 48"),
+        (["evaluation.prompts=-16"], "evaluation.prompts=-16 must be 0 or a multiple of 16, e.g. 48"),
+        (
+            ["data.mixture=[a,b]", "data.mixture_weights=[3.0]"],
+            "data.mixture=['a', 'b'] has 2 folders, data.mixture_weights=[3.0] 1 weight; give one weight per folder",
+        ),
+        (["data.mixture=[a,a]", "data.mixture_weights=[3,1]"], "data.mixture=['a', 'a']: a occurs twice"),
         (["sample.size=48"], "sample.size=48 is not HEIGHTxWIDTH in pixels, e.g. 48x80"),
         (["sample.size=48x0"], "sample.size=48x0 is not HEIGHTxWIDTH in pixels"),
         (["model.width=99999999999", "model.heads=7"], "model.width=99999999999 must be at most 131072"),

@@ -148,10 +148,10 @@ def test_a_stop_on_one_rank_and_a_resume_change_nothing(uninterrupted, tmp_path)
     assert all(torch.equal(saved[kind], expected[kind]) for kind in expected)
 
 
-def test_a_loss_that_is_not_finite_names_its_step_and_the_newest_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_names_its_step_and_the_remedy(tmp_path):
     (message,) = run_ranks(train_linear, 1, str(tmp_path), None, 6)
     assert message == (
-        "NonFiniteError: step 6: loss nan, gradient norm nan; the newest checkpoint is step-00000004; "
-        "lower optim.lr=0.5"
+        "NonFiniteError: step 6: loss nan, gradient norm nan; start another run.dir with optim.lr below 0.5, "
+        f"if need be from these weights: model.init_from={tmp_path}/checkpoints/step-00000004"
     )
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]

@@ -8,6 +8,10 @@
 #   tools/matrix.sh                                   the whole suite
 #   tools/matrix.sh tests/kernels tests/model         some of it
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+  exit
+fi
 cd "$(dirname "$0")/.."
 
 # triton 3.6's interpreter fails with numpy >= 2.4 ("only 0-dimensional arrays can be converted to Python scalars").

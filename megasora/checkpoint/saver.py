@@ -23,7 +23,7 @@ class CheckpointSaver:
     """The checkpoints of a run, as one rank sees them. Call `save` and `load_newest` on all ranks.
 
     `fragments`: all of this rank, with live values. `is_primary(fragment)`: whether this rank writes it; of replicas,
-    one rank does. `barrier()` waits for all ranks.
+    one rank does. `barrier()` waits for all ranks. Raises ValueError if fragments have different kinds of values.
     """
 
     def __init__(
@@ -34,6 +34,9 @@ class CheckpointSaver:
         rank: int,
         barrier: Callable[[], None],
     ):
+        kinds = {tuple(fragment.values) for fragment in fragments}
+        if len(kinds) > 1:
+            raise ValueError(f"all fragments need the same kinds of values, not {sorted(kinds)}")
         self.store, self.fragments, self.is_primary = store, fragments, is_primary
         self.rank, self.barrier = rank, barrier
 

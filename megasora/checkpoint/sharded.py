@@ -82,6 +82,11 @@ class ShardedCheckpoint:
         self.folder = checkpoint / FOLDER
         self.parameters: dict[str, SavedParameter] = {}
         self.kinds: set[str] = set()
+        if not self.folder.is_dir():
+            raise MegaSoraError(
+                f"{checkpoint} was saved by a version of MegaSora that this one cannot read (no {FOLDER}/ folder); "
+                "start the run again in another run.dir"
+            )
         files = sorted(self.folder.glob("rank-*.safetensors"))
         if not files:
             raise MegaSoraError(f"{self.folder} holds no rank-*.safetensors; use an earlier checkpoint")

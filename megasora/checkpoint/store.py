@@ -78,7 +78,7 @@ class CheckpointStore:
                 return None
             raise MegaSoraError(
                 f"{pointer} is missing, but {complete[-1].name} is complete; "
-                f"to resume from it: echo {complete[-1].name} > {pointer}; to start from step 0, choose another run.dir"
+                f"{resume_command(complete[-1].name, pointer)}; to start from step 0, choose another run.dir"
             )
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if self.folder / name not in complete:
@@ -113,17 +113,32 @@ def verify_checksums(checkpoint: Path) -> dict:
         if checkpoint.name != f"step-{manifest['step']:08d}":
             raise ValueError(f"it belongs to step {manifest['step']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MegaSoraError(f"{checkpoint / MANIFEST} cannot be read: {error}; use an earlier checkpoint") from None
+        raise MegaSoraError(f"{checkpoint / MANIFEST} cannot be read: {error}; {damage_remedy(checkpoint)}") from None
     for name, (size, digest) in files.items():
         file = checkpoint / name
         if not file.is_file():
-            raise MegaSoraError(f"{file} is missing; use an earlier checkpoint")
-        if file.stat().st_size != size or sha256(file) != digest:
+            raise MegaSoraError(f"{file} is missing; {damage_remedy(checkpoint)}")
+        if file.stat().st_size != size:
             raise MegaSoraError(
-                f"{file} is damaged: {file.stat().st_size} bytes, {size} expected, or its SHA-256 differs; "
-                "use an earlier checkpoint"
+                f"{file} is damaged: {file.stat().st_size} bytes, {size} expected; {damage_remedy(checkpoint)}"
             )
+        if sha256(file) != digest:
+            raise MegaSoraError(f"{file} is damaged: its SHA-256 differs from {MANIFEST}; {damage_remedy(checkpoint)}")
     return manifest
+
+
+def damage_remedy(checkpoint: Path) -> str:
+    """For a message: how to resume from the newest complete checkpoint that is older than the damaged `checkpoint`."""
+    complete = CheckpointStore(checkpoint.parent).complete()
+    earlier = [path.name for path in complete if path.name < checkpoint.name]
+    if not earlier:
+        return "there is no earlier checkpoint; start the run again in another run.dir"
+    return resume_command(earlier[-1], checkpoint.parent / LATEST)
+
+
+def resume_command(name: str, pointer: Path) -> str:
+    """For a message: the command that makes a run resume from checkpoint `name`. `pointer`: its file `latest`."""
+    return f"to resume from {name}: echo {name} > {pointer}"
 
 
 def sha256(file: Path) -> str:

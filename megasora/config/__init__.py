@@ -1,10 +1,10 @@
 """Every setting of a run, as one tree of dataclasses.
 
-schema.py: the dataclasses, with all defaults. load.py: `load` and `to_yaml`. validate.py: checks of values that need
-neither data nor a process group. renamed.py: old keys. Nothing is read from the environment.
+schema.py: the dataclasses, with all defaults. load.py: `load`, `load_run_config` and `to_yaml`. validate.py: checks of
+values that need neither data nor a process group. renamed.py: old keys. Nothing is read from the environment.
 """
 
-from megasora.config.load import load, read_yaml, to_yaml
+from megasora.config.load import load, load_run_config, read_yaml, to_yaml
 from megasora.config.schema import (
     CodecConfig,
     Config,
@@ -44,6 +44,7 @@ __all__ = [
     "differences",
     "every_key",
     "load",
+    "load_run_config",
     "parse_size",
     "read_yaml",
     "to_yaml",

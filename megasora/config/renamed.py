@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from megasora.errors import MegaSoraError
+from megasora.config.schema import every_key, find_section
 
 RENAMED = {  # old key: new key; a section stands for all of its keys
     "data.weights": "data.mixture_weights",
@@ -44,36 +44,45 @@ RENAMED_VALUES = {  # new key: {old value: new value}
 Setting = tuple[str, Any]  # dotted key, value
 
 
-def check_renamed_in_file(values: dict, path: str) -> None:
-    """Raises MegaSoraError if a YAML mapping has old keys or values: names all of them and gives their new lines."""
+def renamed_in_file(values: dict, path: str) -> str | None:
+    """A sentence on all old keys and values of a YAML mapping, with the YAML that replaces them; None without any."""
     import yaml
 
-    found = find_renamed(values)
+    found = find_renamed([values])
     if not found:
-        return
+        return None
     tree: dict = {}
-    for _, (key, value) in found:
+    for key, value in replacements(found, [values]):
         *sections, name = key.split(".")
         section = tree
         for part in sections:
             section = section.setdefault(part, {})
         section[name] = value
     lines = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip()
-    raise MegaSoraError(f"{path}: {describe(found)}. The new lines:\n{lines}")
+    hint = f". In these sections, replace the old keys by:\n{lines}" if tree else ""
+    return f"{path}: {describe(found, [values])}{hint}"
 
 
-def check_renamed_in_overrides(layers: list[dict]) -> None:
-    """Raises MegaSoraError if overrides have old keys or values: names all of them and gives the new overrides."""
-    found = [pair for values in layers for pair in find_renamed(values)]
-    if found:
-        words = " ".join(shlex.quote(f"{key}={value}") for _, (key, value) in found)
-        raise MegaSoraError(f"{describe(found)}. The new overrides: {words}")
+def renamed_in_overrides(layers: list[dict]) -> str | None:
+    """A sentence on all old keys and values of overrides, with the new overrides; None without any."""
+    found = find_renamed(layers)
+    if not found:
+        return None
+    words = " ".join(shlex.quote(f"{key}={value}") for key, value in replacements(found, layers))
+    return describe(found, layers) + (f". The new overrides: {words}" if words else "")
 
 
-def find_renamed(values: dict) -> list[tuple[Setting, Setting]]:
-    """(old, new) of each setting in a nested mapping that was renamed."""
-    pairs = [(setting, rename(*setting)) for setting in leaves(values)]
+def find_renamed(layers: list[dict]) -> list[tuple[Setting, Setting]]:
+    """(old, new) of each setting in nested mappings that was renamed."""
+    pairs = [(setting, rename(*setting)) for values in layers for setting in leaves(values)]
     return [(old, new) for old, new in pairs if old != new]
+
+
+def replacements(found: list[tuple[Setting, Setting]], layers: list[dict]) -> list[Setting]:
+    """The new settings, except those whose new key is given too, is a section, or does not exist."""
+    valid = {key for key in every_key() if find_section(key) is None}
+    present = {key for values in layers for key, _ in leaves(values)}
+    return [new for old, new in found if new[0] in valid and (old[0] == new[0] or new[0] not in present)]
 
 
 def rename(key: str, value: Any) -> Setting:
@@ -89,20 +98,23 @@ def renamed_prefix(key: str) -> tuple[str, str]:
 
 
 def leaves(values: dict, prefix: str = "") -> Iterator[Setting]:
-    """(dotted key, value) of everything in a nested mapping that is not itself a mapping."""
+    """(dotted key, value) of everything in a nested mapping that is not itself a mapping, or an empty one."""
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from leaves(value, f"{key}.")
         else:
             yield key, value
 
 
-def describe(found: list[tuple[Setting, Setting]]) -> str:
+def describe(found: list[tuple[Setting, Setting]], layers: list[dict]) -> str:
     """`optim.rate was renamed to optim.lr; ...`; a section is named once, a value only if it was renamed too."""
+    present = {key for values in layers for key, _ in leaves(values)}
     sentences = []
     for (old, value), (new, new_value) in found:
-        if value == new_value:
+        if old != new and new in present:
+            sentences.append(f"{old} was renamed to {new}, and both are given; keep {new}")
+        elif value == new_value:
             old, new = renamed_prefix(old)
             sentences.append(f"{old} was renamed to {new}")
         else:

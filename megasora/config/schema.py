@@ -222,6 +222,15 @@ def section_type(schema: type, key: str) -> type | None:
     return kind if dataclasses.is_dataclass(kind) else None
 
 
+def find_section(key: str) -> type | None:
+    """The dataclass of the section with this dotted key, or None if there is no such section."""
+    schema: type | None = Config
+    for name in key.split("."):
+        known = schema is not None and name in {f.name for f in dataclasses.fields(schema)}
+        schema = section_type(schema, name) if known else None
+    return schema
+
+
 def every_key(schema: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the tree, sections included."""
     keys = []

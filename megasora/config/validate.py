@@ -33,6 +33,7 @@ from megasora.errors import MegaSoraError
 
 MAX_WIDTH = 1 << 17
 MIN_WORKER_MIB = 512
+PROMPTS_MULTIPLE = 16  # 4 colors x 4 directions, see megasora/testing/clips.py
 MIN_HEAD_DIM = 6  # 3D RoPE rotates at least one pair of features for each of t, h, w
 
 
@@ -121,11 +122,15 @@ def validate_mixture(data: DataConfig) -> None:
         raise MegaSoraError(
             f"data.shards={data.shards} and data.mixture={data.mixture} are both set; name all folders in data.mixture"
         )
-    if len(data.mixture_weights) != len(data.mixture) or len(set(data.mixture)) != len(data.mixture):
+    if len(data.mixture_weights) != len(data.mixture):
         raise MegaSoraError(
-            f"data.mixture_weights={data.mixture_weights} must be one number for each of data.mixture={data.mixture}, "
-            "none twice"
+            f"data.mixture={data.mixture} has {pluralize(len(data.mixture), 'folder')}, "
+            f"data.mixture_weights={data.mixture_weights} {pluralize(len(data.mixture_weights), 'weight')}; "
+            "give one weight per folder"
         )
+    for folder in data.mixture:
+        if data.mixture.count(folder) > 1:
+            raise MegaSoraError(f"data.mixture={data.mixture}: {folder} occurs twice; name it once and add its weights")
     for folder, weight in zip(data.mixture, data.mixture_weights, strict=True):
         positive(f"data.mixture_weights of {folder}", weight)
 
@@ -241,7 +246,11 @@ def validate_sample(sample: SampleConfig) -> None:
 
 
 def validate_evaluation(evaluation: EvaluationConfig) -> None:
-    at_least("evaluation.prompts", evaluation.prompts, 0)
+    prompts = evaluation.prompts
+    if prompts < 0 or prompts % PROMPTS_MULTIPLE:
+        raise MegaSoraError(
+            f"evaluation.prompts={prompts} must be 0 or a multiple of {PROMPTS_MULTIPLE}, e.g. {3 * PROMPTS_MULTIPLE}"
+        )
 
 
 def validate_wandb(wandb: WandbConfig) -> None:
@@ -262,6 +271,10 @@ def check_finite(name: str, section: Any) -> None:
         value = getattr(section, f.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise MegaSoraError(f"{name}.{f.name}={value} must be a finite number")
+
+
+def pluralize(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def three_sizes(key: str, values: list[int]) -> None:

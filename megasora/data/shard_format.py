@@ -1,4 +1,4 @@
-"""The files of a shard folder (format 1): names, the index of a tar, the manifest. docs/shards.md describes them.
+"""The files of a shard folder (format 2): names, the index of a tar, the manifest. docs/shards.md describes them.
 
     dataset.json                  manifest: format, fingerprints of codec and text encoder, patch, counts, all tars
     train-000000-000.tar          WebDataset tar: KEY.caption.txt KEY.meta.json [KEY.text.f16] KEY.patches.f16|.bf16
@@ -15,7 +15,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from zlib_ng.zlib_ng import crc32
 from megasora.data.folder import LocalFolder, RemoteFolder, open_folder
 from megasora.errors import DataError, MegaSoraError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "dataset.json"
 SPLITS = ("train", "val")
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -147,7 +147,10 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path | LocalFolder | RemoteFolder) -> Manifest:
-    """Reads and checks dataset.json. Raises MegaSoraError if there is none or its format differs, else DataError."""
+    """Reads and checks dataset.json.
+
+    Raises MegaSoraError if there is none or another version wrote it, DataError if it is damaged.
+    """
     folder = open_folder(folder)
     path = f"{folder}/{MANIFEST}"
     try:
@@ -158,13 +161,21 @@ def read_manifest(folder: str | Path | LocalFolder | RemoteFolder) -> Manifest:
         ) from None
     try:
         values = json.loads(data.decode("utf-8"))
-        if values.get("format") != FORMAT:
-            raise MegaSoraError(f"{path} has format {values.get('format')}, this version reads {FORMAT}; ingest again")
+        check_version(path, values)
         manifest = Manifest(**values)
         check_manifest(manifest)
         return manifest
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DataError(f"{path} is damaged: {error}; ingest again") from None
+
+
+def check_version(path: str, values: dict[str, Any]) -> None:
+    """Raises MegaSoraError if the contents `values` of the dataset.json `path` were written by another version."""
+    remedy = "ingest again into another --out"
+    if values.get("format") != FORMAT:
+        raise MegaSoraError(f"{path} has format {values.get('format', 'none')}, this version reads {FORMAT}; {remedy}")
+    if unknown := sorted(values.keys() - {f.name for f in fields(Manifest)}):
+        raise MegaSoraError(f"{path} has fields that this version does not know ({', '.join(unknown)}); {remedy}")
 
 
 def check_manifest(manifest: Manifest) -> None:

@@ -24,10 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from megasora.config import IngestConfig
+from megasora.data.media_formats import IMAGE_FORMATS, VIDEO_FORMATS
 from megasora.errors import MegaSoraError
 
-VIDEO_FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".avi": "avi"}
-IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 CRF = "10"  # visually lossless; the files that are written here are small
 BUFFER_BYTES = 1 << 18  # that a demuxer reads at once
 TIME_TOLERANCE = 5e-4  # seconds; a frame this close to the start of an excerpt belongs to it

@@ -69,7 +69,8 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
         raise
     blocks = [read_block(out, block) for block in range(num_blocks)]
     if missing := sum(block is None for block in blocks):
-        print(f"part {part} is complete; {missing} of {num_blocks} blocks, of other parts, are not")
+        remaining = f"{missing} of {num_blocks} blocks {'is' if missing == 1 else 'are'} missing"
+        print(f"part {part} has nothing left to do; {remaining}: run the other parts")
         return None
     if all(block.is_empty for block in blocks):
         discard_output(out)

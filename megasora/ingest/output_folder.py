@@ -7,6 +7,7 @@ part, or resumes, must have the same ones; the first writes the file, the others
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megasora.config import Config
+from megasora.data.shard_format import FORMAT
 from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, STAGING_DIR
 from megasora.errors import MegaSoraError
 from megasora.files import write_text_atomic
@@ -25,13 +27,18 @@ SPEC_FILE = "ingest.json"
 PATCH_DIR = ".patches"
 # keys of [ingest] that change the speed of an ingest and not its shards
 SPEED_ONLY_KEYS = ("workers", "worker_memory_mib", "decode_timeout_seconds")
+# keys of ingest.json as messages name them; the others are keys of the configuration
+KEY_NAMES = {
+    "num_clips": "clips", "listing_sha256": "names, sizes or captions of the clips",
+    "codec_fingerprint": "codec", "text_fingerprint": "text encoder",
+}  # fmt: skip
 
 
 def ingest_spec(clips: list[ClipSource], config: Config, codec: str, text: str) -> dict[str, Any]:
     """The contents of `ingest.json`: everything that determines the shards. `codec`, `text`: fingerprints."""
     settings = {key: value for key, value in asdict(config.ingest).items() if key not in SPEED_ONLY_KEYS}
     return {
-        "num_clips": len(clips), "listing_sha256": listing_hash(clips),
+        "format": FORMAT, "num_clips": len(clips), "listing_sha256": listing_hash(clips),
         "codec_fingerprint": codec, "text_fingerprint": text,
         "text.max_tokens": config.text.max_tokens, "data.patch": list(config.data.patch),
         **{f"ingest.{key}": value for key, value in settings.items()},
@@ -54,8 +61,8 @@ def claim_output(out: Path, spec: dict[str, Any]) -> bool:
         differences = differing_keys(path, spec)
     if differences:
         raise MegaSoraError(
-            f"{out} holds another ingest: {'; '.join(differences)}. Resume it with its own source and settings, or "
-            "give another --out"
+            f"{out} was made from other clips or settings ({'; '.join(differences)}); resume it with its own, or "
+            "choose another --out"
         )
     return False
 
@@ -66,16 +73,27 @@ def is_unclaimed(out: Path) -> bool:
 
 
 def differing_keys(path: Path, spec: dict[str, Any]) -> list[str]:
-    """`KEY: SAVED -> NEW` for each key of `spec` whose value in the file `path` is another."""
+    """`NAME: SAVED -> NEW` for each key of `spec` whose value in the file `path` is another.
+
+    Raises MegaSoraError if the file is damaged or another version wrote it.
+    """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            f"{key}: {saved.get(key, 'none')} -> {spec.get(key, 'none')}"
-            for key in {**saved, **spec}
-            if saved.get(key) != spec.get(key)
-        ]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise MegaSoraError(f"{path} is damaged: {error}; remove {path.parent} or give another --out") from None
+        same_version = saved.keys() == spec.keys() and saved["format"] == spec["format"]
+    except (ValueError, AttributeError) as error:
+        raise MegaSoraError(f"{path} is damaged: {error}; remove {path.parent} or choose another --out") from None
+    if not same_version:
+        raise MegaSoraError(f"{path} was written by another version of MegaSora; choose another --out")
+    return [
+        f"{KEY_NAMES.get(key, key)}: {shorten_hashes(saved[key])} -> {shorten_hashes(value)}"
+        for key, value in spec.items()
+        if saved[key] != value
+    ]
+
+
+def shorten_hashes(value: Any) -> str:
+    """The text of `value`, with the first 8 of the 64 digits of each SHA-256."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", str(value))
 
 
 def discard_output(out: Path) -> None:

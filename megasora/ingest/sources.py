@@ -23,14 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megasora.data.media_formats import CLIP_FILES, IMAGE_FORMATS, VIDEO_FORMATS
 from megasora.data.shard_format import SPLITS
 from megasora.data.tar import read_members, split_name
-from megasora.data.video import IMAGE_FORMATS, VIDEO_FORMATS, Media, is_clip
+from megasora.data.video import Media, is_clip
 from megasora.errors import MegaSoraError
 
 MAX_CAPTION_BYTES = 1 << 24  # size of a file that a caption is read from
 CLIP_SUFFIXES = [suffix[1:] for suffix in (*VIDEO_FORMATS, *IMAGE_FORMATS)]
-CLIP_FILES = ".mp4 .mov .mkv .webm .avi .png .jpg .webp"  # for messages
 
 
 @dataclass(frozen=True)

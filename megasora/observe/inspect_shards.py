@@ -101,7 +101,8 @@ def verify_shards(folder: str | Path) -> int:
         faults += 1
         print(f"dataset.json: says codec {manifest.codec_fingerprint}, its settings make {rebuilt}")
     clips = sum(counts["clips"] for counts in manifest.splits.values())
-    print(f"{clips:,} clips, {num_bytes(manifest):,} bytes: {f'{faults:,} faults' if faults else 'no faults'}")
+    result = {0: "no faults", 1: "1 fault"}.get(faults, f"{faults:,} faults")
+    print(f"{clips:,} clips, {num_bytes(manifest):,} bytes: {result}")
     return faults
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megasora.config import read_yaml
+from megasora.config import load_run_config
 from megasora.errors import MegaSoraError
 from megasora.observe.formatting import NBSP, pluralize
 
@@ -73,7 +73,7 @@ def read_run_data(folder: Path) -> RunData:
     return RunData(
         folder=folder,
         name=folder.resolve().name,
-        config=flatten(read_yaml(folder / "config.yaml")),
+        config=flatten(asdict(load_run_config(folder))),
         steps=steps,
         metrics=metrics,
         validations=read_steps(folder / "validation.jsonl", notes),

@@ -16,7 +16,7 @@ from typing import Any
 
 from megasora.checkpoint.store import LATEST
 from megasora.errors import CONFIGURATION, CRASH, DATA, DONE, HANG, NON_FINITE, STOPPED, MegaSoraError
-from megasora.observe.formatting import format_duration
+from megasora.observe.formatting import format_duration, pluralize
 from megasora.run_log.launches import LAUNCHES, read_exit
 
 TAIL_BYTES = 1 << 16
@@ -130,12 +130,12 @@ def describe_exit(recorded: dict[str, Any] | None) -> str:
     if not recorded:
         return "killed: no process recorded a reason"
     code, reason = recorded.get("code"), recorded.get("reason")
-    process = f" (process {recorded['rank']})" if code else ""
+    process = f" (process {recorded['rank']})" if code and code != STOPPED else ""  # all processes stop
     return f"{EXIT_NAMES.get(code, f'exit code {code}')}: {reason}{process}"
 
 
 def describe_launch(launch: dict[str, Any]) -> str:
-    text = f"{launch.get('processes')} processes, {launch.get('host')}"
+    text = f"{pluralize(int(launch.get('processes') or 0), 'process')}, {launch.get('host')}"
     if "job" in launch:
         text += f", job {launch['job']}" + (f" requeued {launch['requeues']}x" if launch.get("requeues") else "")
     return text

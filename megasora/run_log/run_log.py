@@ -71,8 +71,9 @@ class RunLog:
         }  # fmt: skip
         write_text_atomic(self.run_dir / "run.json", json.dumps({**machine, **info}, indent=1) + "\n")
         axes = " x ".join(f"{name} {size}" for name, size in info["layout"].items() if size > 1)
-        layout = f"{processes} processes{f' ({axes})' if axes else ''} on {device}"
-        model = f"{info['parameters'] / 1e6:.2f}M parameters"
+        layout = f"{processes} process{'es' * (processes > 1)}{f' ({axes})' if axes else ''} on {device}"
+        size = info["parameters"]
+        model = f"{size / 1e6:.2f}M parameters" if size >= 10_000 else f"{size} parameters"
         self.print(f"{model}, {info['clips']:,} clips, {info['tokens_per_step']:,} tokens per step, {layout}")
 
     def log_step(self, step: int, metrics: dict[str, Any], sample_ids: list[int] | None) -> None:

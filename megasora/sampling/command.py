@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from megasora.checkpoint.store import CheckpointStore
-from megasora.config import SampleConfig, load, parse_size
-from megasora.data.video import IMAGE_FORMATS, read_clip, write_image, write_video
+from megasora.config import IngestConfig, SampleConfig, load_run_config, parse_size
+from megasora.data.media_formats import IMAGE_FORMATS
+from megasora.data.video import read_clip, write_image, write_video
 from megasora.errors import MegaSoraError
 from megasora.files import write_text_atomic
 
@@ -98,8 +99,7 @@ def read_prompt_image(path: Path, run: Path) -> np.ndarray:
     """uint8 [H, W, 3]; raises MegaSoraError if it is not an image or exceeds the ingest limits of the run."""
     if path.suffix.lower() not in IMAGE_FORMATS or not path.is_file():
         raise MegaSoraError(f"--image {path} is not an image file: {', '.join(IMAGE_FORMATS)}")
-    config = run / "config.yaml"
-    limits = load(config if config.is_file() else None).ingest
+    limits = load_run_config(run).ingest if (run / "config.yaml").is_file() else IngestConfig()
     return read_clip(path, limits).frames_FHWC[0]
 
 
@@ -107,7 +107,7 @@ def evaluate_if_due(run: Path) -> None:
     """Samples the run's evaluation prompts, unless this was already done with the newest checkpoint."""
     if not (run / "config.yaml").is_file():
         return
-    config = load(run / "config.yaml")
+    config = load_run_config(run)
     newest = CheckpointStore(run / "checkpoints").newest()
     if not config.evaluation.prompts or newest is None:
         return

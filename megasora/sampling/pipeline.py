@@ -15,7 +15,7 @@ from megasora.build import build_model, patch_dim
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.store import CheckpointStore, verify_checksums
 from megasora.codec import build_codec
-from megasora.config import Config, SampleConfig, load, token_pixels
+from megasora.config import Config, SampleConfig, load_run_config, token_pixels
 from megasora.data.pack import Record
 from megasora.data.patches import frames_to_float, frames_to_uint8, patchify, unpatchify
 from megasora.errors import MegaSoraError
@@ -51,14 +51,14 @@ class SamplingPipeline:
         """Loads the newest checkpoint of a run folder. `weights`: ema or raw. Raises MegaSoraError if there is none."""
         if not (run_dir / "config.yaml").is_file():
             raise MegaSoraError(f"{run_dir} is not a run folder: it has no config.yaml; train one with megasora train")
+        config = load_run_config(run_dir)
         folder = CheckpointStore(run_dir / "checkpoints").newest()
         if folder is None:
             raise MegaSoraError(
                 f"{run_dir / 'checkpoints'} holds no checkpoint to sample from; train until step checkpoint.every="
-                f"{load(run_dir / 'config.yaml').checkpoint.every}, or to the end"
+                f"{config.checkpoint.every}, or to the end"
             )
         step = verify_checksums(folder)["step"]
-        config = load(run_dir / "config.yaml")
         config.model.kernel_backend = config.model.attention_backend = "auto"  # this machine may differ from training's
         model = build_model(config, patch_dim(config))
         checkpoint, kind = ShardedCheckpoint(folder), CHECKPOINT_KINDS[weights]

@@ -41,10 +41,15 @@ class Task(Protocol):
     num_parameters: int  # of the full model
 
     def run_info(self) -> dict[str, Any]:
-        """What run.json says of the model and the data; `tokens_per_step`, `clips` and `layout` are also printed."""
+        """What run.json says of the model and the data. Required: `tokens_per_step`, `clips` and `layout`, the sizes of
+        the axes by name."""
 
     def fragments(self) -> list[Fragment]:
-        """This rank's live fp32 weights and moments: what a checkpoint saves and loads, and the EMA averages."""
+        """This rank's live fp32 weights and moments: what a checkpoint saves and loads, and the EMA averages.
+
+        All have the same kinds of values. They must exist before the loop is built: create AdamW's moments beforehand.
+        An unsharded parameter is `Fragment(name, shape, Placement(), 0, 1, 0, {"weights": flat, ...})`.
+        """
 
     def is_primary(self, fragment: Fragment) -> bool:
         """Whether this rank saves the fragment; of replicas on several ranks, exactly one is primary."""
@@ -74,4 +79,4 @@ class Task(Protocol):
         """
 
     def validate(self) -> dict[str, Any] | None:
-        """Validation figures, with `loss`, on the main process; None on others, and if no data is held out."""
+        """Validation figures, with the key `loss`, on the main process; None on others, and if no data is held out."""

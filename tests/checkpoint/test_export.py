@@ -63,8 +63,13 @@ def test_an_impossible_export_prints_one_line_and_writes_nothing(trained, tmp_pa
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
     file.write_bytes(data)
+    other_version = run / "checkpoints" / "step-00000010"
+    (other_version / "fragments").rename(other_version / "slices")
+    manifest = other_version / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("fragments/", "slices/"))
     for source, target, words in (
-        (run, out, f"{file} is damaged"),
+        (run, out, f"{file} is damaged: its SHA-256 differs from manifest.json; to resume from step-00000010: echo "),
+        (other_version, out, f"{other_version} was saved by a version of MegaSora that this one cannot read"),
         (tmp_path, out, "is no checkpoint"),
         (run, tmp_path / "a.bin", "must end in .safetensors"),
         (run, tmp_path / "no" / "a.safetensors", "there is no folder"),

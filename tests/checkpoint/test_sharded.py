@@ -173,8 +173,21 @@ def test_fragments_that_do_not_cover_each_parameter_once_raise_with_file_and_par
 
 
 def test_a_folder_without_fragments_raises(tmp_path):
+    (tmp_path / "fragments").mkdir()
     with pytest.raises(MegaSoraError, match="holds no rank-"):
         ShardedCheckpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_raises_with_the_remedy(tmp_path):
+    """The folder was `slices` before: an earlier checkpoint of the same run has no `fragments` either."""
+    (tmp_path / "slices").mkdir()
+    (tmp_path / "slices" / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(MegaSoraError) as error:
+        ShardedCheckpoint(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path} was saved by a version of MegaSora that this one cannot read (no fragments/ folder); "
+        "start the run again in another run.dir"
+    )
 
 
 def test_a_fragment_that_was_not_saved_raises_with_both_shapes(tmp_path):

@@ -203,7 +203,7 @@ def test_one_flipped_bit_is_found_in_every_file(name, tmp_path):
             continue
         for bit in (1, 64):
             (final / name).write_bytes(data[:offset] + bytes([data[offset] ^ bit]) + data[offset + 1 :])
-            with pytest.raises(MegaSoraError, match="use an earlier checkpoint"):
+            with pytest.raises(MegaSoraError, match="differs from manifest|cannot be read|bytes, |is missing"):
                 verify_checksums(final)
     (final / name).write_bytes(data)
     verify_checksums(final)
@@ -214,7 +214,7 @@ def test_missing_and_truncated_files_raise_with_their_name(name, tmp_path):
     final = save(CheckpointStore(tmp_path), 10)
     data = (final / name).read_bytes()
     (final / name).write_bytes(data[:-1])
-    with pytest.raises(MegaSoraError, match=f"{name} is damaged: {len(data) - 1} bytes, {len(data)} expected"):
+    with pytest.raises(MegaSoraError, match=f"{name} is damaged: {len(data) - 1} bytes, {len(data)} expected; "):
         verify_checksums(final)
     (final / name).unlink()
     with pytest.raises(MegaSoraError, match=f"{name} is missing"):
@@ -227,8 +227,25 @@ def test_missing_and_truncated_files_raise_with_their_name(name, tmp_path):
 def test_an_invalid_manifest_raises(text, tmp_path):
     final = save(CheckpointStore(tmp_path), 10)
     (final / "manifest.json").write_text(text)
-    with pytest.raises(MegaSoraError, match="manifest.json cannot be read: .*; use an earlier checkpoint"):
+    with pytest.raises(MegaSoraError, match="manifest.json cannot be read: .*; there is no earlier checkpoint; start"):
         verify_checksums(final)
+
+
+def test_the_error_for_a_damaged_checkpoint_has_the_command_to_resume_from_an_earlier_one(tmp_path):
+    store = CheckpointStore(tmp_path, keep=4)
+    save(store, 10, 20, 30, 40)
+    (store.path(20) / "manifest.json").unlink()  # incomplete
+    file = store.path(30) / "state.json"
+    file.write_bytes(file.read_bytes().swapcase())
+    with pytest.raises(MegaSoraError) as error:
+        verify_checksums(store.path(30))
+    pointer = tmp_path / "latest"
+    assert str(error.value) == (
+        f"{file} is damaged: its SHA-256 differs from manifest.json; "
+        f"to resume from step-00000010: echo step-00000010 > {pointer}"
+    )
+    write_text_atomic(pointer, "step-00000010\n")  # the remedy
+    assert verify_checksums(store.newest())["step"] == 10
 
 
 def test_a_checkpoint_is_found_by_its_own_path_and_as_the_newest_of_its_run(tmp_path):

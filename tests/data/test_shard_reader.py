@@ -25,7 +25,7 @@ from megasora.data.shard_reader import ShardSplit
 from megasora.data.shard_writer import BlockWriter, PatchFile
 from megasora.data.tar import BLOCK_BYTES, END_OF_ARCHIVE, DamagedTar
 from megasora.data.verify import verify
-from megasora.errors import MegaSoraError
+from megasora.errors import DataError, MegaSoraError
 
 CAPTIONS = [
     "a red circle moves right",
@@ -558,9 +558,9 @@ def set_row(name, row, value):
         (set_row("grid", 0, (1, 2, 4)), "have 39 tokens, .*says 37"),
         (set_row("sample_id", 2, 3), "sample 3 occurs twice"),
         (set_row("sample_id", 2, 30), "sample 9 occurs twice or out of order"),
-        (lambda table: pickle.dumps(["boo"]), "is no index of format 1"),
-        (lambda table: index_bytes(table)[:-1], "is no index of format 1"),
-        (lambda table: index_bytes(np.zeros(3)), "is no index of format 1"),
+        (lambda table: pickle.dumps(["boo"]), "is no index of format 2"),
+        (lambda table: index_bytes(table)[:-1], "is no index of format 2"),
+        (lambda table: index_bytes(np.zeros(3)), "is no index of format 2"),
     ],
 )
 def test_an_index_that_contradicts_the_manifest_is_an_error(change, words, tmp_path):
@@ -605,16 +605,14 @@ def test_the_error_for_a_folder_without_manifest_says_how_to_make_one(tmp_path):
 SPLIT = '{"clips": 0, "images": 0, "frames": 0, "tokens": 0, "max_tokens": 0, "shards": %s}'
 WHOLE = (
     '{"codec_fingerprint": "", "text_fingerprint": "", "patch": [], "patch_dim": 4, "splits": {"train": %s}, '
-    '"rejected": {}, "format": 1%s}'
+    '"rejected": {}, "format": 2%s}'
 )
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"format": 2}', "has format 2, this version reads 1"),
-        ('{"codec_fingerprint": "a"}', "has format None, this version reads 1"),
-        ('{"format": 1, "codec_fingerprint": "a"}', "is damaged"),
+        ('{"format": 2, "codec_fingerprint": "a"}', "is damaged"),
         ("{", "is damaged"),
         ("[1]", "is damaged"),
         ("\udcff", "is damaged"),
@@ -625,10 +623,26 @@ WHOLE = (
         (WHOLE % ("{}", ""), "is damaged"),
     ],
 )
-def test_another_format_and_a_damaged_manifest_are_errors(text, words, tmp_path):
+def test_a_damaged_manifest_is_an_error(text, words, tmp_path):
     (tmp_path / MANIFEST).write_text(text, errors="surrogateescape")
-    with pytest.raises(MegaSoraError, match=f"{MANIFEST} {words}.*ingest again"):
+    with pytest.raises(DataError, match=f"{MANIFEST} {words}.*ingest again"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"format": 1, "codec": "dct"}', "has format 1, this version reads 2"),
+        ('{"format": 3}', "has format 3, this version reads 2"),
+        ('{"codec": "dct"}', "has format none, this version reads 2"),
+        (WHOLE % (SPLIT % "{}", ', "codec": "", "b": 1'), r"has fields that this version does not know \(b, codec\)"),
+    ],
+)
+def test_a_manifest_of_another_version_is_an_error_and_not_damage(text, words, tmp_path):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(MegaSoraError, match=f"{MANIFEST} {words}; ingest again into another --out") as error_info:
+        read_manifest(tmp_path)
+    assert not isinstance(error_info.value, DataError)
 
 
 def test_a_split_without_clips_is_empty(tmp_path):

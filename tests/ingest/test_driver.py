@@ -74,9 +74,13 @@ def test_blocks_hold_their_clips_and_rejections(reference):
     assert not list(reference.glob(".*"))
 
 
-def test_three_parts_in_any_order_write_the_bytes_of_one_process(clips, reference, tmp_path):
+def test_three_parts_in_any_order_write_the_bytes_of_one_process(clips, reference, tmp_path, capsys):
     results = [ingest(clips, tmp_path / "parts", settings(), Part(index, 3)) for index in (2, 0, 1)]
     assert [manifest is not None for manifest in results] == [False, False, True]
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "part 3/3 has nothing left to do; 3 of 4 blocks are missing: run the other parts",
+        "part 1/3 has nothing left to do; 1 of 4 blocks is missing: run the other parts",
+    ]
     assert contents(tmp_path / "parts") == contents(reference)
 
 
@@ -119,14 +123,15 @@ def test_an_ingest_killed_at_any_time_resumes_to_the_same_bytes(clips, reference
     assert all(path.stat().st_mtime_ns == made for path, made in complete.items())
 
 
+LISTING, HASH = "names, sizes or captions of the clips", "[0-9a-f]{8}"
 CHANGES = [
     (["ingest.max_fps=6"], {}, "ingest.max_fps: 0.0 -> 6.0"),
-    (["codec.channels=25"], {}, "codec_fingerprint: dct-4x8x8-24-.* -> dct-4x8x8-25-"),
+    (["codec.channels=25"], {}, "codec: dct-4x8x8-24-.* -> dct-4x8x8-25-"),
     (["data.patch=[1,2,1]"], {}, "data.patch: .1, 1, 1. -> .1, 2, 1."),
     (["text.max_tokens=9"], {}, "text.max_tokens: 64 -> 9"),
     (["ingest.clips_per_block=4"], {}, "ingest.clips_per_block: 3 -> 4"),
-    ([], {"0.txt": "another caption"}, "listing_sha256: "),
-    ([], {"new.mp4": "x", "new.txt": "x"}, "num_clips: 11 -> 12; listing_sha256: "),
+    ([], {"0.txt": "another caption"}, f"{LISTING}: {HASH} -> {HASH}"),
+    ([], {"new.mp4": "x", "new.txt": "x"}, f"clips: 11 -> 12; {LISTING}: {HASH} -> {HASH}"),
 ]
 
 
@@ -137,7 +142,9 @@ def test_another_ingest_into_the_same_folder_is_an_error_with_the_keys_that_diff
     out, source = shutil.copytree(reference, tmp_path / "out"), shutil.copytree(clips, tmp_path / "clips")
     for name, text in files.items():
         (source / name).write_text(text)
-    with pytest.raises(MegaSoraError, match=f"out holds another ingest: {words}.*another --out"):
+    with pytest.raises(
+        MegaSoraError, match=rf"out was made from other clips or settings \({words}.*\); .*choose another --out"
+    ):
         ingest(source, out, settings(*overrides))
     assert contents(out) == contents(reference)
 
@@ -153,6 +160,14 @@ def test_a_damaged_ingest_json_is_an_error_with_its_name(clips, tmp_path):
         (tmp_path / SPEC_FILE).write_text(text, errors="surrogateescape")
         with pytest.raises(MegaSoraError, match=f"{SPEC_FILE} is damaged"):
             ingest(clips, tmp_path, settings())
+
+
+@pytest.mark.parametrize("change", [{"listing": "0a"}, {"format": 1}, {}])
+def test_an_ingest_json_of_another_version_is_an_error(change, clips, reference, tmp_path):
+    spec = json.loads((reference / SPEC_FILE).read_text())
+    (tmp_path / SPEC_FILE).write_text(json.dumps(spec | change if change else {}))
+    with pytest.raises(MegaSoraError, match=f"{SPEC_FILE} was written by another version .*; choose another --out"):
+        ingest(clips, tmp_path, settings())
 
 
 def test_an_error_after_the_first_block_preserves_complete_blocks(clips, reference, tmp_path, monkeypatch):

@@ -96,7 +96,7 @@ def test_undamaged_shards_have_no_faults_and_a_damaged_record_is_named_with_exit
     assert main(["shards", str(damaged), "--verify"]) == 2
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("train-000001-000.tar: byte ") and "of sample 3 is damaged" in first
-    assert last == f"6 clips, {size:,} bytes: 1 faults"
+    assert last == f"6 clips, {size:,} bytes: 1 fault"
 
 
 def test_wrong_counts_and_a_wrong_codec_in_the_manifest_are_faults(damaged, folder, capsys):

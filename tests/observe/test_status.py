@@ -42,7 +42,7 @@ def test_a_live_run_shows_its_step_figures_checkpoint_and_how_each_launch_ended(
     assert status.checkpoint.startswith("step-00000006")
     ends = [end for _, _, end in status.launches]
     assert ends == [
-        "stopped on request: saved after step 3 (process 0)",
+        "stopped on request: saved after step 3",
         "killed: no process recorded a reason",
         status.state,
     ]

@@ -106,7 +106,7 @@ def test_a_run_resumes_in_another_layout_and_prints_both(trained, shards, launch
     arguments = [*train_arguments(run, shards, tiny), "parallel.tensor=2", "model.recompute=keep_attention"]
     code, output = launch("megasora.train", *arguments, processes=2)
     assert code == 0, output
-    assert "step 10 was saved by processes=1" in output and "this launch has processes=2" in output
+    assert "since the checkpoint of step 10: processes 1 -> 2, tensor 1 -> 2" in output
     first, again = read_jsonl(trained), read_jsonl(run)[20:]
     assert [line["step"] for line in again] == list(range(11, 21))
     for a, b in zip(first[10:], again, strict=True):

@@ -9,6 +9,10 @@
 #   LIMIT_MIB=64          largest size of the working tree and .whl/ together
 #   HAS="..."             packages that the other machine has; other requirements of the wheels are an error
 set -euo pipefail
+if (($#)); then # it takes no arguments
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+  exit 2
+fi
 
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
@@ -26,9 +30,6 @@ pinned() { # NAME: NAME==VERSION of constraints.txt
   grep -m1 "^$1==" constraints.txt || { echo "prepare: constraints.txt has no version of $1" >&2; return 1; }
 }
 
-rm -rf "$folder"
-mkdir "$folder"
-
 # pip matches platform tags exactly: every glibc up to 2.39, and the legacy names.
 platforms=()
 for ((minor = 39; minor >= 17; minor--)); do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done
@@ -36,6 +37,9 @@ for name in manylinux2014 manylinux2010 manylinux1; do platforms+=(--platform "$
 
 requirements=()
 for name in "${wheels[@]}"; do requirements+=("$(pinned "$name")"); done
+for name in "${sources[@]}"; do pinned "$name" >/dev/null; done
+rm -rf "$folder"
+mkdir "$folder"
 echo "==> ${#requirements[@]} wheels for Python $version"
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version "$version" \
   "${platforms[@]}" --dest "$folder" "${requirements[@]}"

@@ -2,9 +2,9 @@
 # Runs on a GPU what no CPU can show, the most valuable first, within nine minutes: `make gpu` calls it.
 #
 # In: a Python whose PyTorch sees a GPU (PYTHON), and the wheels of prepare.sh in .whl/ if packages are missing.
-# Out, in $OUT (default benchmarks/results/gpu): stages.jsonl (exit code and seconds of each stage), log.txt,
-# attention.json, kernels.json, profile.json, runs.json, runs.tar.gz (metrics, logs, report of the runs), sample.mp4 with
-# its contact sheet.
+# Out, in $OUT (default benchmarks/results/gpu, of a rehearsal runs/gpu-rehearsal): stages.jsonl (exit code and seconds
+# of each stage), log.txt, attention.json, kernels.json, profile.json, runs.json, runs.tar.gz (metrics, logs, report of
+# the runs), sample.mp4 with its contact sheet.
 #
 #   BUDGET=530     seconds for everything; a stage ends at its own limit or at what remains of the budget
 #   STAGES="..."   of: tests attention bench train profile resume (in this order)
@@ -14,10 +14,18 @@ SECONDS=0
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 python=${PYTHON:-python3}
-out=${OUT:-$PWD/benchmarks/results/gpu}
+export REHEARSE=${REHEARSE:-}
+out=${OUT:-$PWD/$([[ -n $REHEARSE ]] && echo runs/gpu-rehearsal || echo benchmarks/results/gpu)}
 budget=${BUDGET:-530}
 stages=${STAGES:-tests attention bench train profile resume}
-export REHEARSE=${REHEARSE:-} PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
+for name in $stages; do
+  [[ " tests attention bench train profile resume " == *" $name "* ]] || { echo "gpu: STAGES has no stage $name" >&2; exit 2; }
+done
+if [[ -z $REHEARSE ]] && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "gpu: the PyTorch of $python sees no GPU; REHEARSE=1 rehearses on a CPU" >&2
+  exit 2
+fi
 work=$(mktemp -d)
 trap 'kill "${clips_job:-}" 2>/dev/null; rm -rf "$work"' EXIT
 mkdir -p "$out" "$work/runs"
