@@ -64,7 +64,7 @@ def placement_without_partial_axes(*arguments, original=parallelize.placement_of
     return dataclasses.replace(original(*arguments), partial_axes=())
 
 
-def segments_without_exchanges(*arguments, original=context_attention.build_segments):
+def segments_without_exchanges(*arguments, original=context_attention.build_context_segments):
     return dataclasses.replace(original(*arguments), exchanges=())
 
 
@@ -123,7 +123,7 @@ FAULTS = {  # (layout, what is compared, fault): (patch, quantity that shows it)
     ),
     ("tensor", "steps", "replicas count in the norm more than once"): (ALL_COPIES_PRIMARY, "norm of step 0"),
     ("context", "modules", "no keys are exchanged"): (
-        patch.object(context_attention, "build_segments", segments_without_exchanges), "loss",
+        patch.object(context_attention, "build_context_segments", segments_without_exchanges), "loss",
     ),
     ("context", "modules", "gradients of keys are not returned"): (
         patch.object(ContextAttention, "post_gradients", no_returned_gradients), "gradient of",
