@@ -73,10 +73,13 @@ def test_a_suspended_process_is_named_by_the_other(shards, tiny, tmp_path):
     run = tmp_path / "run"
     settings = ["run.steps=5000", "checkpoint.every=10000", "validation.every=10000", "run.hang_seconds=20"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
     process = subprocess.Popen(
-        [*launcher, "--shutdown-timeout", "1", "-m", "megasora.train", *train_arguments(run, shards, tiny), *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [*launcher, "-m", "megasora.train", *train_arguments(run, shards, tiny), *settings],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 3:
         assert process.poll() is None
         time.sleep(0.05)
