@@ -39,6 +39,7 @@ from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
     check_device,
+    jit_for_packs,
     resolve_backend,
     row_stride,
     unit_stride,
@@ -260,7 +261,7 @@ def factor_and_offset(
     return factors, offsets
 
 
-@triton.jit
+@jit_for_packs
 def forward_kernel(
     x_LD, branch_LD, gate_RD, shift_RD, scale_RD, weight_D, bias_D, tile_start_Q, tile_row_Q, y_LD, z_LD, stats,
     x_stride, branch_stride, gate_stride, shift_stride, scale_stride, R, REAL, D, eps,
@@ -293,7 +294,7 @@ def forward_kernel(
         store_stats(stats, token, mean, inverse, real, REAL, LAYER)
 
 
-@triton.jit
+@jit_for_packs
 def backward_kernel(
     grad_z_LD, grad_y_LD, y_LD, branch_LD, gate_RD, scale_RD, weight_D, stats, tile_start_Q, tile_row_Q,
     dx_LD, dbranch_LD, tile_dz_QD, tile_dz_n_QD, tile_dgate_QD,

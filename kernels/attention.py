@@ -17,7 +17,8 @@ keys that are sharded over ranks can be processed one shard at a time: outputs m
 
 All values of `backend` compute the same:
 
-    flash3, flash2   the flash-attn packages, if installed: one call per pack, 16 bit, on a GPU
+    flash4, flash3   the packages flash-attn-4 and flash-attn 3, if installed: 16 bit, on a Hopper GPU; flash4: or newer
+    flash2           the package flash-attn 2, if installed: 16 bit, on a GPU
     varlen           the same with PyTorch's own flash attention
     sdpa             PyTorch's scaled dot product attention, one call per bucket: flash attention for CPUs; on GPUs
                      memory-efficient attention, or flash attention for 16 bit without padding
@@ -41,6 +42,7 @@ from megasora.kernels.attention_padded import padded_backward, padded_forward
 from megasora.kernels.attention_varlen import (
     FLASH2,
     FLASH3,
+    FLASH4,
     VARLEN,
     import_error,
     varlen_backward,
@@ -63,7 +65,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     return out.to(q.dtype), lse
 
 
-BACKENDS = ("flash3", "flash2", "varlen", "sdpa", "math")  # the order in which "auto" tries them
+BACKENDS = ("flash4", "flash3", "flash2", "varlen", "sdpa", "math")  # the order in which "auto" tries them
 
 
 @functools.cache
@@ -82,13 +84,17 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
         return "it takes no float64" if dtype == torch.float64 else None
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes bfloat16 and float16, not {dtype}"
-    largest = 192 if backend == "flash3" else 256  # FlashAttention-3 has no deterministic backward for larger ones
+    largest = {"flash4": 128, "flash3": 192}.get(backend, 256)  # with a deterministic backward
     if head_dim > largest:
         return f"it takes head dims up to {largest}, not {head_dim}"
     if backend == "flash3":
         if capability[0] != 9:  # it is compiled for no other
             return f"it needs compute capability 9, {device} has {capability[0]}.{capability[1]}"
         return import_error(FLASH3)
+    if backend == "flash4":
+        if capability[0] not in (9, 10):
+            return f"it needs compute capability 9 or 10, {device} has {capability[0]}.{capability[1]}"
+        return import_error(FLASH4)
     return import_error(FLASH2) or version_error("flash_attn", (2, 7)) if backend == "flash2" else None
 
 
@@ -150,7 +156,7 @@ def attention_backward(
     tensors = grad_out, q, k, v, out, lse
     with torch.no_grad():
         if name in VARLEN:
-            return varlen_backward(VARLEN[name], *tensors, segments.varlen, deterministic)
+            return varlen_backward(VARLEN[name], *tensors, segments, deterministic)
         return padded_backward(name, *tensors, segments, deterministic)
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megasora.kernels.attention_padded import aligned, deterministic_algorithms, scatter_all
-from megasora.kernels.segments import Varlen
+from megasora.kernels.segments import Segments, Varlen
+from megasora.kernels.varlen_calls import Call, Shape, plan_calls
 
 aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ class VarlenKernel(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    divided: bool  # whether the backward is divided into several calls, see varlen_calls.py
 
 
 @functools.cache
@@ -43,8 +45,27 @@ def library(name: str) -> ModuleType | str:
         return f"{name} cannot be imported ({error})"
 
 
+FLASH4 = "flash_attn.cute.interface"
 FLASH3 = "flash_attn_interface"
 FLASH2 = "flash_attn.flash_attn_interface"
+
+
+def flash4_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
+    lengths = {"cu_seqlens_q": varlen.cu_q, "cu_seqlens_k": varlen.cu_k}
+    longest = {"max_seqlen_q": varlen.max_q, "max_seqlen_k": varlen.max_k}
+    scale = 1 / math.sqrt(q.shape[-1])
+    return library(FLASH4)._flash_attn_fwd(q, k, v, **lengths, **longest, softmax_scale=scale, return_lse=True)[:2]
+
+
+def flash4_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, varlen: Varlen, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lengths = {"cu_seqlens_q": varlen.cu_q, "cu_seqlens_k": varlen.cu_k}
+    longest = {"max_seqlen_q": varlen.max_q, "max_seqlen_k": varlen.max_k}
+    scale = 1 / math.sqrt(q.shape[-1])
+    return library(FLASH4)._flash_attn_bwd(
+        q, k, v, out, grad_out, lse, **lengths, **longest, softmax_scale=scale, deterministic=deterministic
+    )[:3]
 
 
 def flash3_forward(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor]:
@@ -121,9 +142,10 @@ def torch_backward(
 
 
 VARLEN = {
-    "flash3": VarlenKernel(flash3_forward, flash3_backward),
-    "flash2": VarlenKernel(flash2_forward, flash2_backward),
-    "varlen": VarlenKernel(torch_forward, torch_backward),
+    "flash4": VarlenKernel(flash4_forward, flash4_backward, divided=False),
+    "flash3": VarlenKernel(flash3_forward, flash3_backward, divided=False),
+    "flash2": VarlenKernel(flash2_forward, flash2_backward, divided=True),
+    "varlen": VarlenKernel(torch_forward, torch_backward, divided=True),
 }
 
 
@@ -147,16 +169,79 @@ def varlen_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    varlen: Varlen | None,
+    segments: Segments,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if varlen is None:
+    if segments.varlen is None:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    tensors = grad_out, q, k, v, out, lse
+    if kernel.divided and q.device.type != "meta":
+        calls = backward_calls(segments, Shape(q.shape[1], num_processors(q.device), deterministic))
+        if calls:
+            return run_calls(kernel, calls, *tensors, deterministic)
+    dq, dk, dv = run_backward(kernel, *tensors, segments.varlen, deterministic)
+    if segments.varlen.keyless is not None:
+        dq.index_fill_(0, segments.varlen.keyless, 0.0)
+    keys = segments.varlen.keys
+    return dq, *(scatter_all([(keys, x)], like, 0.0, deterministic) for x, like in ((dk, k), (dv, v)))
+
+
+def run_backward(
+    kernel: VarlenKernel,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    varlen: Varlen,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq of the queries; dk, dv of the keys of `varlen`, in its order."""
     inputs = (aligned(x) for x in (grad_out, q, varlen.keys.gather(k), varlen.keys.gather(v), out))
-    dq, dk, dv = kernel.backward(*inputs, lse.T.contiguous(), varlen, deterministic)
-    if varlen.keyless is not None:
-        dq.index_fill_(0, varlen.keyless, 0.0)
-    return dq, *(scatter_all([(varlen.keys, x)], like, 0.0, deterministic) for x, like in ((dk, k), (dv, v)))
+    return kernel.backward(*inputs, lse.T.contiguous(), varlen, deterministic)
+
+
+def run_calls(
+    kernel: VarlenKernel,
+    calls: tuple[Call, ...],
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of several calls. Gradients of keys that calls or segments share are summed in fp32."""
+    dqs, dks, dvs = [], [], []
+    for call in calls:
+        grad_part, q_part, out_part, lse_part = (call.queries.gather(x) for x in (grad_out, q, out, lse))
+        keys = call.varlen.keys
+        dq, dk, dv = run_backward(kernel, grad_part, q_part, k, v, out_part, lse_part, call.varlen, deterministic)
+        dqs.append((call.queries, dq))
+        wide = torch.promote_types(dk.dtype, torch.float32) if keys.has_duplicates else dk.dtype
+        dks.append((keys, dk.to(wide)))
+        dvs.append((keys, dv.to(wide)))
+    dq = scatter_all(dqs, q, 0.0, deterministic)
+    gradients = (
+        scatter_all(parts, like.to(parts[0][1].dtype), 0.0, deterministic).to(like.dtype)
+        for parts, like in ((dks, k), (dvs, v))
+    )
+    return dq, *gradients
+
+
+def backward_calls(segments: Segments, shape: Shape) -> tuple[Call, ...]:
+    """`plan_calls`, computed once per pack."""
+    if shape not in segments.plans:
+        segments.plans[shape] = plan_calls(segments, shape)
+    return segments.plans[shape]
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for a CPU, on which stand-ins of the kernels run in tests."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def import_error(name: str) -> str | None:

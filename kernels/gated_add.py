@@ -15,7 +15,6 @@ Letters: `Q` row tiles (rows.py).
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
@@ -25,6 +24,7 @@ from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
     check_device,
+    jit_for_packs,
     resolve_backend,
     row_stride,
     unit_stride,
@@ -57,7 +57,7 @@ def backward_torch(grad_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Ro
     return rows.pad(dbranch, branch_LD.dtype), rows.sum(dy * branch)
 
 
-@triton.jit
+@jit_for_packs
 def forward_kernel(
     x_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, y_LD, x_stride, branch_stride, gate_stride, R, D,
     T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -73,7 +73,7 @@ def forward_kernel(
             store_chunk(y_LD + at * D, c, xs[c] + gates[c] * branches[c], inside, D)
 
 
-@triton.jit
+@jit_for_packs
 def backward_kernel(
     grad_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, dbranch_LD, tile_dgate_QD,
     grad_stride, branch_stride, gate_stride, R, D,

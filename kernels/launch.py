@@ -13,6 +13,7 @@ gradient of an output that was last returned by an in-place operation or by a `.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -23,6 +24,15 @@ from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # read once, where Triton reads it
 BACKENDS = ("auto", "triton", "torch")
+
+
+# Arguments that differ between packs: numbers of tokens, vectors and rows; indices of row tiles, of any alignment.
+PACK_SIZES = ("R", "REAL", "L", "M", "COUNT", "PROGRAM_TOKENS", "PROGRAM_VECTORS")
+PACK_INDICES = ("tile_start_Q", "tile_row_Q", "first_tile_R")
+
+# triton.jit compiles a version for each pattern of arguments that are 1 or divisible by 16: seconds, at almost every
+# step of a run whose packs differ. A kernel gains nothing from these properties of the arguments above.
+jit_for_packs = functools.partial(triton.jit, do_not_specialize=PACK_SIZES, do_not_specialize_on_alignment=PACK_INDICES)
 
 
 class LaunchConfig(NamedTuple):

@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasora.kernels.launch import LaunchConfig, LaunchTable, check_device, launch_config, resolve_backend, unit_stride
+from megasora.kernels.launch import (
+    LaunchConfig,
+    LaunchTable,
+    check_device,
+    jit_for_packs,
+    launch_config,
+    resolve_backend,
+    unit_stride,
+)
 
 MERGE: LaunchTable = {"any": LaunchConfig()}
 
@@ -34,7 +42,7 @@ def merge_partial_attention_reference(
     return torch.lerp(out_a.to(wide), out_b.to(wide), w[..., None]), torch.logaddexp(lse_a, lse_b)
 
 
-@triton.jit
+@jit_for_packs
 def merge_kernel(
     out_a, lse_a, out_b, lse_b, out, lse,
     token_a, head_a, token_lse_a, head_lse_a, token_b, head_b, token_lse_b, head_lse_b,

@@ -40,6 +40,7 @@ from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
     check_device,
+    jit_for_packs,
     launch_config,
     resolve_backend,
     unit_stride,
@@ -222,7 +223,7 @@ def forward_qk(
         store_heads(y_LNK + at * (N * K) + d, c, y, mask, N, K, H)
 
 
-@triton.jit
+@jit_for_packs
 def forward_kernel(
     qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, q_LNK, k_LNK, stride, qkv_stride, L, eps,
     NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
@@ -316,7 +317,7 @@ def copy_v(
             store_heads(dqkv_L3NK + (at * 3 + QKV_INDEX) * (N * K) + d, c, grads[c], mask, N, K, H)
 
 
-@triton.jit
+@jit_for_packs
 def backward_kernel(
     dq_LNK, dk_LNK, dv_LNK, qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW,
     dq_stride, dk_stride, dv_stride, stride, qkv_stride, L, PROGRAM_TOKENS, eps,

@@ -32,6 +32,7 @@ from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
     check_device,
+    jit_for_packs,
     launch_config,
     resolve_backend,
     unit_stride,
@@ -99,7 +100,7 @@ def weighted_dot(grads, xs, ws):
     return tl.sum(products, 1)
 
 
-@triton.jit
+@jit_for_packs
 def sums_kernel(
     x_MD, grad_MD, weight_D, inverse_M, sums_M, x_stride, grad_stride, M,
     D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -116,7 +117,7 @@ def sums_kernel(
     tl.store(sums_M + vector, sums, mask=vector < M)
 
 
-@triton.jit
+@jit_for_packs
 def forward_kernel(
     x_MD, weight_D, squares_M, y_MD, inverse_M, x_stride, M, size, eps,
     D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -136,7 +137,7 @@ def forward_kernel(
     tl.store(inverse_M + vector, inverse, mask=vector < M)
 
 
-@triton.jit
+@jit_for_packs
 def backward_kernel(
     grad_MD, x_MD, weight_D, inverse_M, dots_M, dx_MD, dweight_QD, grad_stride, x_stride, M, PROGRAM_VECTORS, size,
     D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,

@@ -39,6 +39,7 @@ from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
     check_device,
+    jit_for_packs,
     launch_config,
     resolve_backend,
     upcast,
@@ -177,7 +178,7 @@ def rotate_pairs(x, cos, sin):
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
 
 
-@triton.jit
+@jit_for_packs
 def rotate_kernel(
     x_LNK, coords_L3, frequency_P, y_LNK, x_stride, L, N,
     BACK: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr, K: tl.constexpr,

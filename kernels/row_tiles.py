@@ -11,7 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasora.kernels.launch import LaunchTable, launch_config
+from megasora.kernels.launch import (
+    LaunchTable,
+    jit_for_packs,
+    launch_config,
+)
 from megasora.kernels.vector_chunks import full_chunks, load_chunks, split_width, upcast
 
 MAX_CHUNKS = 6  # of a width: their number determines the size of the compiled code
@@ -45,7 +49,7 @@ def load_row_vector(pointer, row, stride, R, D, C: tl.constexpr, BLOCK: tl.const
     return chunks
 
 
-@triton.jit
+@jit_for_packs
 def sum_of_tiles_kernel(tile_sums_QD, first_tile_R, sums_RD, D, BLOCK_D: tl.constexpr):
     row, d = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, end = tl.load(first_tile_R + row), tl.load(first_tile_R + row + 1)

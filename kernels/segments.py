@@ -18,9 +18,9 @@ Letters: `g` segments of a bucket, `m` tokens of its longest; `V` segments of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,6 +156,7 @@ class Segments:
     num_queries: int
     num_keys: int  # the least number of keys that contains all ranges
     device: torch.device | str  # of index tensors
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # of varlen_calls.py, by its Shape
 
     @classmethod
     def from_cu_seqlens(cls, cu_q: Tensor, cu_k: Tensor, num_queries: int, device: torch.device | str) -> Segments:

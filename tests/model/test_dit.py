@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megasora.batch import segment_ids
 from megasora.config import ModelConfig, TextConfig
@@ -277,3 +278,27 @@ def test_a_bfloat16_model_returns_float32_near_the_exact_output():
     assert out.dtype == torch.float32
     error = (out - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 0.02
+
+
+class OperatorLog(TorchDispatchMode):
+    """The names of all operators that are called inside, with `accumulate` of index_put."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name.removeprefix("aten::").rstrip("_"))
+        return function(*args, **(kwargs or {}))
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{}, {"recompute": "full"}, {"qk_norm": "across_heads"}], ids=str)
+def test_a_step_calls_no_operator_that_sums_in_any_order_on_a_gpu(modulation, options):
+    """So that a run repeats bitwise: of those that torch.use_deterministic_algorithms lists, for CUDA."""
+    model, batch = make_model(modulation, **options).train(), make_pack(padding=3, hide=(1,))
+    with OperatorLog() as log:
+        loss = model(batch)[: int(batch.cu_segments[-1])].square().mean()
+        loss.backward()
+    atomic = {"index_add", "scatter_add", "scatter_reduce", "index_reduce", "histc", "bincount", "put", "cumsum"}
+    assert "native_layer_norm_backward" in log.names and not log.names & atomic, log.names & atomic

@@ -55,7 +55,7 @@ def implementations(segments: Segments, lengths: list[int], heads: int) -> dict[
         return lambda q, k, v: attention(q, k, v, segments, backend=backend, deterministic=deterministic)
 
     result = {}
-    for backend in ("flash3", "flash2", "varlen"):
+    for backend in ("flash4", "flash3", "flash2", "varlen"):
         if obstacle(backend, DEVICE, DTYPE, HEAD_DIM) is None:
             result[f"{backend}, nondeterministic"] = megasora_attention(backend, False)
             result[f"{backend}, deterministic"] = megasora_attention(backend, True)
@@ -93,12 +93,15 @@ def measure(
     grad = torch.ones_like(out) / 8
     gradients = torch.autograd.grad(out, inputs, grad, retain_graph=True)
     results = [x.detach().float() for x in (out, *gradients)]
-    del gradients
+    again = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    repeats = all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    del gradients, again
     forward = median_ms(lambda: function(*inputs))
     backward = median_ms(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(results, expected or results, strict=True)]
     figures = {
         "relative_error": max(errors),
+        "gradients_repeat_bitwise": repeats,
         "forward_ms": forward,
         "backward_ms": backward,
         "forward_tflop_per_s": flops / forward / 1e9,
@@ -109,7 +112,7 @@ def measure(
     return figures, results
 
 
-def run(out: str, lines: list[dict], prefix: str = "", only: str = "") -> None:
+def run(out: str, lines: list[dict]) -> None:
     """Measures all cases; writes the file after each, so that what is measured survives a time limit."""
     for case, (lengths, heads, text) in (REHEARSED_CASES if REHEARSE else CASES).items():
         keys = [text or n for n in lengths]
@@ -120,9 +123,7 @@ def run(out: str, lines: list[dict], prefix: str = "", only: str = "") -> None:
         inputs = [torch.randn(shape, dtype=DTYPE, device=DEVICE, requires_grad=True) for shape in shapes]
         expected = None
         for name, function in implementations(segments, lengths, heads).items():
-            if not name.startswith(only):
-                continue
-            line = {"case": case, "implementation": prefix + name}
+            line = {"case": case, "implementation": name}
             try:
                 figures, results = measure(function, inputs, flops, expected)
                 line |= figures
@@ -132,27 +133,19 @@ def run(out: str, lines: list[dict], prefix: str = "", only: str = "") -> None:
             lines.append(line)
             with open(out, "w", encoding="utf-8") as file:
                 json.dump(lines, file, indent=1)
-            print(f"{case:28} {prefix + name:26}", line.get("error") or summary(line), flush=True)
+            print(f"{case:28} {name:26}", line.get("error") or summary(line), flush=True)
 
 
 def summary(line: dict) -> str:
     return (
         f"{line['forward_tflop_per_s']:6.0f} | {line['backward_tflop_per_s']:6.0f} TFLOP/s, "
         f"{line['forward_ms']:8.2f} | {line['backward_ms']:8.2f} ms, relative error {line['relative_error']:.1e}"
+        + (", repeats" if line["gradients_repeat_bitwise"] else "")
     )
 
 
 def main() -> None:
-    out, lines = sys.argv[1], []
-    run(out, lines)
-    try:
-        from torch.nn.attention import activate_flash_attention_impl
-
-        activate_flash_attention_impl("FA4")  # replaces the operators that `varlen` calls
-    except Exception as error:
-        print("no FlashAttention-4:", str(error)[:120])
-    else:
-        run(out, lines, "FA4: ", "varlen")
+    run(sys.argv[1], [])
 
 
 if __name__ == "__main__":

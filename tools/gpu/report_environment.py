@@ -8,7 +8,7 @@ import platform
 import torch
 
 PACKAGES = (
-    "triton", "numpy", "deepspeed", "omegaconf", "webdataset", "av", "zlib_ng", "safetensors", "rich", "matplotlib",
+    "triton", "numpy", "deepspeed", "yaml", "webdataset", "av", "zlib_ng", "safetensors", "rich", "matplotlib",
     "pydantic", "flash_attn", "flash_attn_interface", "flash_attn.cute", "cudnn",
 )  # fmt: skip
 
