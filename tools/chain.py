@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from megasora.config import load
-from megasora.errors import CONFIGURATION, CRASH, DONE, MegaSoraError
+from megasora.errors import CONFIGURATION, CRASH, DONE, MegaSoraError, describe
 
 SCRIPTS = Path("slurm")  # sbatch is run from the project's folder
 
@@ -83,10 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
         check(options)
         jobs = submit_chain(options, [*options.overrides, f"data.shards={options.shards}"])
     except MegaSoraError as error:
-        print(f"chain: error: {error}", file=sys.stderr)
+        print(f"chain: error: {describe(error)}", file=sys.stderr)
         return CONFIGURATION
     except OSError as error:
-        print(f"chain: error: {error}", file=sys.stderr)
+        print(f"chain: error: {describe(error)}", file=sys.stderr)
         return CRASH
     for name, job in jobs.items():
         print(name, job)

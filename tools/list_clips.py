@@ -18,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from megasora.config import load
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, describe, printable
 from megasora.files import write_text_atomic
 from megasora.ingest.duplicates import DuplicateIndex
+from megasora.ingest.listing import ClipSource, Listing
 from megasora.ingest.pool import WorkerPool
 from megasora.ingest.results import FoundScenes
-from megasora.ingest.sources import ClipSource, find_clips
+from megasora.ingest.sources import find_clips
 from megasora.ingest.worker import scene_job, worker_settings
 
 NO_CUTS = 256.0  # a threshold above every change of two frames
@@ -41,20 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. ingest.workers=4")
     options = parser.parse_intermixed_args(arguments)
     try:
-        num_clips, num_duplicates = list_clips(options)
+        listing = find_clips(options.clips)
+        num_clips, num_duplicates = list_clips(options, listing)
     except (MegaSoraError, OSError) as error:
-        print(f"list_clips: error: {error}", file=sys.stderr)
+        print(f"list_clips: error: {describe(error)}", file=sys.stderr)
         return 2
+    for line in listing.files.describe():
+        print(printable(line))
     left_out = f"; {num_duplicates} near-duplicates left out" if options.unique else ""
-    print(f"{num_clips} clips in {options.out}{left_out}")
+    print(f"{num_clips} clips in {printable(str(options.out))}{left_out}")
     return 0
 
 
-def list_clips(options: argparse.Namespace) -> tuple[int, int]:
+def list_clips(options: argparse.Namespace, listing: Listing) -> tuple[int, int]:
     """Writes the list; returns the numbers of clips listed and of near-duplicates left out."""
     folder = options.out.absolute().parent
     index, lines, num_duplicates = DuplicateIndex(options.bits), [], 0
-    for clip, first_hash, middle_hash in find_scenes(options):
+    for clip, first_hash, middle_hash in find_scenes(options, listing):
         if options.unique and first_hash is not None and index.find_or_add((first_hash, middle_hash)) is not None:
             num_duplicates += 1
         else:
@@ -63,18 +67,18 @@ def list_clips(options: argparse.Namespace) -> tuple[int, int]:
     return len(lines), num_duplicates
 
 
-def find_scenes(options: argparse.Namespace) -> Iterator[tuple[ClipSource, int | None, int | None]]:
+def find_scenes(options: argparse.Namespace, listing: Listing) -> Iterator[tuple[ClipSource, int | None, int | None]]:
     """Each scene as a clip, with the hashes of its first and middle frame or None; without --scenes, whole clips."""
     config = load(None, options.overrides)
     threshold = options.threshold if options.scenes else NO_CUTS
 
     def jobs() -> Iterator[tuple[ClipSource, dict]]:
-        for clip in find_clips(options.clips):
+        for clip in listing.clips:
             yield clip, scene_job(clip.media, threshold, options.min_seconds)
 
     settings = worker_settings(config.codec, config.ingest, config.data.patch)
     with WorkerPool(settings, config.ingest.workers or len(os.sched_getaffinity(0))) as pool:
-        for clip, result in pool.run(jobs()):
+        for clip, result, _ in pool.run(jobs()):
             whole_clip = [[clip.media.start, clip.media.end, None, None]]
             scenes = result.scenes if isinstance(result, FoundScenes) else whole_clip
             for start, end, first_hash, middle_hash in scenes:

@@ -12,7 +12,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, describe
 from megasora.testing import clip_files, clips
 
 EXAMPLE = """\
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             processes=options.processes,
         )
     except MegaSoraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     table = Table(title=f"clips in {options.out}")
     table.add_column("split")

@@ -87,11 +87,11 @@ else
   tests=(tests/kernels --ignore=tests/kernels/test_compiled.py --ignore=tests/kernels/test_large.py)
   tests_alone=(tests/kernels/test_large.py tests/runs/test_gpu.py)
   large_clips=(14 512 512 145)
-  small=(run.steps=100 data.tokens_per_pack=4096 data.packs_per_step=2 checkpoint.every=20)
+  small=(run.steps=60 data.tokens_per_pack=4096 data.packs_per_step=2 checkpoint.every=1000)
   # ten blocks of Wan 2.1 1.3B; a clip of 145 frames of 512x512 is 37 x 32 x 32 tokens
   wan=(run.steps=14 data.tokens_per_pack=37888 data.packs_per_step=1 model.width=1536 model.heads=12 model.depth=10
     model.mlp_ratio=5.8334 model.qk_norm=across_heads model.modulation=shared validation.clips=1)
-  first_profiled=8 num_profiled=3 stop_after=45 sample=(--size 32x32 --frames 17 --num-inference-steps 20)
+  first_profiled=8 num_profiled=3 stop_after=25 sample=(--size 32x32 --frames 17 --num-inference-steps 20)
   minutes=1.5
 fi
 small=(configs/dit_b.yaml "data.patch=[1,1,1]" data.shards="$work/shards" "run.device=$device" wandb.mode=disabled
@@ -134,14 +134,14 @@ if [[ -n ${clips_job:-} ]]; then
 fi
 if selected train; then
   for kernels in triton torch; do
-    LINES_SHOWN=5 stage "train-$kernels" 60 "$python" -m megasora.train "${small[@]}" "run.dir=$work/runs/$kernels" "model.kernel_backend=${kernels/triton/$backend}"
+    LINES_SHOWN=5 stage "train-$kernels" 70 "$python" -m megasora.train "${small[@]}" "run.dir=$work/runs/$kernels" "model.kernel_backend=${kernels/triton/$backend}"
   done
 fi
 if selected profile; then
   LINES_SHOWN=32 stage profile 100 "$python" "$here/profile_steps.py" "$out/profile.json" "$first_profiled" "$num_profiled" "${wan[@]}" "run.dir=$work/runs/wan"
 fi
 if selected resume; then
-  LINES_SHOWN=6 stage resume 60 "$python" "$here/stop_and_resume.py" "$work/runs/resumed" "$stop_after" "${small[@]}" "model.kernel_backend=$backend"
+  LINES_SHOWN=6 stage resume 100 "$python" "$here/stop_and_resume.py" "$work/runs/resumed" "$stop_after" "${small[@]}" "model.kernel_backend=$backend"
   LINES_SHOWN=5 stage sample 40 "$python" -m megasora.cli sample "$work/runs/resumed" --prompt "a red circle moves right" --out "$out/sample.mp4" "${sample[@]}"
   LINES_SHOWN=5 stage report 30 "$python" -m megasora.cli report "$work/runs/resumed"
 fi
