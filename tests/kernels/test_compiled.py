@@ -103,3 +103,25 @@ def test_registers_and_widths_are_read_without_running_the_kernel(tmp_path):
 def test_compiling_in_an_interpreting_process_raises():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"), compiled.compiling_for(90):
         pass
+
+
+PACKS = """
+import torch
+from megasora.testing import compiled
+from megasora.testing.operations import OPERATIONS, Size
+
+with compiled.compiling_for(90) as kernels:
+    for name in OPERATIONS:
+        versions = []
+        for tokens, row_tokens in ((64, 4096), (65, 7), (96, 16), (1, 1)):  # also: one row, rows and tokens in sixteens
+            compiled.launch_all(name, torch.bfloat16, Size(tokens, 96, 32, row_tokens))
+            versions.append(len(kernels))
+        assert versions == versions[:1] * 4, f"{name}: {versions} kernels after each pack"
+"""
+
+
+def test_a_kernel_is_compiled_once_for_all_packs(tmp_path):
+    """Otherwise a run compiles for seconds at almost every step, as its packs differ."""
+    path = tmp_path / "compile_packs.py"
+    path.write_text(PACKS)
+    without_interpreter(path)
