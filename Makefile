@@ -5,17 +5,21 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS := runs/demo runs/demo-long
 PYTHON := $(BIN)/python
+SEED := 0
+KILLS := 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
-.PHONY: help install demo demo-long test bench gpu checks format clean
+.PHONY: help install demo demo-long test faults bench gpu checks format clean
 
 help:
 	@echo "make install     make .venv and install MegaSora in it, editable (every other target does this first)"
 	@echo "make demo        clips -> shards -> training on 2 processes -> a video -> runs/demo/report.html, in 10 minutes"
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
 	@echo "make test        the test suite, one process per core, at most 4; GPU tests skip where there is no GPU"
+	@echo "make faults      kills, stops, hangs, damaged files, full disks: docs/faults.md -> runs/faults/, in 15 minutes;"
+	@echo "                 KILLS=200 adds 200 kills at random instants, SEED=7 takes another plan"
 	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data -> benchmarks/results/, 12 minutes"
 	@echo "make gpu         on a machine with a GPU: kernel tests, attention, benchmarks, training, profile, resume, in 9 minutes"
 	@echo "                 -> benchmarks/results/gpu/; PYTHON=python3 takes a python that has PyTorch for CUDA, and installs"
@@ -70,6 +74,15 @@ $(RUNS:=/report.html): runs/%/report.html: runs/%/sample.mp4
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+faults: $(INSTALLED)
+	@status=0; \
+	$(BIN)/python tests/faults/fault_rows.py || status=1; \
+	PYTHONPATH=tests $(BIN)/python tests/faults/chaos.py --seed $(SEED) || status=1; \
+	if [ $(KILLS) -gt 0 ]; then \
+	  PYTHONPATH=tests $(BIN)/python tests/faults/chaos.py --seed $(SEED) --kills $(KILLS) || status=1; \
+	fi; \
+	exit $$status
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.context_balance --out benchmarks/results/context_balance.json

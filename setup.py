@@ -36,6 +36,7 @@ setup(
         "webdataset",
         "fsspec",
         "omegaconf",
+        "pyyaml",
         "safetensors",
         "av",
         "numpy",

@@ -6,10 +6,11 @@ Each raises MegaSoraError with the keys, the values and the remedy.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megasora.config import Config, differences, load_run_config
 from megasora.errors import MegaSoraError
+from megasora.files import check_folder
 
 if TYPE_CHECKING:
     from megasora.data.mixture import Mixture
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 MUTABLE_ON_RESUME = (
     "run.dir", "run.device", "run.threads", "data.shards", "data.mixture", "data.prefetch_steps",
     "data.reader_threads", "data.read_timeout_seconds", "data.max_damaged_fraction",
+    "optim.max_skipped_steps", "optim.spike",
     "ingest", "checkpoint", "validation", "sample", "evaluation", "wandb",
-    "run.debug_parallel", "run.debug_every", "run.hang_seconds",
+    "run.start", "run.debug_parallel", "run.debug_every", "run.hang_seconds",
     "run.ledger", "model.kernel_backend", "model.attention_backend", "model.deterministic", "model.recompute",
     "model.recompute_blocks", "parallel",
 )  # fmt: skip
@@ -34,8 +36,17 @@ def check_run(config: Config) -> None:
 
 
 def check_run_folder(config: Config) -> None:
-    """A run folder belongs to one configuration, except for the keys of MUTABLE_ON_RESUME."""
-    if not (Path(config.run.dir) / "config.yaml").is_file():
+    """`run.start` says what to start from, see `choose_start`; manifest and state.json of the checkpoint are intact.
+
+    A run folder belongs to one configuration, except for the keys of MUTABLE_ON_RESUME.
+    """
+    from megasora.checkpoint.start import begins, choose_start
+    from megasora.checkpoint.store import CheckpointStore
+
+    run_dir = Path(config.run.dir)
+    check_folder(run_dir, f"run.dir={run_dir}")
+    choose_start(CheckpointStore(run_dir / "checkpoints"), config.run.start)
+    if begins(run_dir, config.run.start) or not (run_dir / "config.yaml").is_file():
         return
     changed = differences(config, load_run_config(config.run.dir), MUTABLE_ON_RESUME)
     if changed:
@@ -60,17 +71,18 @@ def check_kernels(config: Config) -> None:
 
 
 def check_parallel(config: Config) -> None:
-    """The layout fits the processes and the model, and model.init_from exists."""
-    from megasora.checkpoint.store import MANIFEST
+    """The layout fits the processes and the model, and PATH of run.start=init:PATH exists."""
+    from megasora.checkpoint.manifest import MANIFEST
+    from megasora.checkpoint.start import initial_weights_to_read
+    from megasora.parallel.launcher import world_size
     from megasora.parallel.layout import check_layout
-    from megasora.parallel.world import world_size
 
     check_layout(config, world_size())
-    path = Path(config.model.init_from)
-    if config.model.init_from and not path.is_file() and not (path / MANIFEST).is_file():
+    path = initial_weights_to_read(Path(config.run.dir), config.run.start)
+    if path is not None and not path.is_file() and not (path / MANIFEST).is_file():
         raise MegaSoraError(
-            f"model.init_from={config.model.init_from} is neither a file nor a checkpoint; give a safetensors file, a "
-            "folder RUN/checkpoints/step-XXXXXXXX, or leave it empty"
+            f"run.start=init:{path}: this is neither a file nor a checkpoint; give a safetensors file, or a folder "
+            "RUN/checkpoints/step-XXXXXXXX"
         )
 
 
@@ -98,19 +110,27 @@ def check_data(config: Config) -> None:
 
 def check_same_data(config: Config, clips: Mixture) -> None:
     """A run is resumed on the clips that it began with: its cursor is a position in a plan made of them."""
-    from megasora.checkpoint.saver import read_state
-    from megasora.checkpoint.store import CheckpointStore
+    from megasora.checkpoint.start import choose_start
+    from megasora.checkpoint.store import CheckpointStore, read_state
 
-    newest = CheckpointStore(Path(config.run.dir) / "checkpoints").newest()
-    if newest is None:
+    checkpoint = choose_start(CheckpointStore(Path(config.run.dir) / "checkpoints"), config.run.start).checkpoint
+    if checkpoint is None:
         return
-    try:
-        saved = read_state(newest)["task"]["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # damaged: loading the checkpoint says what is wrong
-    changed = [f"{key}: {saved.get(key)} -> {new}" for key, new in clips.identity().items() if saved.get(key) != new]
+    saved = read_state(checkpoint)["task"]["data"]
+    changed = [
+        f"{key}: {shorten(saved.get(key))} -> {shorten(new)}"
+        for key, new in clips.identity().items()
+        if saved.get(key) != new
+    ]
     if changed:
         raise MegaSoraError(
-            f"{newest} was trained on other clips ({'; '.join(changed)}); give the shards and mixture weights that the "
-            "run began with, or choose another run.dir"
+            f"{checkpoint} was trained on other clips ({'; '.join(changed)}); give the shards and mixture weights that "
+            "the run began with, or choose another run.dir"
         )
+
+
+def shorten(value: Any) -> Any:
+    """A value of `Mixture.identity` for a message: hashes with their first digits."""
+    if isinstance(value, list):
+        return [shorten(item) for item in value]
+    return value[:8] if isinstance(value, str) else value

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from pathlib import Path
 
 from megasora import __version__
+from megasora.commands.argument_types import location, number, path, whole_number
 from megasora.data.media_formats import CLIP_FILES
-from megasora.errors import CONFIGURATION, MegaSoraError
+from megasora.errors import CONFIGURATION, MegaSoraError, describe
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
+OUTPUT_CLOSED = 141  # exit code if standard output was closed, e.g. by `| head`, as in shells
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not be UTF-8, nor a file name
+    try:
+        try:
+            return run_command(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has no reader
+        return OUTPUT_CLOSED
+    except (MegaSoraError, OSError) as error:  # OSError, e.g. no space: its message names the file
+        print(f"megasora: error: {describe(error)}", file=sys.stderr)
+        return CONFIGURATION
+    except KeyboardInterrupt:
+        print("megasora: stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_command(arguments: list[str]) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if "overrides" in options and all("=" in text and not text.startswith("-") for text in rest):
         options.overrides += rest  # key=value after an option, which argparse assigns to no positional argument
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        return options.function(options)
-    except (MegaSoraError, OSError) as error:  # OSError, e.g. no space: its message names the file
-        print(f"megasora: error: {error}", file=sys.stderr)
-        return CONFIGURATION
-    except KeyboardInterrupt:
-        print("megasora: stopped", file=sys.stderr)
-        return INTERRUPTED
+    return options.function(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,22 +74,24 @@ def add_command(commands, name: str, function, summary: str, text: str) -> argpa
 def add_ingest(commands) -> None:
     p = add_command(commands, "ingest", ingest, "Converts clips and captions to shards.", INGEST)
     p.add_argument(
-        "clips", type=Path, metavar="CLIPS",
+        "clips", type=path, metavar="CLIPS",
         help=f"folder of {CLIP_FILES} files, a list of these (.txt, .jsonl), or tars",
     )  # fmt: skip
     p.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write; new, empty, or of the same ingest"
+        "--out", type=path, required=True, metavar="DIR", help="folder to write; new, empty, or of the same ingest"
     )
     p.add_argument("--part", metavar="I/N", help="the I-th of N parts, e.g. 1/8; default: from torchrun or Slurm")
-    p.add_argument("--config", type=Path, metavar="YAML", help="configuration of the run that the shards are for")
+    p.add_argument("--config", type=path, metavar="YAML", help="configuration of the run that the shards are for")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. ingest.missing_caption=skip")
 
 
 def add_shards(commands) -> None:
     p = add_command(commands, "shards", shards, "Shows what is in a folder of shards.", SHARDS)
-    p.add_argument("dir", metavar="DIR", help="folder, or a URL that fsspec opens, e.g. s3://bucket/shards")
+    p.add_argument(
+        "dir", type=location, metavar="DIR", help="folder, or a URL that fsspec opens, e.g. s3://bucket/shards"
+    )
     p = p.add_mutually_exclusive_group()
-    p.add_argument("--tokens-per-pack", type=int, metavar="N", help="also print the padding in packs of N tokens")
+    p.add_argument("--tokens-per-pack", type=whole_number, metavar="N", help="also print the padding in packs of N")
     p.add_argument("--verify", action="store_true", help="read every byte and name what is damaged; exit code 2 if any")
     p.add_argument("--show", nargs=2, metavar=("ID", "FILE"), help="draw the clip with this sample id into FILE (.png)")
 
@@ -85,47 +105,51 @@ def add_train(commands) -> None:
 
 def add_status(commands) -> None:
     p = add_command(commands, "status", status, "Shows the state of a run.", STATUS)
-    p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument("run", type=path, metavar="RUN")
     p.add_argument("--watch", action="store_true", help="refresh until it has ended")
 
 
 def add_sample(commands) -> None:
     p = add_command(commands, "sample", sample, "Samples a video from a prompt.", SAMPLE)
-    p.add_argument("run", type=Path, metavar="RUN", help="run folder with a checkpoint")
+    p.add_argument("run", type=path, metavar="RUN", help="run folder with a checkpoint")
     p.add_argument("--prompt", required=True, help="what the clip shows")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4, or .png for one frame")
-    p.add_argument("--image", type=Path, metavar="FILE", help="the first frame; also sets the size, unless --size does")
+    p.add_argument("--out", type=path, required=True, metavar="FILE", help=".mp4, or .png for one frame")
+    p.add_argument("--image", type=path, metavar="FILE", help="the first frame; also sets the size, unless --size does")
     p.add_argument(
         "--size", metavar="HxW", help="pixels, multiples of the pixels of a token; default sample.size of the run"
     )
-    p.add_argument("--frames", type=int, help="number of frames; 1 makes an image; default sample.frames")
-    p.add_argument("--fps", type=float, help="frames per second; default sample.fps")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--frames", type=whole_number, help="number of frames; 1 makes an image; default sample.frames")
+    p.add_argument("--fps", type=number, help="frames per second; default sample.fps")
+    p.add_argument("--seed", type=whole_number, default=0)
     p.add_argument(
         "--guidance-scale",
-        type=float,
+        type=number,
         help="1: none; higher follows the prompt more closely; default sample.guidance_scale",
     )
-    p.add_argument("--num-inference-steps", type=int, help="solver steps; default sample.num_inference_steps")
+    p.add_argument("--num-inference-steps", type=whole_number, help="solver steps; default sample.num_inference_steps")
     p.add_argument("--solver", choices=("euler", "heun"))
     add_weights_option(p)
 
 
 def add_report(commands) -> None:
     p = add_command(commands, "report", report, "Writes one HTML page about a run.", REPORT)
-    p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument("run", type=path, metavar="RUN")
 
 
 def add_checkpoint(commands) -> None:
-    p = add_command(commands, "checkpoint", None, "Imports and exports weights.", CHECKPOINT)
+    p = add_command(commands, "checkpoint", None, "Imports, exports and verifies weights.", CHECKPOINT)
     kinds = p.add_subparsers(required=True, metavar="WHAT")
     p = add_command(kinds, "import-wan", import_wan, "Imports weights of Wan 2.x, to train them further.", IMPORT_WAN)
-    p.add_argument("folder", type=Path, metavar="FOLDER", help="saved by diffusers: config.json and .safetensors files")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
+    p.add_argument(
+        "folder", type=path, metavar="FOLDER", help="config.json and .safetensors files, or one .safetensors file"
+    )
+    p.add_argument("--out", type=path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
     p = add_command(kinds, "export", export, "Exports the weights of a run into one file.", EXPORT)
-    p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
+    p.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
+    p.add_argument("--out", type=path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
     add_weights_option(p)
+    p = add_command(kinds, "verify", verify, "Verifies the checksums of all checkpoints of a run.", VERIFY)
+    p.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
@@ -177,22 +201,30 @@ evaluation.prompts, these are first sampled from the newest checkpoint into RUN/
 example: megasora report runs/demo"""
 
 CHECKPOINT = """\
-import-wan reads a Wan model as diffusers saves it, and writes its weights as MegaSora reads them.
+import-wan reads a Wan model as diffusers saves it or as it was released, and writes its weights as MegaSora reads them.
 export reads a checkpoint of any layout and writes its full weights.
+verify reads every byte of the checkpoints of a run and compares it with their checksums.
 
 example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
 
 IMPORT_WAN = """\
-Reads FOLDER/transformer, or FOLDER itself: config.json and the weights of a text-to-video model. Writes FILE, fp32,
-4 bytes per weight; then prints the settings of a run that starts from it, to append to `megasora train YAML`.
+Reads FOLDER/transformer, or FOLDER itself: config.json and the weights of a text-to-video model, with the names of
+diffusers, of the release of Wan or of ComfyUI; of these also a single .safetensors file. Writes FILE, fp32, 4 bytes
+per weight; then prints the settings of a run that starts from it, to append to `megasora train YAML`.
 
 example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
 
 EXPORT = """\
 Reads the newest checkpoint of a run, or the given one, and verifies its checksums. Writes FILE, fp32, 4 bytes per
-weight, for other programs, or for model.init_from=FILE of another run.
+weight, for other programs, or for run.start=init:FILE of another run.
 
 example: megasora checkpoint export runs/demo --out demo.safetensors"""
+
+VERIFY = """\
+Reads every byte of the checkpoints of a run, or of the given one, and changes nothing. Prints for each whether it is
+whole, or which file is damaged; the exit code is 2 if one is not whole.
+
+example: megasora checkpoint verify runs/demo"""
 
 DOCTOR = """\
 Reads versions, devices and free disk; writes nothing.
@@ -204,8 +236,6 @@ def ingest(options: argparse.Namespace) -> int:
     from megasora.config import load
 
     config = load(options.config, options.overrides)
-    import os
-
     from megasora.ingest import ingest
     from megasora.ingest.parts import Part
 
@@ -271,6 +301,12 @@ def export(options: argparse.Namespace) -> int:
 
     export_to_file(options.checkpoint, options.weights, options.out)
     return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    from megasora.commands.checkpoint import verify_checkpoints
+
+    return CONFIGURATION if verify_checkpoints(options.checkpoint) else 0
 
 
 def doctor(options: argparse.Namespace) -> int:

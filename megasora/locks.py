@@ -14,11 +14,12 @@ from megasora.errors import MegaSoraError
 
 
 @contextmanager
-def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, what: str, wait: bool = False, note: str = "") -> Iterator[None]:
     """Holds an exclusive lock on the file `path`; on exit removes the file, and its folder if that is empty.
 
     The system releases the lock when this process and its forks have ended, so spawn children, do not fork them. If
     another process holds it, waits if `wait`, else raises MegaSoraError that names the process and `what` it writes.
+    The file holds the name of the process on its first line, then `note`, for other processes.
     """
     while True:
         handle = create_in(path.parent, lambda: os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
@@ -27,7 +28,7 @@ def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 break
         except BlockingIOError:
-            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            holder = os.pread(handle, 200, 0).decode(errors="replace").partition("\n")[0] or "another process"
             os.close(handle)
             raise MegaSoraError(
                 f"{what} is being written by {holder}; wait for it, or stop it and run this again"
@@ -40,7 +41,7 @@ def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         os.close(handle)  # the previous holder has removed the file: lock the new one
     try:
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n{note}\n".encode(), 0)
         yield
     finally:
         with suppress(OSError):

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megasora.build import build_model, patch_dim
+from megasora.checkpoint.manifest import verify_checksums
 from megasora.checkpoint.sharded import ShardedCheckpoint
-from megasora.checkpoint.store import verify_checksums
+from megasora.checkpoint.start import initial_weights_to_read
 from megasora.config import Config
 from megasora.errors import MegaSoraError
 from megasora.model.attention import AcrossHeadsNorm
@@ -54,6 +55,7 @@ PARTIAL_GRADIENT = (
 )  # fmt: skip
 # Modules that condition the blocks: every pipeline stage has them and computes the conditioning from the pack.
 CONDITIONING = ("timestep", "native", "text", "null_text", "pooled_text", "shared_modulation")
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_WEIGHT_DECAY = ("patch_in.*", "patch_out.*", "*.table")  # and all vectors: their scale matters
 
 
@@ -161,24 +163,31 @@ def placement_of(name: str, stage: VideoDiT, mesh: Mesh) -> Placement:
 
 
 def initial_weights(config: Config) -> Callable[[str, torch.Size], Tensor]:
-    """A function from (name, full shape) to the weight at step 0: drawn from its seed, or read from model.init_from.
+    """A function from (name, full shape) to the weight at step 0: drawn from its seed, or read from `run.start`.
 
     It raises MegaSoraError where the file has no weight of this name and shape.
     """
-    path = config.model.init_from
-    if not path:
+    path = initial_weights_to_read(Path(config.run.dir), config.run.start)
+    if path is None:
         return lambda name, shape: initial_value(name, shape, config.run.seed)
-    shapes, read = open_weights(Path(path))
+    shapes, read = open_weights(path)
 
     def weight_of(name: str, shape: torch.Size) -> Tensor:
         saved_shape = shapes.get(name)
         if saved_shape != shape:
             has = f"has {list(saved_shape)}" if saved_shape is not None else "has none"
             raise MegaSoraError(
-                f"model.init_from={path}: this model's {name} is {list(shape)}, the file {has}; give the "
+                f"run.start=init:{path}: this model's {name} is {list(shape)}, the file {has}; give the "
                 "model.*, text.* and codec.* settings that the weights were made with"
             )
-        return read(name)
+        weight = read(name)
+        if weight.dtype not in WEIGHT_DTYPES or not weight.isfinite().all():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise MegaSoraError(
+                f"run.start=init:{path}: {name} is {dtype}, or some of its weights are NaN or infinite; give "
+                "finite float32, float64, bfloat16 or float16 weights"
+            )
+        return weight
 
     return weight_of
 
@@ -192,7 +201,7 @@ def open_weights(path: Path) -> tuple[dict[str, torch.Size], Callable[[str], Ten
     try:
         file = safe_open(path, "pt")
     except Exception as error:  # safetensors raises its own kinds
-        raise MegaSoraError(f"model.init_from={path} cannot be read: {error}") from None
+        raise MegaSoraError(f"run.start=init:{path} cannot be read: {error}") from None
     return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor  # noqa: SIM118
 
 

@@ -11,15 +11,22 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megasora.checks import check_run
-from megasora.config import Config, differences, load
-from megasora.errors import CONFIGURATION, CRASH, DONE, STOPPED, MegaSoraError
+from megasora.config import Config, load
+from megasora.errors import CONFIGURATION, CRASH, DONE, STOPPED, MegaSoraError, describe
+from megasora.files import check_folder
+from megasora.locks import locked
+from megasora.parallel.launcher import Launcher, check_meeting_point, die_with_launcher, process_rank, read_launcher
+from megasora.run_log.code_version import source_hash
+from megasora.run_log.launches import LOCK, Launch
+from megasora.run_log.rank_log import redirect_output
 from megasora.stop import StopSignal
+from megasora.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from megasora.parallel.mesh import Mesh
@@ -43,12 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not arguments:
             raise MegaSoraError("--check: give the configuration to check, e.g. configs/demo.yaml")
         config = load(arguments[0], arguments[1:])
-        check_run(config)
+        if only_check:
+            check_run(config)
+            print(config.run.dir)
+            return DONE
     except (MegaSoraError, OSError) as error:  # e.g. no permission: the system's message names the file
         return print_error(error, getattr(error, "exit_code", CONFIGURATION))
-    if only_check:
-        print(config.run.dir)
-        return DONE
     try:
         with StopSignal() as stop:
             train(config, stop)
@@ -59,92 +66,145 @@ def main(arguments: list[str] | None = None) -> int:
 
 def print_error(error: Exception, code: int) -> int:
     """Prints one line on standard error, from one process if possible; returns the code."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = process_rank()
     if code == STOPPED:
         if rank == 0:
             print(f"megasora: stopped on request, {error}", file=sys.stderr, flush=True)
         return code
     if rank > 0:  # the main process prints first: the launcher kills the others as soon as one has exited
         time.sleep(MAIN_PRINTS_SECONDS)
-    message = str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a failed write names no file
-        message += "; free some space on the file system of run.dir, or lower checkpoint.keep"
+    message = describe(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message += ", or lower checkpoint.keep"
     print(f"megasora: error: {message}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
     return code
 
 
 def train(config: Config, stop: StopSignal, build_task: Callable[[Config, World, Mesh], Task] | None = None) -> None:
-    """One process of a run, from joining the process group to the record of its exit.
+    """One process of a run, from the lock of its folder to the record of its exit.
 
     `build_task`: what is trained; None for a VideoDiT. Raises MegaSoraError after an expected failure, as a stop.
     """
-    import torch
-
-    from megasora.parallel.mesh import build_mesh
-    from megasora.parallel.world import init_distributed
-    from megasora.run_log.launches import begin_launch, record_exit
-    from megasora.run_log.rank_log import redirect_output
-    from megasora.tasks.dit import DiTTask
-    from megasora.trainer import Trainer
-    from megasora.watchdog import Watchdog
-
-    with init_distributed(config.run.device) as world:
-        torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size))
-        check_same_configuration(config, world)
-        run = Path(config.run.dir)
-        watchdog = Watchdog(run, world.rank, world.size, config.run.hang_seconds, stop.requested)
-        with lock_run_folder(run, world), redirect_output(run, world.rank), watchdog.watching():
-            if world.is_main:
-                begin_launch(run, world.size)
+    launcher, run = read_launcher(os.environ), Path(config.run.dir)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_launcher()
+    launch = Launch(run, launcher.rank, launcher.meeting_point)
+    watchdog = Watchdog(launch, launcher.size, config.run.hang_seconds, stop.requested)
+    with ExitStack() as resources:
+        resources.enter_context(watchdog.watching())
+        with stop.ending("before the first step"):
+            resources.enter_context(lock_run_folder(launch))
+            launch.find_previous()
+            checks = () if build_task else (check_run,)
+            world = resources.enter_context(join(config, launcher, watchdog, checks))
+            launch.id = world.broadcast_object(launch.id)
+            earlier_code = launch.begin(world.size, source_hash()) if world.is_main else None
             world.barrier()  # from here on exit.json is of this launch
-            try:
-                watchdog.heartbeat("building the model")
-                task = (build_task or DiTTask)(config, world, build_mesh(config.parallel, world.device.type))
-                Trainer(config, world, task, stop.requested, watchdog.heartbeat).run()
-            except (MegaSoraError, OSError) as error:
-                record_exit(run, getattr(error, "exit_code", CRASH), str(error), world.rank)
-                raise
-            except Exception as error:
-                traceback.print_exc()  # into the log of this process
-                record_exit(run, CRASH, f"{type(error).__name__}: {error}".splitlines()[0], world.rank)
-                sys.exit(CRASH)
-            if world.is_main:
-                record_exit(run, DONE, f"{config.run.steps} steps", world.rank)
+            watchdog.begin("comparing the processes")
+        resources.enter_context(redirect_output(run, world.rank))
+        resources.enter_context(recorded_exit(launch, f"{config.run.steps} steps"))
+        if earlier_code:
+            print(f"the code has changed since the previous launch: {earlier_code} -> {source_hash()}", flush=True)
+        check_same_start(config, world)
+        train_task(config, world, watchdog, stop, build_task)
 
 
 @contextmanager
-def lock_run_folder(run: Path, world: World) -> Iterator[None]:
-    """The main process locks the run folder; raises MegaSoraError on all ranks if another launch holds the lock."""
-    from megasora.locks import locked
+def lock_run_folder(launch: Launch) -> Iterator[None]:
+    """The main process locks the run folder. Raises MegaSoraError if another launch holds the lock.
 
+    Folders that it had to make are removed at the end if nothing was written into them.
+    """
     with ExitStack() as locks:
-        problem = None
-        if world.is_main:
+        if launch.rank == 0:
+            run, what = launch.run_dir, f"run.dir={launch.run_dir}"
+            check_folder(run, what)
+            locks.callback(remove_empty, [folder for folder in (run, *run.parents) if not folder.exists()])
             try:
-                run.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(locked(run / ".lock", f"run.dir={run}"))
-            except MegaSoraError as error:
-                problem = str(error)
-        problem = world.broadcast_object(problem)
-        if problem:
-            raise MegaSoraError(problem)
+                locks.enter_context(locked(run / LOCK, what, note=launch.note))
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise
+                raise MegaSoraError(f"{what} cannot be written: {describe(error)}") from error
         yield
 
 
-def check_same_configuration(config: Config, world: World) -> None:
-    """All ranks must have the same configuration; raises MegaSoraError on all with the keys that differ."""
-    by_rank = world.gather_objects(config)
-    problem = None
-    for rank, other in enumerate(by_rank or ()):
-        changed = differences(other, config)
-        if changed and problem is None:
-            problem = (
-                f"process {rank} was started with another configuration than process 0 ({'; '.join(changed[:8])}); "
-                "give all processes the same file and the same settings"
-            )
-    problem = world.broadcast_object(problem)
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders, innermost first, up to one that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            if folder.exists():
+                folder.rmdir()
+
+
+@contextmanager
+def join(
+    config: Config, launcher: Launcher, watchdog: Watchdog, checks: Sequence[Callable[[Config], None]]
+) -> Iterator[World]:
+    """Makes the checks before a run, loads torch and joins the other processes."""
+    check_meeting_point(launcher)
+    watchdog.heartbeat("checking the run")
+    for check in checks:
+        try:
+            check(config)
+        except OSError as error:  # its message names the file
+            raise MegaSoraError(str(error)) from error
+    watchdog.heartbeat("loading torch")
+    import torch
+
+    from megasora.parallel.rendezvous import Rendezvous
+    from megasora.parallel.world import init_distributed
+
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // launcher.local_size))
+    rendezvous = Rendezvous(launcher, config.run.hang_seconds)
+    watchdog.heartbeat("joining the other processes")
+    watchdog.describe_absent = rendezvous.describe_absent
+    with init_distributed(config.run.device, launcher, rendezvous) as world:
+        watchdog.describe_absent = lambda: ""
+        yield world
+
+
+@contextmanager
+def recorded_exit(launch: Launch, done: str) -> Iterator[None]:
+    """Records how the launch ends; after success, `done`. An unexpected error becomes an exit with errors.CRASH."""
+    try:
+        yield
+    except (MegaSoraError, OSError) as error:
+        launch.record_exit(getattr(error, "exit_code", CRASH), str(error))
+        raise
+    except Exception as error:
+        traceback.print_exc()  # into the log of this process
+        launch.record_exit(CRASH, f"{type(error).__name__}: {error}".splitlines()[0])
+        sys.exit(CRASH)
+    if launch.rank == 0:
+        launch.record_exit(DONE, done)
+
+
+def check_same_start(config: Config, world: World) -> None:
+    """All processes must start with the same settings, code and shards; raises MegaSoraError on all if not."""
+    from megasora.preflight.same_start import find_difference, read_start_state
+
+    states = world.gather_objects(read_start_state(config))
+    problem = world.broadcast_object(find_difference(states) if states else None)
     if problem:
         raise MegaSoraError(problem)
+
+
+def train_task(
+    config: Config,
+    world: World,
+    watchdog: Watchdog,
+    stop: StopSignal,
+    build_task: Callable[[Config, World, Mesh], Task] | None,
+) -> None:
+    """Builds the task and trains it."""
+    from megasora.parallel.mesh import build_mesh
+    from megasora.tasks.dit import DiTTask
+    from megasora.trainer import Trainer
+
+    watchdog.heartbeat("building the model")
+    task = (build_task or DiTTask)(config, world, build_mesh(config.parallel, world.device.type))
+    Trainer(config, world, task, stop.requested, watchdog.heartbeat).run()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The training loop: runs the optimizer steps of a task and writes metrics, validation and checkpoints to `run.dir`.
 
-    for batch in task.batches():  train_step --> metrics --> log --> validate and save when due
+    for batch in task.batches():  gradients --> sums of all ranks --> verdict --> optimizer step --> log
+                                  then validate and save when due
 
 The loop knows neither a model nor a mesh: a task computes the steps, see `megasora.tasks.task`. Each step makes one
-all-reduce of the task's sums and of the stop requests, so that all ranks stop after the same step.
+all-reduce of the task's sums and of the stop requests, so that all ranks stop after the same step. From these sums all
+ranks decide alike, before the optimizer step, whether it is taken (`megasora.optim.step_guard`).
 """
 
 from __future__ import annotations
@@ -16,17 +18,22 @@ from typing import Any
 
 import torch
 
+from megasora.checkpoint.rollback import roll_back
 from megasora.checkpoint.saver import CheckpointSaver
 from megasora.checkpoint.store import CheckpointStore
 from megasora.config import Config
 from megasora.errors import NonFiniteError, StopRequested
 from megasora.optim.ema import ShardedEMA
 from megasora.optim.schedule import lr_at
+from megasora.optim.step_guard import ABORT, APPLY, NON_FINITE, ROLL_BACK, SPIKE, StepGuard, Verdict
 from megasora.parallel.world import World
-from megasora.run_log.device_stats import measure_matmul_flops_per_s, peak_memory
+from megasora.run_log.code_version import source_hash
+from megasora.run_log.device_stats import measure_matmul_flops_per_s, speed_columns
 from megasora.run_log.run_log import RunLog, prepare_run_folder
+from megasora.run_log.skipped import gather_skipped_step, skipped_columns
+from megasora.run_log.slow_ranks import build_slow_ranks
 from megasora.run_log.stopwatch import Stopwatch
-from megasora.tasks.task import StepMetrics, StepOutput, Task
+from megasora.tasks.task import StepOutput, Task
 
 
 class Trainer:
@@ -48,12 +55,13 @@ class Trainer:
         self.stop_requested, self.stopping, self.heartbeat = stop_requested, False, heartbeat
         fragments = task.fragments()
         self.ema = ShardedEMA([f.values["weights"] for f in fragments], config.optim.ema_decay)
+        self.guard, self.slow_ranks = StepGuard(config.optim), build_slow_ranks(Path(config.run.dir), world)
         saved_fragments = [
             dataclasses.replace(f, values={**f.values, "ema": ema})
             for f, ema in zip(fragments, self.ema.ema_weights, strict=True)
         ]
         store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.checkpoint.keep)
-        self.saver = CheckpointSaver(store, saved_fragments, task.is_primary, world.rank, world.barrier)
+        self.saver = CheckpointSaver(store, saved_fragments, task.is_primary, world)
         self.parallel_settings = {"processes": world.size, **dataclasses.asdict(config.parallel)}
         self.step, self.saved_settings = self.resume()
         on_gpu = world.device.type == "cuda"
@@ -71,7 +79,9 @@ class Trainer:
                 print(f"{self.config.run.dir} is complete: {self.step} of {self.config.run.steps} steps")
             return
         with RunLog(self.config, self.world.rank, self.step) as log:
-            self.log_start(log)
+            info = {"parameters": self.task.num_parameters, **self.task.run_info()}
+            log.write_run_info(info, self.world.device, self.world.size)
+            log.print_start(self.step, self.saved_settings, self.parallel_settings)
             if self.step == 0:
                 self.validate(log)
             self.train(log)
@@ -88,10 +98,16 @@ class Trainer:
             metrics = self.train_step(batch, stopwatch)
             self.step += 1
             log.log_step(self.step, metrics, self.task.sample_ids(batch))
-            is_last = self.step == config.run.steps
+            if self.slow_ranks.change:
+                log.print(self.slow_ranks.change)
+            if self.skipped is not None:
+                log.log_skipped(self.skipped)
+            if self.verdict.action == ABORT:
+                raise NonFiniteError(self.guard.describe_abort(self.verdict, self.saver.store.newest()))
+            is_last, is_rolled_back = self.step == config.run.steps, self.verdict.action == ROLL_BACK
             if is_last or self.step % config.validation.every == 0:
                 self.validate(log)
-            if is_last or self.stopping or self.step % config.checkpoint.every == 0:
+            if is_last or is_rolled_back or self.stopping or self.step % config.checkpoint.every == 0:
                 self.save()
             if is_last or self.stopping:
                 return
@@ -100,79 +116,82 @@ class Trainer:
             self.heartbeat(f"the loader, for step {self.step + 1}")
 
     def train_step(self, batch: Any, stopwatch: Stopwatch) -> dict[str, Any]:
-        """One optimizer step; returns a line of metrics.jsonl: sums over all ranks, times and memory of this rank."""
+        """One step; returns a line of metrics.jsonl: sums over all ranks, times and memory of this rank."""
         lr = lr_at(self.step, self.config.run.steps, self.config.optim)
-        output = self.task.train_step(batch, self.step, lr, stopwatch.lap)
-        self.ema.update()
+        output = self.task.forward_backward(batch, self.step, stopwatch.lap)
         totals = self.sum_over_ranks(batch, output)
         self.stopping = totals["stop_requested"] > 0
-        metrics = self.task.finish_step(batch, output, totals, self.step)
-        self.check_finite(metrics, output)
+        metrics = self.task.step_metrics(batch, output, totals, self.step)
+        grad_norm = math.inf if totals["non_finite_norms"] else output.grad_norm
+        self.verdict, self.skipped = self.guard.judge(self.step + 1, metrics.loss, grad_norm), None
+        if self.verdict.action == APPLY:
+            self.task.optimizer_step(lr)
+            self.ema.update()
+        else:
+            self.skipped = self.skip_step(batch, output, metrics.loss, grad_norm)
         stopwatch.lap("optimizer")
-        times = stopwatch.read()
-        attainable = self.matmul_flops_per_s
-        return {
-            "step": self.step + 1,
-            "loss": metrics.loss,
-            "grad_norm": output.grad_norm,
-            "lr": lr,
-            "tokens_per_second": metrics.num_tokens / times["step"],
-            **metrics.columns,
-            **{f"time_{name}": round(seconds, 5) for name, seconds in times.items()},
-            "mfu": totals["flops"] / times["step"] / (attainable * self.world.size) if attainable else None,
-            "peak_memory_gib": round(peak_memory(self.world.device) / 2**30, 3),
-        }
+        figures = {"step": self.step + 1, "loss": metrics.loss, "grad_norm": grad_norm, "lr": lr, **metrics.columns}
+        attainable, times = self.matmul_flops_per_s, self.slow_ranks.record(stopwatch.read())
+        speed = speed_columns(times, metrics.num_tokens, totals["flops"], attainable, self.world)
+        return {**figures, **skipped_columns(self.skipped), **speed}
 
     def sum_over_ranks(self, batch: Any, output: StepOutput) -> dict[str, float]:
-        """Sums over all ranks, by name: those of the task, FLOPs and stop requests; one all-reduce in fp64."""
+        """Sums over all ranks, by name: those of the task, FLOPs, stop requests and gradient norms that are not finite;
+        one all-reduce in fp64."""
         flops = self.task.flops(batch) if self.matmul_flops_per_s else 0.0
-        summands = {**output.sums, "flops": flops, "stop_requested": self.stop_requested()}
+        non_finite = output.grad_norm is not None and not math.isfinite(output.grad_norm)
+        counts = {"stop_requested": self.stop_requested(), "non_finite_norms": non_finite}
+        summands = {**output.sums, "flops": flops, **counts}
         values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in summands.values()])
-        return dict(zip(summands, self.world.all_reduce_sum(values).tolist(), strict=True))
+        sums = self.world.all_reduce_sum(torch.cat([values, self.slow_ranks.slots()])).tolist()
+        self.slow_ranks.update(self.step + 1, sums[len(summands) :])
+        return dict(zip(summands, sums, strict=False))
 
-    def check_finite(self, metrics: StepMetrics, output: StepOutput) -> None:
-        if math.isfinite(metrics.loss) and math.isfinite(output.grad_norm):
-            return
-        newest = self.saver.store.newest()
-        remedy = f"start another run.dir with optim.lr below {self.config.optim.lr:g}"
-        if newest is not None:
-            remedy += f", if need be from these weights: model.init_from={newest}"
-        raise NonFiniteError(
-            f"step {self.step + 1}: loss {metrics.loss:g}, gradient norm {output.grad_norm:g}; {remedy}"
-        )
+    def skip_step(self, batch: Any, output: StepOutput, loss: float | None, grad_norm: float | None) -> dict[str, Any]:
+        """In place of the optimizer step: drops the gradients, and rolls back if that is the verdict. Returns the line
+        of skipped.jsonl."""
+        if output.loss_count:
+            self.task.discard_grads()
+        clips, named = self.task.sample_ids(batch) or [], output.non_finite_clips()
+        line = gather_skipped_step(self.world, self.step + 1, self.verdict, loss, grad_norm, clips, named)
+        if self.verdict.reason == NON_FINITE:
+            self.guard.name_clips(line["non_finite_clips"], len(set(line["sample_ids"])))
+        if self.verdict.action == ROLL_BACK:
+            self.heartbeat(f"the rollback after step {self.step + 1}")
+            state = roll_back(self.saver, self.guard.first_spike - 1, self.config.checkpoint.every)
+            if state is None:
+                self.verdict = Verdict(ABORT, SPIKE)
+            else:
+                self.load_updates(state)
+                self.guard.rolled_back(state["guard"]["losses"])
+                line["rolled_back_to"] = state["step"]
+        return line
 
     def validate(self, log: RunLog) -> None:
         self.heartbeat(f"the validation after step {self.step}")
         log.log_validation(self.step, self.task.validate())
-
-    def log_start(self, log: RunLog) -> None:
-        info = {"parameters": self.task.num_parameters, **self.task.run_info()}
-        log.write_run_info(info, self.world.device, self.world.size)
-        log.print(f"from step {self.step} to {self.config.run.steps}")
-        changes = [
-            f"{key} {self.saved_settings.get(key)} -> {value}"
-            for key, value in self.parallel_settings.items()
-            if self.saved_settings.get(key) != value
-        ]
-        if changes:
-            log.print(f"since the checkpoint of step {self.step}: {', '.join(changes)}")
 
     # ------------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
         self.heartbeat(f"the save after step {self.step}")
         state = {"parallel": self.parallel_settings, "ema_updates": self.ema.updates, "task": self.task.state_dict()}
-        self.saver.save(self.step, state)
+        self.saver.save(self.step, {**state, "guard": self.guard.state_dict(), "code": source_hash()})
 
     def resume(self) -> tuple[int, dict[str, Any]]:
-        """Loads the newest checkpoint, if there is one; returns (its step or 0, the settings that saved it)."""
-        self.heartbeat("loading the newest checkpoint")
-        state = self.saver.load_newest()
+        """Loads the checkpoint that `run.start` asks for; returns (its step or 0, the settings that saved it)."""
+        state = self.saver.resume(self.config.run.start, lambda: self.heartbeat("loading the newest checkpoint"))
         if self.world.is_main:
             prepare_run_folder(self.config, state["step"] if state is not None else 0)
         self.world.barrier()
         if state is None:
             return 0, self.parallel_settings
-        self.task.load_state_dict(state["task"], state["step"])
-        self.ema.updates = state["ema_updates"]
+        self.load_updates(state)
+        self.task.load_state_dict(state["task"])
+        self.guard.load_state_dict(state["guard"])
         return state["step"], state["parallel"]
+
+    def load_updates(self, state: dict[str, Any]) -> None:
+        """Call after the fragments of a checkpoint were loaded, with its state."""
+        self.ema.updates = state["ema_updates"]
+        self.task.sync_after_load(state["ema_updates"])  # every update is followed by one of the EMA

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "megasora"
 # Base layers first. A unit (a file or a folder of megasora/) imports only units of lower layers.
 LAYERS = [
     {"errors"},
-    {"config", "files", "locks", "jsonl", "stop", "placement"},
-    {"batch", "kernels", "fragment"},
+    {"files", "locks", "jsonl", "stop", "placement"},
+    {"config", "batch", "kernels", "fragment"},
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
     {"run_log", "testing", "build", "ingest"},
     {"parallelize", "sampling", "observe", "watchdog"},

@@ -153,7 +153,10 @@ def test_renamed_keys_are_not_valid_and_their_new_names_are():
 def test_a_renamed_key_is_answered_with_its_new_name(key):
     section = find_section(RENAMED[key])
     subkey = f".{dataclasses.fields(section)[0].name}" if section else ""
-    expected = f"{key} was renamed to {RENAMED[key]}. The new overrides: {RENAMED[key]}{subkey}=1"
+    if RENAMED[key] == "run.start":
+        expected = f"{key}=1 was renamed to run.start=init:1. The new overrides: run.start=init:1"
+    else:
+        expected = f"{key} was renamed to {RENAMED[key]}. The new overrides: {RENAMED[key]}{subkey}=1"
     assert message([f"{key}{subkey}=1"]) == expected
 
 
@@ -162,7 +165,7 @@ def test_all_renamed_keys_of_the_overrides_are_named_with_the_new_overrides():
     assert text == (
         "optim.rate was renamed to optim.lr; model.attention=plain was renamed to model.attention_backend=math; "
         "data.weights was renamed to data.mixture_weights. "
-        "The new overrides: optim.lr=0.005 model.attention_backend=math 'data.mixture_weights=[3, 1]'"
+        "The new overrides: optim.lr=5e-3 model.attention_backend=math 'data.mixture_weights=[3, 1]'"
     )
 
 
@@ -176,7 +179,7 @@ model: {recompute: attention, qk_norm: width}
 """
 NEW_LINES = """\
 optim:
-  lr: 0.0002
+  lr: 2.0e-4
   max_grad_norm: 0.5
 data:
   token_drop:
@@ -297,24 +300,21 @@ def test_a_run_folder_of_another_version_ends_each_command_with_one_line_and_exi
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("run.steps=many", r"run.steps: Value 'many' .* could not be converted to Integer"),
-        ("run.steps=1.5", r"run.steps: Value '1.5' .* could not be converted to Integer"),
-        ("optim.lr=fast", r"optim.lr: Value 'fast' .* could not be converted to Float"),
-        ("run.dir=null", r"run.dir: Incompatible value 'None'"),
-        ("codec.factors=[4,8,x]", r"codec.factors\[2\]: Value 'x' .* could not be converted to Integer"),
-        ("codec.factors=4", r"codec.factors: Invalid value assigned"),
+        ("run.steps=many", r"run.steps=many must be a whole number"),
+        ("run.steps=1.5", r"run.steps=1.5 must be a whole number"),
+        ("optim.lr=fast", r"optim.lr=fast must be a number"),
+        ("run.ledger=maybe", r"run.ledger=maybe must be true or false"),
+        ("codec.factors=[4,8,x]", r"codec.factors\[2\]=x must be a whole number"),
+        ("codec.factors=4", r"codec.factors=4 must be a list"),
         ("optim.betas[0]=0.5", r"give a list as a whole, e.g. optim.betas=\[0.9,0.99\]"),
         ("model=3", r"model is a section; give model.<key>, one of width, depth"),
         ("run.steps", r"override 'run.steps' is not of the form key.path=value"),
         ("=3", r"override '=3' is not of the form key.path=value"),
-        ("run.dir=${nothing}", r"run.dir: Interpolation key 'nothing' not found"),
-        ("run.seed=-1", r"run.seed=-1 must be from 0 to below 2\^63"),
-        ("optim.eps=nan", r"optim.eps=nan must be a finite number"),
-        ("objective.logit_mean=inf", r"objective.logit_mean=inf must be a finite number"),
-        (
-            "objective.frame_conditioning.first=nan",
-            r"objective.frame_conditioning=.* weights are not negative and not all zero",
-        ),
+        ("run.dir=${nothing}", r"run.dir=\${nothing}: \${...} is not expanded; write the value out"),
+        ("run.seed=-1", r"run.seed=-1 must be at least 0 and at most 9223372036854775807"),
+        ("optim.eps=nan", r"optim.eps=nan must be above 0 and at most 1"),
+        ("objective.logit_mean=inf", r"objective.logit_mean=inf must be at least -20 and at most 20"),
+        ("objective.frame_conditioning.first=nan", r"objective.frame_conditioning.first=nan must be at least 0"),
     ],
 )
 def test_the_message_for_a_wrong_value_names_its_key(override, expected):
@@ -339,10 +339,10 @@ def test_yaml_aliases_are_rejected_before_they_are_expanded(tmp_path):
         ("run: {steps: 3", "is not valid YAML"),
         ("run:\n  steps: 3\n  steps: 4\n", "run.steps occurs twice, lines 2 and 3"),
         ("run:\n", "run is a section; give run.<key>"),
-        ("!!python/object:os.system {}\n", "could not determine a constructor"),
+        ("!!python/object:os.system {}\n", "YAML tags (!name) are not accepted"),
         ("run: {steps: 1}\n---\nrun: {steps: 2}\n", "is not valid YAML: expected a single document"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
-        ("#" * ((1 << 20) + 1), "has 1048577 bytes; a configuration has at most 1048576"),
+        ("#" * ((1 << 20) + 1), "cannot be read: more than 1048576 bytes"),
     ],
 )
 def test_the_message_for_a_file_that_is_not_a_configuration_names_it(tmp_path, content, expected):
@@ -366,24 +366,24 @@ def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
         (["model.width=64", "model.heads=16"], "model.width=64 / model.heads=16 = 4: the head dim must be even"),
         (["model.width=63", "model.heads=9"], "model.width=63 / model.heads=9 = 7: the head dim must be even"),
         (["codec.channels=769"], "codec.channels=769 must be from 3 to 3 x 4 x 8 x 8 = 768"),
-        (["codec.factors=[2,4]"], "codec.factors=[2, 4] must be three positive integers: frames, height, width"),
-        (["data.patch=[1,0,1]"], "data.patch=[1, 0, 1] must be three positive integers"),
+        (["codec.factors=[2,4]"], "codec.factors=[2, 4] must be three whole numbers: frames, height, width"),
+        (["data.patch=[1,0,1]"], "data.patch[1]=0 must be at least 1 and at most 64"),
         (["data.patch=[2,1,1]"], "data.patch=[2, 1, 1]: the first must be 1; raise codec.factors[0] for longer tokens"),
         (["text.name=t5"], "text.name=t5 needs text.path, a folder or a hub name of its weights"),
         (["text.name=byte"], "text.name=byte must be one of bytes, t5, clip; did you mean bytes?"),
         (["wandb.mode=onlin"], "wandb.mode=onlin must be one of offline, online, disabled; did you mean online?"),
-        (["parallel.zero_stage=4"], "parallel.zero_stage=4 must be one of 1, 2, 3"),
-        (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers from 0 to below 1"),
-        (["optim.betas=[0.9,1.0]"], "optim.betas=[0.9, 1.0] must be two numbers from 0 to below 1"),
-        (["optim.ema_decay=1"], "optim.ema_decay=1.0 must be from 0 (no averaging) to below 1"),
-        (["optim.lr=0"], "optim.lr=0.0 must be a positive number"),
-        (["objective.caption_dropout=1"], "objective.caption_dropout=1.0 must be from 0 to below 1"),
-        (["objective.frame_conditioning.first=-1"], "weights are not negative and not all zero"),
-        ([f"objective.frame_conditioning.{k}=0" for k in CHOICES], "not all zero"),
-        (["optim.min_lr_ratio=1.5"], "optim.min_lr_ratio=1.5 must be from 0 to 1: the last lr / optim.lr"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage=4 must be at least 1 and at most 3"),
+        (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers"),
+        (["optim.betas=[0.9,1.0]"], "optim.betas[1]=1.0 must be at least 0 and below 1"),
+        (["optim.ema_decay=1"], "optim.ema_decay=1.0 must be at least 0 and below 1"),
+        (["optim.lr=0"], "optim.lr=0.0 must be above 0 and at most 100"),
+        (["objective.caption_dropout=1"], "objective.caption_dropout=1.0 must be at least 0 and below 1"),
+        (["objective.frame_conditioning.first=-1"], "frame_conditioning.first=-1.0 must be at least 0"),
+        ([f"objective.frame_conditioning.{k}=0" for k in CHOICES], "must not all be zero"),
+        (["optim.min_lr_ratio=1.5"], "optim.min_lr_ratio=1.5 must be at least 0 and at most 1"),
         (["data.tokens_per_pack=0"], "data.tokens_per_pack=0 must be at least 1"),
         (["evaluation.prompts=4"], "evaluation.prompts=4 must be 0 or a multiple of 16, e.g. 48"),
-        (["evaluation.prompts=-16"], "evaluation.prompts=-16 must be 0 or a multiple of 16, e.g. 48"),
+        (["evaluation.prompts=-16"], "evaluation.prompts=-16 must be at least 0"),
         (
             ["data.mixture=[a,b]", "data.mixture_weights=[3.0]"],
             "data.mixture=['a', 'b'] has 2 folders, data.mixture_weights=[3.0] 1 weight; give one weight per folder",
@@ -391,7 +391,11 @@ def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
         (["data.mixture=[a,a]", "data.mixture_weights=[3,1]"], "data.mixture=['a', 'a']: a occurs twice"),
         (["sample.size=48"], "sample.size=48 is not HEIGHTxWIDTH in pixels, e.g. 48x80"),
         (["sample.size=48x0"], "sample.size=48x0 is not HEIGHTxWIDTH in pixels"),
-        (["model.width=99999999999", "model.heads=7"], "model.width=99999999999 must be at most 131072"),
+        (["model.width=99999999999", "model.heads=7"], "model.width=99999999999 must be at least 1 and at most"),
+        (
+            ["model.width=131072", "model.heads=1024", "model.depth=1000"],
+            "model.width=131072, model.depth=1000 and model.mlp_ratio=4.0 make about 2.7e+14 weights; at most 1e+13",
+        ),
     ],
 )  # fmt: skip
 def test_the_message_for_a_value_that_is_not_accepted_has_the_numbers(overrides, expected):

@@ -12,10 +12,10 @@ import torch
 
 from megasora.codec import build_codec
 from megasora.config import Config, load
+from megasora.data.clip_writer import write_image, write_video
 from megasora.data.patches import unpatchify
 from megasora.data.shard_format import MANIFEST, read_manifest
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.video import write_image, write_video
 from megasora.errors import MegaSoraError
 from megasora.ingest import ingest
 from megasora.ingest.sources import find_clips
@@ -80,7 +80,7 @@ def test_captions_come_from_txt_json_and_jsonl(tmp_path):
     (clips / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     near = json.dumps({"file": "e.png", "caption": "from\u2028the nearer table"}, ensure_ascii=False)
     (clips / "deep" / "captions.jsonl").write_text(near, encoding="utf-8")
-    captions = {clip.media.path.name: clip.caption for clip in find_clips(clips)}
+    captions = {clip.media.path.name: clip.caption for clip in find_clips(clips).clips}
     assert captions == {
         "a.png": "from a text file",
         "b.png": "from a json file",
@@ -93,17 +93,19 @@ def test_captions_come_from_txt_json_and_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("a.json", b"{", "a.json is not JSON with a text under the key"),
-        ("a.json", b'{"text": "a cat"}', "a.json is not JSON with a text under the key"),
-        ("a.json", b'{"caption": null}', "a.json is not JSON with a text under the key"),
-        ("a.json", b'["a cat"]', "a.json is not JSON with a text under the key"),
-        ("a.json", b'{"caption": "\\ud800"}', "a.json is not JSON with a text under the key"),
-        ("a.txt", "un café".encode("latin-1"), "a.txt is not UTF-8 text"),
+        ("a.json", b"{", "a.png: its caption cannot be read: a.json: "),
+        ("a.json", b'{"text": "a cat"}', "a.png has no caption"),
+        ("a.json", b'{"caption": null}', "a.png has no caption"),
+        ("a.json", b'["a cat"]', "a.json: no JSON object"),
+        ("a.json", b'{"caption": "\\ud800"}', "a.png: its caption is not UTF-8 text: a.json: "),
+        ("a.txt", "un café".encode("latin-1"), "a.png: its caption is not UTF-8 text: a.txt: "),
         ("captions.jsonl", b'{"file": "a.png", "caption": "a cat"}\nnot json\n', "captions.jsonl:2 is not"),
         ("captions.jsonl", b'{"file": "a.png"}\n', "captions.jsonl:1 is not"),
         ("captions.jsonl", b'{"file": "a.png", "caption": null}\n', "captions.jsonl:1 is not"),
         ("captions.jsonl", b'{"file": ["a.png"], "caption": "a cat"}\n', "captions.jsonl:1 is not"),
-        ("captions.jsonl", b"\xff\n", "captions.jsonl is not UTF-8 text"),
+        ("captions.jsonl", b"\xff\n", "captions.jsonl:1 is not"),
+        ("captions.jsonl", b"[" * 100_000, "captions.jsonl:1 is not"),
+        ("captions.jsonl", b'{"file": "a.png", "caption": 1' + b"0" * 5000 + b"}", "captions.jsonl:1 is not"),
     ],
 )
 def test_a_caption_that_is_not_text_is_an_error_with_file_and_line(name, data, words, tmp_path):
@@ -236,7 +238,7 @@ def test_hidden_files_and_other_files_are_not_clips(tmp_path):
     make_still(tmp_path / "clips" / ".b.png")
     (tmp_path / "clips" / "notes.md").write_text("# notes")
     (tmp_path / "clips" / "folder.mp4").mkdir()
-    assert [clip.media.path.name for clip in find_clips(tmp_path / "clips")] == ["a.png"]
+    assert [clip.media.path.name for clip in find_clips(tmp_path / "clips").clips] == ["a.png"]
 
 
 # ---------------------------------------------------------------- rejections and errors
@@ -253,11 +255,11 @@ def test_a_damaged_clip_is_counted_with_its_reason_and_the_others_are_written(tm
     (clips / "1.mp4").write_text("this is text\n" * 100)
     (clips / "2.mp4").write_bytes(b"")
     manifest = ingest(clips, tmp_path / "shards", settings())
-    assert manifest.rejected == {"unreadable": 1, "empty file": 1}
+    assert manifest.rejected == {"wrong suffix": 1, "empty file": 1}
     assert read_manifest(tmp_path / "shards").rejected == manifest.rejected
     assert captions(tmp_path / "shards") == ["clip 0", "clip 3"]
     shown = capsys.readouterr().out
-    assert "unreadable" in shown and "empty file" in shown
+    assert "wrong suffix" in shown and "empty file" in shown
     files = ["blocks", "blocks/000000.json", MANIFEST, "ingest.json"]
     assert paths_below(tmp_path / "shards") == [*files, "train-000000-000.index.npy", "train-000000-000.tar"]
 

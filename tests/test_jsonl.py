@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megasora.jsonl import JsonlWriter
+import pytest
+
+from megasora.jsonl import JsonlWriter, parse_json
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -36,3 +38,45 @@ def test_an_incomplete_jsonl_line_does_not_merge_with_the_next_one(tmp_path):
     writer.write({"step": 2})
     writer.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2, "lo\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("text", ["", "[", "nul", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, b"\xff\xfe", "[1] 2"])
+def test_a_text_that_is_not_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_a_number_that_json_does_not_have_is_not_written(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            writer.write({"loss": value})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_full_disk_names_the_jsonl_file():
+    writer = JsonlWriter(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        writer.write({"step": 1})
+    writer.close()
+
+
+def test_a_line_of_which_the_disk_takes_a_part_is_completed(tmp_path):
+    class Slow:
+        """A file that takes at most 3 bytes at a time."""
+
+        def __init__(self, file):
+            self.file, self.name = file, file.name
+
+        def write(self, data):
+            return self.file.write(data[:3])
+
+        def close(self):
+            self.file.close()
+
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.file = Slow(writer.file)
+    writer.write({"step": 12, "loss": 0.5})
+    writer.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 12, "loss": 0.5}]

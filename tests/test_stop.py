@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import check_same_checkpoints, is_running, read_jsonl, train_arguments
 
-from megasora.errors import CONFIGURATION, DONE, STOPPED
+from megasora.errors import CONFIGURATION, DONE, STOPPED, StopRequested
 from megasora.stop import STOP_SIGNALS, StopSignal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,41 @@ def test_a_signal_is_recorded_and_does_not_end_the_process(number):
         os.kill(os.getpid(), number)
         assert stop.requested() and stop.name == number.name
     assert signal.getsignal(number) is handler
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """nohup ignores SIGHUP, so that a run survives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_request_is_known_to_other_threads_before_the_main_thread_runs_its_handler():
+    """The main thread may wait in a collective. Here the handler is the one that a C extension would delay."""
+    with StopSignal() as stop:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(stop.requested).result()
+        assert stop.name == "SIGTERM"
+
+
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_before_the_first_step_a_request_ends_the_process_at_once(moment):
+    with pytest.raises(StopRequested, match="by SIGTERM before the first step; the same command"), StopSignal() as stop:
+        if moment == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        with stop.ending("before the first step"):
+            assert moment == "within"
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+            pytest.fail("the request was not followed")
+    for number in STOP_SIGNALS:  # ignored while a stopped process ends
+        signal.signal(number, signal.SIG_DFL)
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen:

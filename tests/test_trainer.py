@@ -1,6 +1,9 @@
 """The training loop with a task that is no VideoDiT: a linear regression with plain torch AdamW, data parallel."""
 
+import copy
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.config import load
 from megasora.errors import NonFiniteError, StopRequested
 from megasora.fragment import Fragment
+from megasora.optim.schedule import lr_at
 from megasora.parallel.world import World
 from megasora.placement import Placement
-from megasora.run_log.ledger import read_ledger
+from megasora.run_log.ledger import read_ledger, read_skipped
 from megasora.tasks.task import StepMetrics, StepOutput
 from megasora.testing.spawn import run_ranks
 from megasora.trainer import Trainer
@@ -25,8 +29,9 @@ class LinearRegression:
 
     num_parameters = FEATURES
 
-    def __init__(self, world, diverges_at=None):
-        self.world, self.diverges_at, self.position = world, diverges_at, 0
+    def __init__(self, world, factors):
+        """`factors`: {step: what the errors of this step are multiplied with}"""
+        self.world, self.factors, self.position = world, factors, 0
         self.weight = torch.zeros(FEATURES, requires_grad=True)
         self.adam = torch.optim.AdamW([self.weight], lr=0.0, weight_decay=0.0)
         self.adam.state[self.weight] = {
@@ -47,9 +52,11 @@ class LinearRegression:
     def state_dict(self):
         return {"position": self.position}
 
-    def load_state_dict(self, state, step):
+    def load_state_dict(self, state):
         self.position = state["position"]
-        self.adam.state[self.weight]["step"].fill_(step)
+
+    def sync_after_load(self, updates):
+        self.adam.state[self.weight]["step"].fill_(updates)
 
     def batches(self):
         while True:
@@ -63,20 +70,23 @@ class LinearRegression:
     def flops(self, batch):
         return 0.0
 
-    def train_step(self, batch, step, lr, lap):
+    def forward_backward(self, batch, step, lap):
         error = ((self.weight - torch.arange(1.0, FEATURES + 1)) * batch[1]).sum(1).square().sum()
-        if step + 1 == self.diverges_at:
-            error = error * float("nan")
+        error = error * self.factors.get(step + 1, 1.0)
         (error / EXAMPLES_PER_STEP).backward()
         dist.all_reduce(self.weight.grad)
         lap("backward")
-        norm = float(self.weight.grad.norm())
+        return StepOutput(float(self.weight.grad.norm()), EXAMPLES_PER_STEP, {"squared_error": error.detach()})
+
+    def optimizer_step(self, lr):
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.adam.zero_grad()
-        return StepOutput(norm, EXAMPLES_PER_STEP, {"squared_error": error.detach()})
 
-    def finish_step(self, batch, output, totals, step):
+    def discard_grads(self):
+        self.adam.zero_grad()
+
+    def step_metrics(self, batch, output, totals, step):
         self.position += EXAMPLES_PER_STEP
         return StepMetrics(totals["squared_error"] / output.loss_count, EXAMPLES_PER_STEP, {"position": self.position})
 
@@ -84,18 +94,18 @@ class LinearRegression:
         return {"loss": float(self.weight.detach().square().sum())} if self.world.is_main else None
 
 
-def train_linear(folder, stop_after=None, diverges_at=None):
-    """One launch on each rank; the name and message of the error that ended it, or None."""
+def train_linear(folder, stop_after=None, factors=None, settings=()):
+    """One launch on each rank; the name and message of the error that ended it, or the activities of the watchdog."""
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size, torch.device("cpu"))
     every = ["checkpoint.every=4", "validation.every=6", "run.ledger=true"]
     optim = ["optim.lr=0.5", "optim.warmup_steps=2", "wandb.mode=disabled"]
-    config = load(None, [f"run.steps={STEPS}", f"run.dir={folder}", *every, *optim])
+    config = load(None, [f"run.steps={STEPS}", f"run.dir={folder}", *every, *optim, *settings])
     activities = []
     trainer = Trainer(
         config,
         world,
-        LinearRegression(world, diverges_at),
+        LinearRegression(world, factors or {}),
         lambda: rank == size - 1 and trainer.step + 1 == stop_after,
         activities.append,
     )
@@ -110,8 +120,8 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def checkpoint_of(folder):
-    checkpoint = ShardedCheckpoint(folder / "checkpoints" / f"step-{STEPS:08d}")
+def checkpoint_of(folder, step=STEPS):
+    checkpoint = ShardedCheckpoint(folder / "checkpoints" / f"step-{step:08d}")
     assert checkpoint.kinds == {"weights", "ema", "exp_avg", "exp_avg_sq"}
     return {kind: checkpoint.full_tensor(kind, "weight") for kind in checkpoint.kinds}
 
@@ -149,9 +159,103 @@ def test_a_stop_on_one_rank_and_a_resume_change_nothing(uninterrupted, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_the_remedy(tmp_path):
-    (message,) = run_ranks(train_linear, 1, str(tmp_path), None, 6)
+    nan = {step: float("nan") for step in (5, 6)}
+    (message,) = run_ranks(train_linear, 1, str(tmp_path), None, nan, ["optim.max_skipped_steps=2"])
     assert message == (
-        "NonFiniteError: step 6: loss nan, gradient norm nan; start another run.dir with optim.lr below 0.5, "
-        f"if need be from these weights: model.init_from={tmp_path}/checkpoints/step-00000004"
+        "NonFiniteError: steps 5 to 6: loss or gradient norm not finite (2 in a row, optim.max_skipped_steps=2); start "
+        "another run.dir with optim.lr below 0.5, if need be from these weights: "
+        f"run.start=init:{tmp_path}/checkpoints/step-00000004"
     )
-    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [line.get("skipped") for line in metrics_of(tmp_path)] == [None] * 4 + ["non-finite"] * 2
+
+
+# ---------------------------------------------------------------------- steps that are left out
+
+SPIKES = ["run.steps=20", "optim.spike.threshold=20", "optim.spike.window=4", "optim.spike.patience=3", "optim.lr=0.05"]
+
+
+def weights_after(applied, rollback=None, steps=20):
+    """The weights of a loop in plain PyTorch on one process that takes the steps `applied` only.
+
+    `rollback`: (a, b): after step b, weights and optimizer are those after step a.
+    """
+    weight = torch.zeros(FEATURES, requires_grad=True)
+    adam, saved = torch.optim.AdamW([weight], lr=0.0, weight_decay=0.0), None
+    config = load(None, [*SPIKES, "optim.warmup_steps=2"])
+    for step in range(1, steps + 1):
+        ids = range((step - 1) * EXAMPLES_PER_STEP, step * EXAMPLES_PER_STEP)
+        x = torch.stack([torch.randn(FEATURES, generator=torch.Generator().manual_seed(i)) for i in ids])
+        error = ((weight - torch.arange(1.0, FEATURES + 1)) * x).sum(1).square().sum()
+        (error / EXAMPLES_PER_STEP).backward()
+        if step in applied:
+            adam.param_groups[0]["lr"] = lr_at(step - 1, config.run.steps, config.optim)
+            adam.step()
+        adam.zero_grad()
+        if rollback is not None and step == rollback[0]:
+            saved = weight.detach().clone(), copy.deepcopy(adam.state_dict())
+        if rollback is not None and step == rollback[1]:
+            weight.data.copy_(saved[0])
+            adam.load_state_dict(saved[1])
+    return weight.detach()
+
+
+def test_a_spike_and_a_nan_are_each_skipped_once_and_the_others_are_as_without_them(tmp_path):
+    factors = {9: float("nan"), 11: 1e4}
+    run_ranks(train_linear, 1, str(tmp_path), None, factors, SPIKES)
+    metrics = metrics_of(tmp_path)
+    assert {m["step"]: m["skipped"] for m in metrics if "skipped" in m} == {9: "non-finite", 11: "spike"}
+    applied = set(range(1, 21)) - set(factors)
+    assert torch.equal(checkpoint_of(tmp_path, 20)["weights"], weights_after(applied))
+    trained, skipped = read_ledger(tmp_path), read_skipped(tmp_path)
+    assert {step for step, ids in trained.items() if ids} == applied and set(skipped) == set(factors)
+    assert all(ids == list(range((s - 1) * EXAMPLES_PER_STEP, s * EXAMPLES_PER_STEP)) for s, ids in skipped.items())
+
+
+SUSTAINED = {step: 1e4 for step in (10, 11, 12)}
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollback") / "run"
+    run_ranks(train_linear, 2, str(folder), None, SUSTAINED, [*SPIKES, "checkpoint.keep=9"])
+    return folder
+
+
+def test_sustained_spikes_roll_back_and_leave_out_the_steps_since_the_checkpoint(rolled_back):
+    metrics = metrics_of(rolled_back)
+    assert [m["step"] for m in metrics] == list(range(1, 21))
+    assert {m["step"]: m["skipped"] for m in metrics if "skipped" in m} == dict.fromkeys(SUSTAINED, "spike")
+    lines = [json.loads(line) for line in (rolled_back / "skipped.jsonl").read_text().splitlines()]
+    assert [line.get("rolled_back_to") for line in lines] == [None, None, 8]
+    assert {step for step, ids in read_ledger(rolled_back).items() if not ids} == {9, 10, 11, 12}
+    assert set(read_skipped(rolled_back)) == {9, 10, 11, 12}
+    at_8, at_12 = checkpoint_of(rolled_back, 8), checkpoint_of(rolled_back, 12)
+    assert all(torch.equal(at_8[kind], at_12[kind]) for kind in at_8)
+    expected = weights_after(set(range(1, 21)) - set(SUSTAINED), rollback=(8, 12))
+    torch.testing.assert_close(checkpoint_of(rolled_back, 20)["weights"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop_after", [9, 11, 12, 13])
+def test_a_stop_or_a_kill_around_a_rollback_changes_nothing(stop_after, rolled_back, tmp_path):
+    settings = [*SPIKES, "checkpoint.keep=9"]
+    run_ranks(train_linear, 2, str(tmp_path), stop_after, SUSTAINED, settings)
+    if stop_after == 12:  # as if it was killed after the rollback, before the save
+        shutil.rmtree(tmp_path / "checkpoints" / "step-00000012")
+    run_ranks(train_linear, 2, str(tmp_path), None, SUSTAINED, settings)
+    expected, saved = checkpoint_of(rolled_back, 20), checkpoint_of(tmp_path, 20)
+    assert all(torch.equal(saved[kind], expected[kind]) for kind in expected)
+    assert read_ledger(tmp_path) == read_ledger(rolled_back)
+    assert (tmp_path / "skipped.jsonl").read_text() == (rolled_back / "skipped.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "first, words",
+    [(10, "steps 19 to 20: .* rollback 3, optim.spike.max_rollbacks=2; .* optim.lr below 0.05"),
+     (6, "steps 6 to 7: .* there is no checkpoint from before them to roll back to; .* optim.lr below 0.05")],
+)  # fmt: skip
+def test_spikes_that_do_not_end_end_the_run(first, words, tmp_path):
+    every = 5 if first == 10 else 50
+    more = ["optim.spike.patience=2", "optim.spike.max_rollbacks=2", f"checkpoint.every={every}", "run.steps=30"]
+    factors = {step: 1e4 for step in range(first, 31) if step not in (12, 13, 14, 17, 18)}
+    (message,) = run_ranks(train_linear, 1, str(tmp_path), None, factors, [*SPIKES, *more])
+    assert re.search(f"NonFiniteError: {words}", message), message

@@ -14,18 +14,20 @@ import pytest
 from conftest import train_arguments
 
 from megasora import watchdog
-from megasora.errors import CRASH, HANG
-from megasora.run_log.launches import read_exit
+from megasora.errors import CRASH, HANG, MegaSoraError
+from megasora.run_log.launches import Launch, read_exit
 
 RUN = """
 import sys, time
 from pathlib import Path
 from megasora import watchdog
+from megasora.run_log.launches import Launch
 
 run, seconds, stop = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "stop"
 watchdog.STOP_SECONDS = 2.0  # else 10
-dog = watchdog.Watchdog(run, 0, 3, seconds, lambda: stop)
+dog = watchdog.Watchdog(Launch(run, 0), 3, seconds, lambda: stop)
 with dog.watching():
+    dog.begin("building")
     for step in range(4):
         dog.heartbeat(f"step {step}")
         time.sleep(0.3)
@@ -37,10 +39,10 @@ with dog.watching():
 def run_with_watchdog(run, seconds: float, stop: str, stuck: float) -> tuple[int, float, str]:
     """Exit code, seconds after the last heartbeat, standard error."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
-    (run / "logs" / "hang-00001").write_text("step 3")  # written by another process
     words = [sys.executable, "-c", RUN, str(run), str(seconds), stop, str(stuck)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
+    (run / "logs" / "hang-00001").write_text("step 3")  # written by another process
     start = time.monotonic()
     _, error = process.communicate(timeout=60)
     return process.returncode, time.monotonic() - start, error
@@ -58,13 +60,28 @@ def test_a_run_without_heartbeats_ends_within_its_timeout_and_names_the_process_
     assert recorded["code"] == HANG
     reason = "no heartbeat for 1 s; process 2: no answer: stopped or dead; process 0, 1: step 3; stacks in"
     assert recorded["reason"].startswith(reason) and reason in error
-    assert "Current thread" in error and 'File "<string>", line 14' in error  # the stack of the thread that sleeps
+    assert "Current thread" in error and 'File "<string>", line 16' in error  # the stack of the thread that sleeps
 
 
 def test_a_process_that_cannot_follow_a_stop_request_is_ended(tmp_path):
     code, seconds, _ = run_with_watchdog(tmp_path, 100.0, "stop", 60.0)
     assert code == CRASH and 2.4 < seconds < 30  # 2 s and three activities of 0.3 s, one of them before the start
     assert "other processes are gone" in read_exit(tmp_path)["reason"]
+
+
+def test_a_process_that_wakes_in_another_launch_goes_no_further(tmp_path):
+    """Its next heartbeat comes before the next step, save or validation."""
+    launch = Launch(tmp_path, 0)
+    launch.begin(1)
+    dog = watchdog.Watchdog(launch, 1, 540.0, lambda: False)
+    dog.begin("step 6")
+    dog.activity_start -= 100.0  # it was suspended for so long, but no other launch has begun
+    dog.heartbeat("step 7")
+    Launch(tmp_path, 0).begin(1)
+    dog.heartbeat("step 8")  # too soon after the last for a launch to have begun: nothing is read
+    dog.activity_start -= 100.0
+    with pytest.raises(MegaSoraError, match="belongs to another launch since this process was suspended"):
+        dog.heartbeat("the save after step 8")
 
 
 @pytest.mark.slow

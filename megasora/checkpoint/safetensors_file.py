@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.errors import MegaSoraError
 from megasora.files import atomic_writer
 
-MAX_HEADER_BYTES = 1 << 30
+MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 
 def write_tensors(
@@ -70,7 +71,7 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Raises MegaSoraError if the file is truncated or not of this format."""
+        """Raises DamagedCheckpoint if the file is truncated or not of this format."""
         try:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -87,8 +88,8 @@ class TensorFile:
                 entries[name], end = TensorEntry(end, count), end + 4 * count
             if path.stat().st_size != end:
                 raise ValueError(f"{path.stat().st_size} bytes, {end} expected")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MegaSoraError(f"{path} cannot be read: {error}; use an earlier checkpoint") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedCheckpoint(path, f"cannot be read: {error}") from None
         return cls(path, metadata, entries)
 
     def read(self, name: str, start: int, count: int) -> Tensor:
@@ -97,8 +98,8 @@ class TensorFile:
         assert 0 <= start <= start + count <= size, f"{name} has {size} elements, not {start} to {start + count}"
         values = np.fromfile(self.path, "<f4", count, offset=offset + 4 * start)
         if len(values) != count:
-            raise MegaSoraError(
-                f"{self.path} was truncated while it was read: {len(values)} of {count} elements of {name}"
+            raise DamagedCheckpoint(
+                self.path, f"was truncated while it was read: {len(values)} of {count} elements of {name}"
             )
         return torch.from_numpy(values.astype(np.float32, copy=False))
 

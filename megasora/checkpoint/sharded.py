@@ -14,6 +14,7 @@ tensor is assembled, one parameter at a time, and sharded again.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,12 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megasora.checkpoint.damage import DamagedCheckpoint
+from megasora.checkpoint.manifest import MANIFEST, read_manifest
 from megasora.checkpoint.safetensors_file import TensorFile, write_tensors
 from megasora.errors import MegaSoraError
 from megasora.fragment import Fragment
 from megasora.placement import Placement
 
 FOLDER, METADATA = "fragments", "fragments"
+FILE_NAME = re.compile(FOLDER + r"/rank-\d{5,}\.safetensors", re.ASCII)
 
 
 def write_fragments(checkpoint: Path, rank: int, fragments: Iterable[Fragment]) -> None:
@@ -72,9 +76,9 @@ class SavedParameter:
 
 
 class ShardedCheckpoint:
-    """Reads what `write_fragments` wrote on all ranks; call `verify_checksums` first.
+    """Reads what `write_fragments` wrote on all ranks; call `verify_checksums` first. Only files of the manifest count.
 
-    `kinds`: what is saved of each parameter, e.g. weights, ema, exp_avg. Raises MegaSoraError with the file and the
+    `kinds`: what is saved of each parameter, e.g. weights, ema, exp_avg. Raises DamagedCheckpoint with the file and the
     parameter if an element is missing or saved twice.
     """
 
@@ -82,16 +86,11 @@ class ShardedCheckpoint:
         self.folder = checkpoint / FOLDER
         self.parameters: dict[str, SavedParameter] = {}
         self.kinds: set[str] = set()
-        if not self.folder.is_dir():
-            raise MegaSoraError(
-                f"{checkpoint} was saved by a version of MegaSora that this one cannot read (no {FOLDER}/ folder); "
-                "start the run again in another run.dir"
-            )
-        files = sorted(self.folder.glob("rank-*.safetensors"))
+        files = [name for name in sorted(read_manifest(checkpoint).files) if FILE_NAME.fullmatch(name)]
         if not files:
-            raise MegaSoraError(f"{self.folder} holds no rank-*.safetensors; use an earlier checkpoint")
-        for path in files:
-            self.add_file(TensorFile.open(path))
+            raise DamagedCheckpoint(checkpoint / MANIFEST, f"names no {FOLDER}/rank-XXXXX.safetensors")
+        for name in files:
+            self.add_file(TensorFile.open(checkpoint / name))
         for name, parameter in self.parameters.items():
             self.check_complete(name, parameter)
 
@@ -110,9 +109,7 @@ class ShardedCheckpoint:
             for name, entry in metadata.items():
                 self.add_fragment(name, entry, kinds[name], file)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MegaSoraError(
-                f"{file.path} does not belong to this checkpoint: {error}; use an earlier checkpoint"
-            ) from None
+            raise DamagedCheckpoint(file.path, f"does not belong to this checkpoint: {error}") from None
 
     def add_fragment(self, name: str, entry: dict[str, Any], kinds: set[str], file: TensorFile) -> None:
         """`entry`: its metadata. Raises ValueError if it contradicts the fragments added before."""
@@ -132,7 +129,7 @@ class ShardedCheckpoint:
         parameter.fragments.setdefault(tensor_rank, []).append(fragment)
 
     def check_complete(self, name: str, parameter: SavedParameter) -> None:
-        """Raises MegaSoraError unless the fragments cover each tensor rank's local tensor exactly once."""
+        """Raises DamagedCheckpoint unless the fragments cover each tensor rank's local tensor exactly once."""
         count = parameter.placement.local_shape(parameter.shape, parameter.tensor_size).numel()
         for rank in sorted({*range(parameter.tensor_size), *parameter.fragments}):
             covered, path = 0, self.folder
@@ -143,9 +140,10 @@ class ShardedCheckpoint:
             else:
                 if covered == count and rank < parameter.tensor_size:
                     continue
-            raise MegaSoraError(
-                f"{path}: the fragments of {name} (tensor rank {rank} of {parameter.tensor_size}) do not cover its "
-                f"{count} elements exactly once: wrong from element {covered} on; use an earlier checkpoint"
+            raise DamagedCheckpoint(
+                path,
+                f"is wrong: the fragments of {name} (tensor rank {rank} of {parameter.tensor_size}) do not cover its "
+                f"{count} elements exactly once, from element {covered} on",
             )
 
     def full_tensor(self, kind: str, name: str) -> Tensor:
@@ -196,5 +194,5 @@ class ShardedCheckpoint:
 def export(
     checkpoint: ShardedCheckpoint, kind: str, out: Path, on_written: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Writes the full tensors of one kind to one file, for other programs and `model.init_from`; see write_tensors."""
+    """Writes the full tensors of one kind to one file, for other programs and `run.start=init:`; see write_tensors."""
     write_tensors(out, checkpoint.shapes, partial(checkpoint.full_tensor, kind), {}, on_written)

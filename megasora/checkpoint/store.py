@@ -1,35 +1,54 @@
-"""Folders of checkpoints: saving one atomically, finding the newest, verifying checksums.
+"""Folders of checkpoints: saving one atomically, finding the newest, setting damaged ones aside.
 
-    RUN/checkpoints/latest             the name of the newest complete one
     RUN/checkpoints/step-00001000/     fragments/ (one file per rank, see sharded.py), state.json, manifest.json
+    RUN/checkpoints/latest             the name of the newest one, for people and scripts; nothing depends on it
 
 A save is written to the staging folder `.step-XXXXXXXX.part`; its files are flushed, their sizes and SHA-256 go to
-manifest.json, and the folder is renamed; only then is `latest` replaced. Before anything is loaded, every file is
-checked against the manifest.
+manifest.json, and the folder is renamed; then `latest` and the history of the run (history.py) are replaced. The newest
+checkpoint whose files agree with its manifest is the one that counts. A damaged one is renamed to
+`damaged-step-XXXXXXXX`, one that a run no longer follows to `superseded-step-XXXXXXXX`; both stay until somebody
+deletes them.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from megasora.checkpoint.damage import DamagedCheckpoint
+from megasora.checkpoint.history import read_history, write_history
+from megasora.checkpoint.manifest import (
+    MANIFEST,
+    read_json,
+    read_manifest,
+    sha256,
+    step_of,
+    verify_checksums,
+    write_manifest,
+)
 from megasora.errors import MegaSoraError
 from megasora.files import sync, write_text_atomic
 
-LATEST, MANIFEST = "latest", "manifest.json"
+LATEST, STATE_FILE = "latest", "state.json"
+DAMAGED, SUPERSEDED = "damaged", "superseded"
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `keep`: how many of the newest ones `commit` keeps."""
+    """The checkpoints of one run, in `folder` of its run folder. `keep`: how many of the newest `commit` keeps."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.run_dir = folder, keep, folder.parent
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
+
+    # ---------------------------------------------------------------- saving
 
     def begin(self, step: int) -> Path:
         """Creates the empty staging folder; on the main process, before any rank writes. Then see `commit`."""
@@ -41,109 +60,126 @@ class CheckpointStore:
     def staging_dir(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.part"
 
-    def commit(self, step: int) -> Path:
-        """Makes the save visible; on the main process, after all ranks have written. Deletes older ones beyond `keep`.
+    def write_state(self, step: int, state: dict[str, Any]) -> None:
+        """Writes state.json into the staging folder. `state`: JSON values."""
+        write_text_atomic(self.staging_dir(step) / STATE_FILE, json.dumps({"step": step, **state}) + "\n")
 
-        Later checkpoints, which exist after `latest` was set back by hand, stay until their step is saved again.
-        """
+    def commit(self, step: int) -> Path:
+        """Makes the save visible, and deletes older ones beyond `keep`; on the main process, after all have written."""
         staging, final = self.staging_dir(step), self.path(step)
         files = {}
         for file in sorted(p for p in staging.rglob("*") if p.is_file()):
-            files[file.relative_to(staging).as_posix()] = [file.stat().st_size, sha256(file)]
+            files[file.relative_to(staging).as_posix()] = (file.stat().st_size, sha256(file))
             sync(file)
-        write_text_atomic(staging / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
-        for folder in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
+        write_manifest(staging, step, files)
+        for folder in [*(p for p in staging.rglob("*") if p.is_dir()), staging]:
             sync(folder)
-        shutil.rmtree(final, ignore_errors=True)
+        self.delete(final)
         os.replace(staging, final)
-        sync(self.folder)
-        write_text_atomic(self.folder / LATEST, final.name + "\n")
-        for old in [p for p in self.complete() if p.name <= final.name][: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        for folder in (self.folder, self.run_dir):
+            sync(folder)
+        self.write_latest(final)
+        older = [p for p in self.complete() if step_of(p.name) <= step]
+        write_history(self.run_dir, dataclasses.replace(read_history(self.run_dir), saved=names(older[-self.keep :])))
+        for old in older[: -self.keep]:
+            self.delete(old)
         return final
 
+    def delete(self, checkpoint: Path) -> None:
+        """Removes a folder, if there is one; first its name, so that a kill does not leave half a checkpoint."""
+        hidden = self.folder / f".{checkpoint.name}.old.part"
+        shutil.rmtree(hidden, ignore_errors=True)
+        if checkpoint.exists():
+            os.replace(checkpoint, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def write_latest(self, checkpoint: Path) -> None:
+        if self.read_latest() != checkpoint.name:
+            write_text_atomic(self.folder / LATEST, checkpoint.name + "\n")
+
+    # ---------------------------------------------------------------- finding
+
     def complete(self) -> list[Path]:
-        """Committed checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("step-*") if (p / MANIFEST).is_file())
+        """Committed checkpoints, oldest first: all folders with such a name. They may have been damaged since."""
+        folders = [path for path in self.folder.glob("step-*") if step_of(path.name) is not None]
+        return sorted(folders, key=lambda path: step_of(path.name))
 
     def newest(self) -> Path | None:
-        """The checkpoint that `latest` names, or None if nothing was ever saved.
+        """The newest committed checkpoint, not verified; None if there is none."""
+        return next(reversed(self.complete()), None)
 
-        Raises MegaSoraError if `latest` is missing although there are checkpoints, or names an incomplete one: silently
-        starting from step 0 would lose the run.
-        """
-        complete, pointer = self.complete(), self.folder / LATEST
-        if not pointer.is_file():
-            if not complete:
-                return None
-            raise MegaSoraError(
-                f"{pointer} is missing, but {complete[-1].name} is complete; "
-                f"{resume_command(complete[-1].name, pointer)}; to start from step 0, choose another run.dir"
-            )
-        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if self.folder / name not in complete:
-            names = ", ".join(p.name for p in complete) or "none"
-            raise MegaSoraError(
-                f"{pointer} names {name or 'nothing'}, which is not complete; complete ones: {names}; write the name "
-                "of the one to resume from into it"
-            )
-        return self.folder / name
+    def read_latest(self) -> str:
+        """What `latest` says; empty if it cannot be read."""
+        try:
+            return (self.folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+
+    def has_set_aside(self, name: str) -> bool:
+        """Whether the checkpoint of this name was renamed to damaged-NAME or superseded-NAME."""
+        new_names = {f"{kind}-{name}" for kind in (DAMAGED, SUPERSEDED)}
+        return any(re.sub(r"(-\d{8,})-\d+$", r"\1", path.name) in new_names for path in self.folder.glob("*-step-*"))
+
+    # ---------------------------------------------------------------- setting aside
+
+    def set_aside(self, checkpoint: Path, kind: str) -> Path:
+        """Renames a checkpoint to KIND-step-XXXXXXXX, KIND-step-XXXXXXXX-2 ... `kind`: DAMAGED or SUPERSEDED."""
+        target, number = self.folder / f"{kind}-{checkpoint.name}", 1
+        while target.exists():
+            number += 1
+            target = self.folder / f"{kind}-{checkpoint.name}-{number}"
+        history = read_history(self.run_dir)
+        if checkpoint.name not in history.saved:  # so that the run is known to have saved, whatever is left
+            write_history(self.run_dir, dataclasses.replace(history, saved=sorted([*history.saved, checkpoint.name])))
+        os.replace(checkpoint, target)
+        sync(self.folder)
+        return target
+
+    def make_newest(self, checkpoint: Path) -> list[Path]:
+        """Sets later checkpoints aside and writes `latest`; the new names of the later ones."""
+        later = [p for p in self.complete() if step_of(p.name) > step_of(checkpoint.name)]
+        renamed = [self.set_aside(path, SUPERSEDED) for path in later]
+        self.write_latest(checkpoint)
+        return renamed
 
 
-def find_checkpoint(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest one of the run folder `path`. Raises MegaSoraError if none."""
-    if (path / MANIFEST).is_file():
+def names(checkpoints: list[Path]) -> list[str]:
+    return [path.name for path in checkpoints]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of state.json, verified. Raises DamagedCheckpoint if it or the manifest is damaged."""
+    state = read_json(checkpoint, read_manifest(checkpoint), STATE_FILE)
+    if not isinstance(state, dict) or state.get("step") != step_of(checkpoint.name):
+        raise DamagedCheckpoint(checkpoint / STATE_FILE, f"is not the state of step {step_of(checkpoint.name)}")
+    return state
+
+
+def find_checkpoint(path: Path, report: Callable[[str], None]) -> Path:
+    """`path` if it is a checkpoint, else the newest one of the run folder `path`; all of its files are verified.
+
+    Damaged ones of a run folder are skipped, with a sentence to `report`. Raises MegaSoraError if none is whole.
+    """
+    if os.path.lexists(path / MANIFEST):
+        verify_checksums(path)
         return path
-    newest = CheckpointStore(path / "checkpoints").newest()
-    if newest is None:
+    complete, problems = CheckpointStore(path / "checkpoints").complete(), []
+    if not complete:
         raise MegaSoraError(
             f"{path} is no checkpoint (a folder step-XXXXXXXX with a {MANIFEST}), and no run folder that has one"
         )
-    return newest
-
-
-def verify_checksums(checkpoint: Path) -> dict:
-    """Checks every file's size and SHA-256 against the manifest; returns the manifest.
-
-    Raises MegaSoraError with the file's name if one is missing or damaged.
-    """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
-        if checkpoint.name != f"step-{manifest['step']:08d}":
-            raise ValueError(f"it belongs to step {manifest['step']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MegaSoraError(f"{checkpoint / MANIFEST} cannot be read: {error}; {damage_remedy(checkpoint)}") from None
-    for name, (size, digest) in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise MegaSoraError(f"{file} is missing; {damage_remedy(checkpoint)}")
-        if file.stat().st_size != size:
-            raise MegaSoraError(
-                f"{file} is damaged: {file.stat().st_size} bytes, {size} expected; {damage_remedy(checkpoint)}"
-            )
-        if sha256(file) != digest:
-            raise MegaSoraError(f"{file} is damaged: its SHA-256 differs from {MANIFEST}; {damage_remedy(checkpoint)}")
-    return manifest
-
-
-def damage_remedy(checkpoint: Path) -> str:
-    """For a message: how to resume from the newest complete checkpoint that is older than the damaged `checkpoint`."""
-    complete = CheckpointStore(checkpoint.parent).complete()
-    earlier = [path.name for path in complete if path.name < checkpoint.name]
-    if not earlier:
-        return "there is no earlier checkpoint; start the run again in another run.dir"
-    return resume_command(earlier[-1], checkpoint.parent / LATEST)
-
-
-def resume_command(name: str, pointer: Path) -> str:
-    """For a message: the command that makes a run resume from checkpoint `name`. `pointer`: its file `latest`."""
-    return f"to resume from {name}: echo {name} > {pointer}"
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    for checkpoint in reversed(complete):
+        try:
+            verify_checksums(checkpoint)
+        except DamagedCheckpoint as error:
+            if not checkpoint.exists():  # the run has saved a newer one and deleted this one
+                return find_checkpoint(path, report)
+            problems.append(error.problem)
+            continue
+        for problem in problems:
+            report(f"{problem}; reading {checkpoint.name} instead")
+        return checkpoint
+    raise MegaSoraError(f"no checkpoint of {path} is whole: {'; '.join(problems)}; restore one from a copy")
 
 
 def remove_incomplete(folder: Path) -> None:

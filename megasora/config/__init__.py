@@ -1,7 +1,8 @@
 """Every setting of a run, as one tree of dataclasses.
 
-schema.py: the dataclasses, with all defaults. load.py: `load`, `load_run_config` and `to_yaml`. validate.py: checks of
-values that need neither data nor a process group. renamed.py: old keys. Nothing is read from the environment.
+schema.py: the dataclasses, with all defaults and bounds (field_rules.py). load.py: `load`, `load_run_config` and
+`to_yaml`. yaml_text.py: YAML as letters. convert.py: letters to values. validate.py: checks of values that need neither
+data nor a process group. renamed.py: old keys. Nothing is read from the environment.
 """
 
 from megasora.config.load import load, load_run_config, read_yaml, to_yaml

@@ -5,15 +5,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megasora.config.renamed import RENAMED, find_renamed, leaves, renamed_in_file, renamed_in_overrides
+from omegaconf import OmegaConf
+
+from megasora.config.convert import MAX_SHOWN, convert_values
+from megasora.config.renamed import RENAMED, find_renamed, leaves, rename, renamed_in_file, renamed_in_overrides
 from megasora.config.schema import Config, every_key, find_section
 from megasora.config.validate import validate
-from megasora.errors import MegaSoraError
+from megasora.config.yaml_text import NOT_ACCEPTED, Tree, letters, parse_yaml
+from megasora.errors import MegaSoraError, SeveralProblems, printable
+from megasora.files import read_regular_file
 
 MAX_YAML_BYTES = 1 << 20
+MAX_KEY = 200  # characters
+MAX_PROBLEMS = 20  # in one message
 NAMES_ELSEWHERE = {  # last part of a key, as other trainers name the setting: our key
     "learning_rate": "optim.lr",
     "warmup": "optim.warmup_steps",
@@ -50,26 +59,19 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
     Raises MegaSoraError with all renamed keys and their new names, and all unknown keys and the nearest valid ones; or
     with a value and what it must be.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    file_layers = [(str(path), read_yaml(Path(path)))] if path is not None else []
-    override_layers = [(f"override '{text}'", parse_override(text)) for text in overrides]
+    file_layers = [(printable(str(path)), read_yaml(Path(path)))] if path is not None else []
+    override_layers = [(describe_override(text), parse_override(text)) for text in overrides]
     check_keys(file_layers, override_layers)
 
     tree = OmegaConf.structured(Config)
-    for source, values in file_layers + override_layers:
+    for source, values in file_layers:
         try:
-            tree = OmegaConf.merge(tree, values)
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise MegaSoraError(f"{source}: {getattr(error, 'full_key', None) or ''}: {reason}") from None
-        except TypeError:  # key[0]=value on a list
-            raise MegaSoraError(f"{source}: give a list as a whole, e.g. optim.betas=[0.9,0.99]") from None
-    try:
-        config: Config = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:  # an interpolation ${name} of an unknown name
-        raise MegaSoraError(f"{getattr(error, 'full_key', None) or ''}: {str(error).splitlines()[0]}") from None
+            tree = OmegaConf.merge(tree, convert_values(Config, values))
+        except MegaSoraError as error:
+            raise MegaSoraError(f"{source}: {error}") from None
+    for _, values in override_layers:
+        tree = OmegaConf.merge(tree, convert_values(Config, values))
+    config: Config = OmegaConf.to_object(tree)
     validate(config)
     return config
 
@@ -91,90 +93,83 @@ def load_run_config(run_dir: str | Path) -> Config:
 
 def to_yaml(config: Config) -> str:
     """All keys and values as YAML, as saved in the run folder; `load` reads it back."""
-    from omegaconf import OmegaConf
-
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def parse_override(text: str) -> dict:
-    """'key.path=value' as a nested mapping."""
-    from omegaconf import OmegaConf
+def describe_override(text: str) -> str:
+    return f"override '{printable(text, MAX_SHOWN)}'"
 
+
+def parse_override(text: str) -> dict[str, Tree]:
+    """'key.path=value' as a nested mapping. Lists and sections are YAML; other values are letters, `"x"` is x."""
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise MegaSoraError(f"override '{text}' is not of the form key.path=value, e.g. run.steps=100")
-    check_yaml(value, f"override '{text}'")
-    return OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    source = describe_override(text)
+    if not equals or not key or len(key) > MAX_KEY:
+        raise MegaSoraError(f"{source} is not of the form key.path=value, e.g. run.steps=100")
+    if "[" in key:
+        raise MegaSoraError(f"{source}: give a list as a whole, e.g. optim.betas=[0.9,0.99]")
+    if is_yaml(key):
+        tree = parse_yaml(value, source)
+    elif value[:1] in NOT_ACCEPTED:
+        raise MegaSoraError(f"{source}: {NOT_ACCEPTED[value[:1]]}; put the value in quotes, {key}='\"{value}\"'")
+    else:
+        tree = unquote(value, source)
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    return tree
 
 
-def read_yaml(path: Path) -> dict:
+def is_yaml(key: str) -> bool:
+    """Whether a key, or the one that replaced it, is a section or a list."""
+    key, _ = rename(key, "")
+    default: Any = Config()
+    for name in key.split("."):
+        default = getattr(default, name, "")
+    return not isinstance(default, str | int | float)
+
+
+def unquote(value: str, source: str) -> str:
+    """The text within quotes, if the value is one in quotes."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        with suppress(MegaSoraError):  # quotes that are letters: 'a' and 'b'
+            return letters(parse_yaml(value, source))
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Tree]:
     """The mapping in a YAML file of at most MAX_YAML_BYTES; raises MegaSoraError if the file is anything else."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not path.is_file():
+    name = printable(str(path))
+    try:
+        text = read_regular_file(path, MAX_YAML_BYTES).decode("utf-8-sig")
+    except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise MegaSoraError(f"no configuration file {path}{hint}")
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise MegaSoraError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {MAX_YAML_BYTES}")
-    try:
-        text = path.read_text(encoding="utf-8")
+        raise MegaSoraError(f"no configuration file {name}{hint}") from None
     except UnicodeDecodeError as error:
-        raise MegaSoraError(f"{path} is not UTF-8 text: {error}") from None
-    check_yaml(text, str(path))
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (yaml.YAMLError, OmegaConfBaseException) as error:  # a tag of a Python object
-        raise MegaSoraError(f"{path}: {' '.join(str(error).split())}") from None
+        raise MegaSoraError(f"{name} is not UTF-8 text: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MegaSoraError(f"{name} cannot be read: {reason}; give a YAML file") from None
+    values = parse_yaml(text, name) or {}
     if not isinstance(values, dict):
-        raise MegaSoraError(f"{path} holds a {type(values).__name__}; a configuration is a mapping of sections")
+        kind = "list" if isinstance(values, list) else "text"
+        raise MegaSoraError(f"{name} holds a {kind}; a configuration is a mapping of sections")
     return values
 
 
-def check_yaml(text: str, source: str) -> None:
-    """Raises MegaSoraError if `text` is not YAML or has duplicate keys, or aliases, which may expand to gigabytes."""
-    import yaml
-
-    try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise MegaSoraError(f"{source}: YAML aliases (*name) are not accepted; write the value out")
-        root = yaml.compose(text)
-    except yaml.YAMLError as error:
-        raise MegaSoraError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-    for key, lines in duplicate_keys(root):
-        raise MegaSoraError(f"{source}: {key} occurs twice, lines {lines[0]} and {lines[1]}")
-
-
-def duplicate_keys(node: Any, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
-    """(dotted key, its first line and the later one) of each key that occurs again in its mapping of a YAML node."""
-    import yaml
-
-    if not isinstance(node, yaml.MappingNode):
-        return
-    first_lines: dict[str, int] = {}
-    for name, value in node.value:
-        key, line = f"{prefix}{name.value}", name.start_mark.line + 1
-        if key in first_lines:
-            yield key, (first_lines[key], line)
-        first_lines.setdefault(key, line)
-        yield from duplicate_keys(value, f"{key}.")
-
-
-def check_keys(files: list[tuple[str, dict]], overrides: list[tuple[str, dict]]) -> None:
+def check_keys(files: list[tuple[str, dict[str, Tree]]], overrides: list[tuple[str, dict[str, Tree]]]) -> None:
     """Raises MegaSoraError with all unknown and renamed keys of (source, values) layers, a line per unknown key."""
     problems = []
     for source, values in files + overrides:
-        problems += [f"{source}: {problem}" for problem in find_problems(values)]
+        problems += [f"{source}: {problem}" for problem in islice(find_problems(values), MAX_PROBLEMS)]
     renamed = [renamed_in_overrides([values for _, values in overrides])]
     renamed += [renamed_in_file(values, source) for source, values in files]  # last, as it ends with lines of YAML
     problems += [text for text in renamed if text]
     if problems:
-        raise MegaSoraError("\n".join(problems))
+        raise SeveralProblems("\n".join(problems))
 
 
-def find_problems(values: Any, prefix: str = "") -> Iterator[str]:
+def find_problems(values: Tree, prefix: str = "") -> Iterator[str]:
     """A sentence on each unknown key, and on each section that is not a mapping; renamed keys count as known."""
     schema = find_section(prefix) if prefix else Config
     known = [f.name for f in dataclasses.fields(schema)]
@@ -187,7 +182,7 @@ def find_problems(values: Any, prefix: str = "") -> Iterator[str]:
         if key == old and name not in known:
             near = nearest_key(key, prefix)
             hint = f"did you mean '{near}'?" if near else f"known keys: {', '.join(known)}"
-            yield f"unknown key '{key}'; {hint}"
+            yield f"unknown key '{printable(key, MAX_KEY)}'; {hint}"
         elif find_section(key):
             yield from find_problems(value, key)
 

@@ -6,7 +6,10 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from megasora.config.convert import shown
 from megasora.config.schema import every_key, find_section
+from megasora.config.yaml_text import Tree, dump_letters, letters
+from megasora.errors import printable
 
 RENAMED = {  # old key: new key; a section stands for all of its keys
     "data.weights": "data.mixture_weights",
@@ -20,7 +23,8 @@ RENAMED = {  # old key: new key; a section stands for all of its keys
     "ingest.seconds": "ingest.decode_timeout_seconds",
     "ingest.fps": "ingest.max_fps",
     "ingest.measure": "ingest.record_quality",
-    "model.weights": "model.init_from",
+    "model.weights": "run.start",
+    "model.init_from": "run.start",
     "model.rope_scale": "model.rope_ntk_factor",
     "model.kernels": "model.kernel_backend",
     "model.attention": "model.attention_backend",
@@ -41,25 +45,22 @@ RENAMED_VALUES = {  # new key: {old value: new value}
     "model.recompute": {"attention": "keep_attention"},
 }
 
-Setting = tuple[str, Any]  # dotted key, value
+Setting = tuple[str, Tree]  # dotted key, value
 
 
 def renamed_in_file(values: dict, path: str) -> str | None:
     """A sentence on all old keys and values of a YAML mapping, with the YAML that replaces them; None without any."""
-    import yaml
-
     found = find_renamed([values])
     if not found:
         return None
-    tree: dict = {}
+    tree: dict[str, Any] = {}
     for key, value in replacements(found, [values]):
         *sections, name = key.split(".")
         section = tree
         for part in sections:
             section = section.setdefault(part, {})
         section[name] = value
-    lines = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).rstrip()
-    hint = f". In these sections, replace the old keys by:\n{lines}" if tree else ""
+    hint = f". In these sections, replace the old keys by:\n{dump_letters(tree, flow=False)}" if tree else ""
     return f"{path}: {describe(found, [values])}{hint}"
 
 
@@ -68,7 +69,7 @@ def renamed_in_overrides(layers: list[dict]) -> str | None:
     found = find_renamed(layers)
     if not found:
         return None
-    words = " ".join(shlex.quote(f"{key}={value}") for key, value in replacements(found, layers))
+    words = printable(" ".join(shlex.quote(f"{key}={letters(value)}") for key, value in replacements(found, layers)))
     return describe(found, layers) + (f". The new overrides: {words}" if words else "")
 
 
@@ -85,9 +86,11 @@ def replacements(found: list[tuple[Setting, Setting]], layers: list[dict]) -> li
     return [new for old, new in found if new[0] in valid and (old[0] == new[0] or new[0] not in present)]
 
 
-def rename(key: str, value: Any) -> Setting:
+def rename(key: str, value: Tree) -> Setting:
     """The current key and value of a setting."""
     old, new = renamed_prefix(key)
+    if old != new == "run.start":
+        return new, f"init:{letters(value)}"
     key = new + key.removeprefix(old)
     return key, RENAMED_VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
@@ -118,5 +121,5 @@ def describe(found: list[tuple[Setting, Setting]], layers: list[dict]) -> str:
             old, new = renamed_prefix(old)
             sentences.append(f"{old} was renamed to {new}")
         else:
-            sentences.append(f"{old}={value} was renamed to {new}={new_value}")
+            sentences.append(f"{old}={shown(value)} was renamed to {new}={shown(new_value)}")
     return "; ".join(dict.fromkeys(sentences))

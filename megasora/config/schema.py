@@ -1,6 +1,7 @@
 """The configuration tree: one dataclass per section, one comment per key.
 
-All defaults are here. `validate.py` checks values, `load.py` reads YAML and overrides.
+All defaults and bounds are here: `bounded(default, low, high)` is a number, or a list of numbers, from `low` to `high`.
+`file_path` is a text in which `~` is expanded. `validate.py` checks values, `load.py` reads YAML and overrides.
 """
 
 from __future__ import annotations
@@ -9,33 +10,36 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from megasora.config.field_rules import above, below, bounded, file_path
+
 
 @dataclass
 class RunConfig:
-    dir: str = "runs/default"  # run folder: everything that the run writes
-    seed: int = 0  # of weights, data order, noise, timesteps and dropout
-    steps: int = 100_000  # optimizer steps
+    dir: str = file_path("runs/default")  # run folder: everything that the run writes
+    seed: int = bounded(0, 0, (1 << 63) - 1)  # of weights, data order, noise, timesteps and dropout
+    steps: int = bounded(100_000, 1, 10**9)  # optimizer steps
+    start: str = file_path("resume-or-fresh", after="init:")  # or resume, resume:step-XXXXXXXX, fresh, init:WEIGHTS
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16; auto: bfloat16 on a GPU, float32 on a CPU
-    threads: int = 0  # CPU threads of torch per process; 0: cores / processes
-    debug_parallel: bool = False  # compare hashes of the tensors that must be equal on several ranks
-    debug_every: int = 100  # steps between two such comparisons; the first is step 1
-    hang_seconds: float = 540.0  # without a heartbeat for this long, the watchdog aborts the run
+    threads: int = bounded(0, 0, 1024)  # CPU threads of torch per process; 0: cores / processes
+    debug_parallel: bool = True  # compare hashes of the tensors that must be equal on several ranks
+    debug_every: int = bounded(100, 1, 10**9)  # steps between two such comparisons; the first is step 1
+    hang_seconds: float = bounded(540.0, above(0), 10**7)  # without a heartbeat for this long, the watchdog aborts
     ledger: bool = False  # log the sample ids of each step
 
 
 @dataclass
 class CodecConfig:
     name: str = "dct"
-    factors: list[int] = field(default_factory=lambda: [4, 8, 8])  # frames, rows, columns of pixels per latent
-    channels: int = 48  # DCT coefficients kept of 3 * product(factors), lowest frequencies first
+    factors: list[int] = bounded([4, 8, 8], 1, 64)  # frames, rows, columns of pixels per latent
+    channels: int = bounded(48, 1, 100_000)  # DCT coefficients kept of 3 * product(factors), lowest frequencies first
 
 
 @dataclass
 class TextConfig:
     name: str = "bytes"  # bytes | t5 | clip
-    path: str = ""  # of the t5 or clip weights: folder or hub name
-    max_tokens: int = 64  # longest caption in tokens; a longer one is an error, it is never truncated
+    path: str = file_path("")  # of the t5 or clip weights: folder or hub name
+    max_tokens: int = bounded(64, 1, 100_000)  # of a caption; a longer one is an error, it is never truncated
     pad: bool = False  # t5, clip: pad the features with zeros to max_tokens and attend to the padding (Wan)
 
 
@@ -43,68 +47,69 @@ class TextConfig:
 class TokenDropConfig:
     """Fraction of each training clip's tokens that is dropped (patch n' pack), linear in the epoch."""
 
-    start: float = 0.0  # fraction at epoch 0; start = end = 0: no dropping
-    end: float = 0.0  # fraction from epoch `epochs` on
-    epochs: float = 0.0  # length of the linear schedule
+    start: float = bounded(0.0, 0, below(1))  # fraction at epoch 0; start = end = 0: no dropping
+    end: float = bounded(0.0, 0, below(1))  # fraction from epoch `epochs` on
+    epochs: float = bounded(0.0, 0, 10**9)  # length of the linear schedule
 
 
 @dataclass
 class DataConfig:
-    shards: str = ""  # folder written by `megasora ingest`
-    mixture: list[str] = field(default_factory=list)  # several such folders, in place of `shards`
-    mixture_weights: list[float] = field(default_factory=list)  # relative sampling weight of each folder
-    patch: list[int] = field(default_factory=lambda: [1, 1, 1])  # latents per token: frames, rows, columns
-    tokens_per_pack: int = 4096  # length of one micro-batch
-    packs_per_step: int = 8  # packs per optimizer step, over all data ranks
-    packing_window: int = 262_144  # consecutive clips of an epoch that are packed together; more: better balance
+    shards: str = file_path("")  # folder written by `megasora ingest`
+    mixture: list[str] = file_path([])  # several such folders, in place of `shards`
+    mixture_weights: list[float] = bounded([], above(0), 10**9)  # relative sampling weight of each folder
+    patch: list[int] = bounded([1, 1, 1], 1, 64)  # latents per token: frames, rows, columns
+    tokens_per_pack: int = bounded(4096, 1, 1 << 24)  # length of one micro-batch
+    packs_per_step: int = bounded(8, 1, 10**6)  # packs per optimizer step, over all data ranks
+    packing_window: int = bounded(262_144, 1, 10**9)  # clips of an epoch packed together; more: better balance
     split_long: bool = False  # split clips longer than a pack in time; false: such a clip is an error
     token_drop: TokenDropConfig = field(default_factory=TokenDropConfig)
-    prefetch_steps: int = 2  # steps that are read ahead
-    reader_threads: int = 4  # reader threads; 0: the prefetch thread reads the clips itself
-    read_timeout_seconds: float = 300.0  # a read of one clip that takes longer ends the run
-    max_damaged_fraction: float = 0.0  # largest tolerated fraction of damaged clips, which are skipped; 0: none
+    prefetch_steps: int = bounded(2, 1, 1000)  # steps that are read ahead
+    reader_threads: int = bounded(4, 0, 1024)  # reader threads; 0: the prefetch thread reads the clips itself
+    read_timeout_seconds: float = bounded(300.0, above(0), 10**7)  # a read of one clip that takes longer ends the run
+    max_damaged_fraction: float = bounded(0.0, 0, below(1))  # tolerated fraction of damaged, skipped clips; 0: none
 
 
 @dataclass
 class IngestConfig:
     missing_caption: str = "error"  # error | skip | empty
-    max_height: int = 4320  # pixels; a larger clip is rejected
-    max_width: int = 7680  # pixels
-    max_frames: int = 7200
-    max_clip_mib: int = 65_536  # MiB of all decoded frames of a clip, 3 bytes per pixel
-    worker_memory_mib: int = 4096  # address space of a decode worker
-    decode_timeout_seconds: float = 1800.0  # wall-clock time per clip
-    shard_mib: int = 256  # a shard is closed when it reaches this size
-    clips_per_block: int = 1024  # consecutive clips per ingest block, which is written atomically
-    workers: int = 0  # decode workers; 0: one per core
-    fit_height: int = 0  # pixels; larger clips are scaled down to fit, keeping their aspect ratio; 0: no limit
-    fit_width: int = 0  # pixels
-    max_fps: float = 0.0  # frames are skipped to bring faster clips down to this rate; 0: no limit
-    min_seconds: float = 0.0  # shorter videos are rejected; images are not
-    max_seconds: float = 0.0  # longer videos are rejected; 0: no limit
-    min_motion: float = 0.0  # mean change between frames, grey levels of 255; videos below it are rejected
-    min_contrast: float = 0.0  # mean standard deviation within a frame, grey levels; clips below it are rejected
+    max_height: int = bounded(4320, 1, 1 << 16)  # pixels; a larger clip is rejected
+    max_width: int = bounded(7680, 1, 1 << 16)  # pixels
+    max_frames: int = bounded(7200, 1, 10**8)
+    max_clip_mib: int = bounded(65_536, 1, 1 << 24)  # MiB of all decoded frames of a clip, 3 bytes per pixel
+    worker_memory_mib: int = bounded(4096, 512, 1 << 24)  # address space of a decode worker
+    decode_timeout_seconds: float = bounded(1800.0, above(0), 10**7)  # wall-clock time per clip
+    shard_mib: int = bounded(256, 1, 1 << 20)  # a shard is closed when it reaches this size
+    clips_per_block: int = bounded(1024, 1, 10**6)  # consecutive clips per ingest block, which is written atomically
+    workers: int = bounded(0, 0, 1024)  # decode workers; 0: one per core
+    fit_height: int = bounded(0, 0, 1 << 16)  # pixels; larger clips are scaled down, aspect ratio kept; 0: no limit
+    fit_width: int = bounded(0, 0, 1 << 16)  # pixels
+    max_fps: float = bounded(0.0, 0, 10_000)  # frames are skipped to bring faster clips down to this rate; 0: no limit
+    min_seconds: float = bounded(0.0, 0, 10**7)  # shorter videos are rejected; images are not
+    max_seconds: float = bounded(0.0, 0, 10**7)  # longer videos are rejected; 0: no limit
+    min_motion: float = bounded(0.0, 0, 255)  # mean change between frames, grey levels of 255; less: rejected
+    min_contrast: float = bounded(0.0, 0, 255)  # mean standard deviation within a frame, grey levels; less: rejected
     record_quality: bool = False  # write motion, contrast and brightness to meta.json even without a limit
     scores: list[str] = field(default_factory=list)  # module:function, see megasora/ingest/filters.py
 
 
 @dataclass
 class ModelConfig:
-    width: int = 384  # hidden size
-    depth: int = 12  # transformer blocks
-    heads: int = 6  # attention heads
-    mlp_ratio: float = 4.0  # hidden features of the MLP / width
+    width: int = bounded(384, 1, 1 << 17)  # hidden size
+    depth: int = bounded(12, 1, 1024)  # transformer blocks
+    heads: int = bounded(6, 1, 4096)  # attention heads
+    mlp_ratio: float = bounded(4.0, above(0), 64)  # hidden features of the MLP / width
     modulation: str = "block"  # block: one projection per block (DiT); shared: one, and a table per block (PixArt, Wan)
-    init_from: str = ""  # initial weights: safetensors of a full model, or a checkpoint; empty: megasora.model.init
     qk_norm: str = "per_head"  # RMSNorm of q and k: per_head | across_heads (Wan) | none
-    rope_base: float = 10_000.0
-    rope_ntk_factor: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # t, h, w: new / trained clip size
+    rope_base: float = bounded(10_000.0, above(0), 10**12)
+    rope_ntk_factor: list[float] = bounded([1.0, 1.0, 1.0], above(0), 1000)  # t, h, w: new / trained clip size
     kernel_backend: str = "auto"  # auto | triton | torch; auto: triton on a GPU, torch on a CPU
-    attention_backend: str = "auto"  # auto | flash3 | flash2 | varlen | sdpa | math; auto: the first available one
+    attention_backend: str = (
+        "auto"  # auto | flash4 | flash3 | flash2 | varlen | sdpa | math; auto: the first available one
+    )
     deterministic: bool = True  # attention sums in a fixed order: runs repeat bitwise; false: faster on GPUs
-    text_depth: int = 1  # transformer blocks over the text tokens
+    text_depth: int = bounded(1, 0, 256)  # transformer blocks over the text tokens
     recompute: str = "none"  # activations recomputed in backward: none | full | keep_attention: all but attention's
-    recompute_blocks: int = 0  # number of blocks that recompute, evenly spaced; 0: all
+    recompute_blocks: int = bounded(0, 0, 1024)  # number of blocks that recompute, evenly spaced; 0: all
 
     @property
     def head_dim(self) -> int:
@@ -121,75 +126,87 @@ class ModelConfig:
 class FrameConditioningConfig:
     """Relative weights of the choices which latent frames of a training clip stay clean."""
 
-    none: float = 0.6  # no frame
-    first: float = 0.15  # the first frame
-    last: float = 0.05  # the last frame
-    head: float = 0.08  # the first k frames, k random
-    tail: float = 0.06  # the last k frames
-    both: float = 0.06  # k frames, divided between both ends
+    none: float = bounded(0.6, 0, 10**9)  # no frame
+    first: float = bounded(0.15, 0, 10**9)  # the first frame
+    last: float = bounded(0.05, 0, 10**9)  # the last frame
+    head: float = bounded(0.08, 0, 10**9)  # the first k frames, k random
+    tail: float = bounded(0.06, 0, 10**9)  # the last k frames
+    both: float = bounded(0.06, 0, 10**9)  # k frames, divided between both ends
 
 
 @dataclass
 class ObjectiveConfig:
-    logit_mean: float = 0.0  # mean of the logit-normal distribution of t
-    logit_std: float = 1.0  # its standard deviation
-    shift: float = 1.0  # t' = a t / (1 + (a - 1) t), a = shift * sqrt(tokens / shift_tokens), at least 1
-    shift_tokens: int = 256  # clip length in tokens at which a = shift
-    caption_dropout: float = 0.1  # probability that a caption is replaced by the null token
+    logit_mean: float = bounded(0.0, -20, 20)  # mean of the logit-normal distribution of t
+    logit_std: float = bounded(1.0, above(0), 20)  # its standard deviation
+    shift: float = bounded(1.0, above(0), 1000)  # t' = a t / (1 + (a - 1) t), a = shift sqrt(tokens / shift_tokens)
+    shift_tokens: int = bounded(256, 1, 10**9)  # clip length in tokens at which a = shift; a is at least 1
+    caption_dropout: float = bounded(0.1, 0, below(1))  # probability that a caption is replaced by the null token
     frame_conditioning: FrameConditioningConfig = field(default_factory=FrameConditioningConfig)
 
 
 @dataclass
+class SpikeConfig:
+    """A loss far above the last ones, see megasora/optim/step_guard.py."""
+
+    threshold: float = bounded(0.0, 0, 10**6)  # deviations above the median of the last losses; 0: spikes are applied
+    window: int = bounded(128, 2, 100_000)  # number of last losses
+    patience: int = bounded(5, 1, 10_000)  # spikes in a row at which the run rolls back, to before them
+    max_rollbacks: int = bounded(3, 0, 10_000)  # of a run; the next one ends it
+
+
+@dataclass
 class OptimConfig:
-    lr: float = 1e-4  # peak learning rate
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_steps: int = 1000  # linear from 0 to lr
-    min_lr_ratio: float = 0.05  # lr at the end of the cosine / lr
-    max_grad_norm: float = 1.0  # clips the global gradient norm
-    ema_decay: float = 0.9999  # per step; 0: no averaging
+    lr: float = bounded(1e-4, above(0), 100)  # peak learning rate
+    betas: list[float] = bounded([0.9, 0.99], 0, below(1))
+    eps: float = bounded(1e-8, above(0), 1)
+    weight_decay: float = bounded(0.01, 0, 100)
+    warmup_steps: int = bounded(1000, 0, 10**9)  # linear from 0 to lr
+    min_lr_ratio: float = bounded(0.05, 0, 1)  # lr at the end of the cosine / lr
+    max_grad_norm: float = bounded(1.0, above(0), 10**12)  # clips the global gradient norm
+    ema_decay: float = bounded(0.9999, 0, below(1))  # per step; 0: no averaging
+    max_skipped_steps: int = bounded(10, 1, 10**6)  # steps in a row that are not finite, at which the run ends
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
 
 
 @dataclass
 class ParallelConfig:
     """Sizes of the mesh axes; the data axis has the remaining processes."""
 
-    tensor: int = 1  # ranks that share each weight matrix and, between matrices, the tokens
-    context: int = 1  # ranks that share the tokens of a pack
-    ulysses: int = 1  # part of context: ranks that exchange heads for tokens; the others form the ring
-    pipeline: int = 1  # ranks that share the blocks
+    tensor: int = bounded(1, 1, 1 << 16)  # ranks that share each weight matrix and, between matrices, the tokens
+    context: int = bounded(1, 1, 1 << 16)  # ranks that share the tokens of a pack
+    ulysses: int = bounded(1, 1, 1 << 16)  # part of context: ranks that exchange heads; the others form the ring
+    pipeline: int = bounded(1, 1, 1 << 16)  # ranks that share the blocks
     schedule: str = "1f1b"  # 1f1b | interleaved | zbv (zero bubble, V-shaped)
-    stages_per_rank: int = 1  # interleaved: stages per pipeline rank; zbv has 2
-    zero_stage: int = 1  # sharded over data x context: 1: optimizer states; 2: and gradients; 3: and weights
+    stages_per_rank: int = bounded(1, 1, 1024)  # interleaved: stages per pipeline rank; zbv has 2
+    zero_stage: int = bounded(1, 1, 3)  # sharded over data x context: 1: optimizer states; 2: gradients; 3: weights
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 1000  # steps between checkpoints; the last step is always saved
-    keep: int = 2  # newest checkpoints that are kept
+    every: int = bounded(1000, 1, 10**9)  # steps between checkpoints; the last step is always saved
+    keep: int = bounded(2, 1, 10**6)  # newest checkpoints that are kept
 
 
 @dataclass
 class ValidationConfig:
-    every: int = 1000  # steps between validations
-    clips: int = 64  # clips of the validation split; 0: all
-    bins: int = 5  # timestep bins
+    every: int = bounded(1000, 1, 10**9)  # steps between validations
+    clips: int = bounded(64, 0, 10**9)  # clips of the validation split; 0: all
+    bins: int = bounded(5, 1, 1000)  # timestep bins
 
 
 @dataclass
 class SampleConfig:
     solver: str = "heun"  # euler | heun
-    num_inference_steps: int = 30
-    guidance_scale: float = 4.0  # classifier-free guidance; 1: none
+    num_inference_steps: int = bounded(30, 1, 10_000)
+    guidance_scale: float = bounded(4.0, 0, 1000)  # classifier-free guidance; 1: none
     size: str = "32x32"  # height x width, pixels
-    frames: int = 9
-    fps: float = 12.0
+    frames: int = bounded(9, 1, 10**6)
+    fps: float = bounded(12.0, above(0), 10_000)
 
 
 @dataclass
 class EvaluationConfig:
-    prompts: int = 0  # prompts of generated clips that are sampled and read by the detector; 0: no evaluation
+    prompts: int = bounded(0, 0, 10**6)  # sampled and read by the detector; 0: no evaluation
 
 
 @dataclass

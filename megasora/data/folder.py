@@ -1,7 +1,8 @@
 """Folders of shards: local, or opened by fsspec. Both list file sizes and read byte ranges.
 
     open_folder("data/shards")        LocalFolder: preadv
-    open_folder("s3://bucket/shards") RemoteFolder: one ranged request per read
+    open_folder("https://host/shards") HttpFolder (http_folder.py): one ranged request per read
+    open_folder("s3://bucket/shards") RemoteFolder: the same through fsspec
 
 A folder is defined by its address, so it can be pickled. An address is never a command: urls of a single file system
 are accepted, `pipe:` and chained urls (`a::b`) are errors. While a read waits for the disk or the server, the folder
@@ -11,27 +12,28 @@ releases its `reader_lock`, if the reading thread holds it.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megasora.data.http_folder import HttpFolder
 from megasora.data.reader_lock import ReaderLock
 from megasora.errors import MegaSoraError
+from megasora.files import open_regular
 
 MAX_OPEN_FILES = 128  # per folder
 
 
-def open_folder(
-    address: str | Path | LocalFolder | RemoteFolder, reader_lock: ReaderLock | None = None
-) -> LocalFolder | RemoteFolder:
+def open_folder(address: str | Path | Folder, reader_lock: ReaderLock | None = None) -> Folder:
     """A folder by its path or url; a folder that is open already is returned as it is. Raises MegaSoraError.
 
     `reader_lock`: the lock that reader threads hold, to be released while a read waits.
     """
-    if isinstance(address, (LocalFolder, RemoteFolder)):
+    if isinstance(address, (LocalFolder, RemoteFolder, HttpFolder)):
         return address
     text = str(address)
     if text.startswith("pipe:") or "::" in text:
@@ -39,18 +41,20 @@ def open_folder(
             f"{text}: pipes and chained urls are not read; give a folder or a url such as s3://bucket/x"
         )
     is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text)
+    if is_url and text.lower().startswith(("http://", "https://")):
+        return HttpFolder(text, reader_lock)
     return RemoteFolder(text, reader_lock) if is_url else LocalFolder(Path(text), reader_lock)
 
 
-class Descriptor:
-    """A file descriptor, closed when it is no longer referenced."""
+class OpenFile:
+    """An open regular file, closed when it is no longer referenced."""
 
     def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY)
+        self.file = open_regular(path)
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
+        if hasattr(self, "file"):
+            self.file.close()
 
 
 class LocalFolder:
@@ -58,7 +62,7 @@ class LocalFolder:
 
     def __init__(self, path: Path, reader_lock: ReaderLock | None = None):
         self.path, self.reader_lock = path, reader_lock or ReaderLock()
-        self.descriptor = lru_cache(MAX_OPEN_FILES)(lambda name: Descriptor(path / name))
+        self.open_file = lru_cache(MAX_OPEN_FILES)(lambda name: OpenFile(path / name))
 
     def __reduce__(self):
         return LocalFolder, (self.path,)
@@ -66,12 +70,13 @@ class LocalFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    def sizes(self) -> dict[str, int]:
-        """Name -> bytes of every file in the folder; empty if there is no such folder."""
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Name -> bytes of those of the files that exist and are regular files."""
         if not self.path.is_dir():
             return {}
+        wanted = set(names)
         with os.scandir(self.path) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            return {entry.name: entry.stat().st_size for entry in entries if entry.name in wanted and entry.is_file()}
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         """Fills byte buffers one after the other from byte `offset` of a file on.
@@ -79,28 +84,44 @@ class LocalFolder:
         Returns the number of bytes read, which is less than the size of the buffers only at the end of the file. Bytes
         in the page cache are read at once; for the others, the reader lock is released.
         """
-        descriptor = self.descriptor(name)
-        done = read_cached(descriptor, offset, buffers)
+        try:
+            return self.read_open(name, offset, buffers)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        self.open_file.cache_clear()  # the server has replaced the file since it was opened
+        return self.read_open(name, offset, buffers)
+
+    def read_open(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+        """`read_into` of the file that is open under this name."""
+        opened = self.open_file(name)
+        done = read_cached(opened.file, offset, buffers)
         buffers = remaining_buffers(buffers, done)
         if buffers:
             with self.reader_lock.released():
-                while buffers and (count := os.preadv(descriptor.fd, buffers, offset + done)):  # at most 2 GiB per call
+                while buffers and (
+                    count := os.preadv(opened.file.fileno(), buffers, offset + done)
+                ):  # at most 2 GiB per call
                     done += count
                     buffers = remaining_buffers(buffers, count)
         return done
 
     def read_whole(self, names: list[str]) -> list[bytes]:
         """The contents of several files."""
-        return [(self.path / name).read_bytes() for name in names]
+        contents = []
+        for name in names:
+            with open_regular(self.path / name) as file:
+                contents.append(file.readall())
+        return contents
 
     def open(self, name: str) -> BinaryIO:
-        return open(self.path / name, "rb")
+        return io.BufferedReader(open_regular(self.path / name))
 
 
-def read_cached(descriptor: Descriptor, offset: int, buffers: Sequence[memoryview]) -> int:
+def read_cached(file: BinaryIO, offset: int, buffers: Sequence[memoryview]) -> int:
     """Reads without waiting for the disk. Returns the bytes read; 0 if the file system does not support it."""
     try:
-        return os.preadv(descriptor.fd, buffers, offset, os.RWF_NOWAIT)
+        return os.preadv(file.fileno(), buffers, offset, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS):
             return 0
@@ -134,15 +155,14 @@ class RemoteFolder:
     def __str__(self) -> str:
         return self.url
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Name -> bytes of those of the files that exist."""
         try:
             listing: list[dict[str, Any]] = self.system.ls(self.root, detail=True)
         except FileNotFoundError:
             return {}
-        sizes = {item["name"]: item["size"] for item in listing if item["type"] == "file"}
-        unknown = [path for path, size in sizes.items() if size is None]  # listings over http have no sizes
-        sizes |= zip(unknown, self.system.sizes(unknown), strict=True)
-        return {path.rpartition("/")[2]: size for path, size in sizes.items()}
+        sizes = {item["name"].rpartition("/")[2]: item["size"] for item in listing if item["type"] == "file"}
+        return {name: sizes[name] for name in names if name in sizes}
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         end = offset + sum(len(buffer) for buffer in buffers)
@@ -160,3 +180,6 @@ class RemoteFolder:
 
     def open(self, name: str) -> BinaryIO:
         return self.system.open(f"{self.root}/{name}", "rb")
+
+
+Folder = LocalFolder | RemoteFolder | HttpFolder

@@ -6,7 +6,8 @@ The plan says which packs a step has, and which of them belong to this rank. Nei
 reader threads, nor a stop changes what a step trains on: the whole state is the plan's cursor.
 
 A damaged clip ends the run. If `data.max_damaged_fraction` is above 0, it is left out of its pack, its tokens become
-padding, and it is reported in `StepBatch.damaged`. Which clips are left out depends on the bytes of the shards alone.
+padding, and it is reported in `StepBatch.damaged`; so is a clip with a number that is infinite or NaN. Which clips are
+left out depends on the bytes of the shards alone, and on what the file system cannot read.
 """
 
 from __future__ import annotations

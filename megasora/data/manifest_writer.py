@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,8 +14,11 @@ from megasora.data.shard_damage import check_tar_size, missing_text
 from megasora.data.shard_format import INDEX_DTYPE, MANIFEST, SPLITS, Manifest, add_counts, count_clips, index_name
 from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, STAGING_DIR, BlockInfo, json_text, marker_path
 from megasora.errors import MegaSoraError
-from megasora.files import sync, write_text_atomic
+from megasora.files import read_regular_file, sync, write_text_atomic
+from megasora.jsonl import parse_json
 from megasora.locks import locked
+
+MAX_BLOCK_BYTES = 1 << 30  # of blocks/BLOCK.json
 
 
 def read_block(folder: Path, block: int) -> BlockInfo | None:
@@ -24,17 +26,17 @@ def read_block(folder: Path, block: int) -> BlockInfo | None:
     or cut."""
     path = marker_path(folder, block)
     try:
-        info = BlockInfo(**json.loads(path.read_text(encoding="utf-8")))
+        info = BlockInfo(**parse_json(read_regular_file(path, MAX_BLOCK_BYTES).decode("utf-8")))
+        sizes = {name: shard["bytes"] for counts in info.splits.values() for name, shard in counts["shards"].items()}
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise MegaSoraError(f"{path} is damaged: {error}; remove it and ingest again") from None
-    for counts in info.splits.values():
-        for name, shard in counts["shards"].items():
-            tar = folder / name
-            check_tar_size(folder, name, tar.stat().st_size if tar.is_file() else None, shard["bytes"])
-            if not (folder / index_name(name)).is_file():
-                raise MegaSoraError(f"{folder / index_name(name)}: {missing_text(folder, name)}")
+    for name, size in sizes.items():
+        tar = folder / name
+        check_tar_size(folder, name, tar.stat().st_size if tar.is_file() else None, size)
+        if not (folder / index_name(name)).is_file():
+            raise MegaSoraError(f"{folder / index_name(name)}: {missing_text(folder, name)}")
     return info
 
 

@@ -120,14 +120,37 @@ class Mixture:
         return f"{shards.folder}/{shards.shard_name(clip)}, sample {shards.index.sample_ids[clip]}"
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same when a run resumes: counts, for messages, and a hash over all that plans depend on."""
-        digest = hashlib.sha256()
-        for dataset, tokens_I in zip(self.datasets, self.token_counts, strict=True):
-            for values in (dataset.index.sample_ids, tokens_I):
-                digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
-        clips = [len(tokens_I) for tokens_I in self.token_counts]
-        tokens = [int(tokens_I.sum()) for tokens_I in self.token_counts]
-        return {"clips": clips, "tokens": tokens, "weights": self.weights, "sha256": digest.hexdigest()}
+        """What must be the same when a run resumes: counts, for messages, and hashes.
+
+        `sha256` is over all that plans depend on. Per dataset, `captions` and `patches` are over the checksums of these
+        in every clip, so a clip that was captioned or encoded again differs, but not one that is in another tar.
+        """
+        return dict(self._identity)
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        rows = [dataset.index.rows for dataset in self.datasets]
+        plan = [
+            values
+            for dataset, tokens_I in zip(self.datasets, self.token_counts, strict=True)
+            for values in (dataset.index.sample_ids, tokens_I)
+        ]
+        return {
+            "clips": [len(tokens_I) for tokens_I in self.token_counts],
+            "tokens": [int(tokens_I.sum()) for tokens_I in self.token_counts],
+            "weights": self.weights,
+            "sha256": hash_columns(plan, "<i8"),
+            "captions": [hash_columns([r["caption"]["crc32"], r["text"]["crc32"]], "<u4") for r in rows],
+            "patches": [hash_columns([r["patches"]["crc32"]], "<u4") for r in rows],
+        }
+
+
+def hash_columns(columns: Sequence[np.ndarray], dtype: str) -> str:
+    """SHA-256 of columns of numbers, as `dtype`."""
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(np.ascontiguousarray(column, dtype=dtype).tobytes())
+    return digest.hexdigest()
 
 
 def split_clips(dataset: ShardSplit, tokens_per_pack: int, split_long: bool) -> tuple[np.ndarray, ...]:
@@ -166,7 +189,7 @@ def split_clips(dataset: ShardSplit, tokens_per_pack: int, split_long: bool) -> 
 
 
 def describe_source(dataset: ShardSplit, clip: int) -> str:
-    return f"sample {dataset.index.sample_ids[clip]} ({dataset.read_meta(clip)['source']})"
+    return f"sample {dataset.index.sample_ids[clip]} ({dataset.read_meta(clip).get('source')})"
 
 
 def check_equal_settings(datasets: list[ShardSplit]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from zlib_ng.zlib_ng import crc32
 
 from megasora.data.shard_format import MEMBERS
 from megasora.data.tar import BLOCK_BYTES, DamagedTar, read_header
+
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of this process, not of a file
+FIRST_INFINITE = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # bits of infinity; those of NaN are above
 
 
 def locate_damage(row: np.void, record: bytes, member_files: Sequence[str]) -> tuple[int, str]:
@@ -34,6 +39,8 @@ def locate_damage(row: np.void, record: bytes, member_files: Sequence[str]) -> t
 
 def is_header_of(header: bytes, name: str, size: int) -> bool:
     """True if a tar header declares this file name and size."""
+    if len(header) < BLOCK_BYTES:
+        return False
     try:
         _, declared_name, declared_size = read_header(header, 0, "")
     except DamagedTar:
@@ -54,6 +61,21 @@ def damaged_record(folder: object, name: str, offset: int, part: str, sample_id:
     """The error for a damaged `part` of a sample, as `locate_damage` describes it, in the tar `name`."""
     problem = f"{part} of sample {sample_id} is damaged; {remedy_text(folder, name)}"
     return DamagedTar(f"{folder}/{name}", offset, problem, sample_id)
+
+
+def read_error_text(folder: object, name: str, error: OSError) -> str:
+    """What the system says when it cannot read a tar, and the remedy."""
+    if isinstance(error, FileNotFoundError):
+        return missing_text(folder, name)
+    return f"it cannot be read: {error.strerror or error}; {remedy_text(folder, name)}"
+
+
+def first_non_finite(data: memoryview, dtype: torch.dtype) -> int | None:
+    """The byte offset of the first number that is infinite or NaN, among numbers of `dtype`: float16 or bfloat16."""
+    bits, limit = np.frombuffer(data, np.uint16), FIRST_INFINITE[dtype]
+    if bits.view(np.int16).max(initial=0) < limit and bits.max(initial=0) < 0x8000 + limit:  # with sign: 0x8000 above
+        return None
+    return int(np.flatnonzero((bits & 0x7FFF) >= limit)[0]) * 2
 
 
 def missing_text(folder: object, name: str) -> str:

@@ -12,9 +12,8 @@ writes dataset.json, verify.py checks every byte.
 from __future__ import annotations
 
 import io
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,14 @@ import numpy as np
 import torch
 from zlib_ng.zlib_ng import crc32
 
-from megasora.data.folder import LocalFolder, RemoteFolder, open_folder
-from megasora.errors import DataError, MegaSoraError
+from megasora.data.folder import Folder, open_folder
+from megasora.errors import DataError, MegaSoraError, printable
+from megasora.jsonl import parse_json
 
 FORMAT = 2
 MANIFEST = "dataset.json"
 SPLITS = ("train", "val")
+MAX_SHOWN = 60  # characters of a wrong value in a message
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 MEMBERS = ("caption", "meta", "text", "patches")  # the files of a record, in the order of the tar
@@ -82,6 +83,11 @@ class Index(Sequence):
     def sample_ids(self) -> np.ndarray:
         """int64 [n]"""
         return self.rows["sample_id"]
+
+    def spans_fit(self, i: int, tar_bytes: int) -> bool:
+        """Whether the byte ranges of a clip are within a tar of `tar_bytes` bytes."""
+        spans = [self.rows[i][name].item() for name in ("record", *MEMBERS)]
+        return all(offset + size <= tar_bytes for offset, size, _ in spans)
 
     @property
     def token_counts(self) -> np.ndarray:
@@ -145,8 +151,13 @@ class Manifest:
     codec_settings: dict[str, Any] = field(default_factory=dict)  # the configuration to build the codec from
     format: int = FORMAT
 
+    def file_names(self) -> list[str]:
+        """The names of all tars and indices."""
+        tars = [name for counts in self.splits.values() for name in counts["shards"]]
+        return tars + [index_name(name) for name in tars]
 
-def read_manifest(folder: str | Path | LocalFolder | RemoteFolder) -> Manifest:
+
+def read_manifest(folder: str | Path | Folder) -> Manifest:
     """Reads and checks dataset.json.
 
     Raises MegaSoraError if there is none or another version wrote it, DataError if it is damaged.
@@ -160,7 +171,7 @@ def read_manifest(folder: str | Path | LocalFolder | RemoteFolder) -> Manifest:
             f"no {MANIFEST} in {folder}; make shards with: megasora ingest CLIPS --out {folder}"
         ) from None
     try:
-        values = json.loads(data.decode("utf-8"))
+        values = parse_json(data.decode("utf-8"))
         check_version(path, values)
         manifest = Manifest(**values)
         check_manifest(manifest)
@@ -173,23 +184,38 @@ def check_version(path: str, values: dict[str, Any]) -> None:
     """Raises MegaSoraError if the contents `values` of the dataset.json `path` were written by another version."""
     remedy = "ingest again into another --out"
     if values.get("format") != FORMAT:
-        raise MegaSoraError(f"{path} has format {values.get('format', 'none')}, this version reads {FORMAT}; {remedy}")
+        found = printable(str(values.get("format", "none")), MAX_SHOWN)
+        raise MegaSoraError(f"{path} has format {found}, this version reads {FORMAT}; {remedy}")
     if unknown := sorted(values.keys() - {f.name for f in fields(Manifest)}):
-        raise MegaSoraError(f"{path} has fields that this version does not know ({', '.join(unknown)}); {remedy}")
+        names = printable(", ".join(unknown), MAX_SHOWN)
+        raise MegaSoraError(f"{path} has fields that this version does not know ({names}); {remedy}")
 
 
 def check_manifest(manifest: Manifest) -> None:
     """Raises ValueError or KeyError for values that no ingest writes; names must be names of files in the folder."""
-    if manifest.dtype not in DTYPES:
-        raise ValueError(f"patches of type {manifest.dtype!r}")
-    for counts in manifest.splits.values():
-        if not all(isinstance(counts[key], int) for key in ("clips", "images", "frames", "tokens", "max_tokens")):
-            raise ValueError("a count is not an integer")
+    if not isinstance(manifest.dtype, str) or manifest.dtype not in DTYPES:
+        raise ValueError(f"patches of type {str(manifest.dtype)[:MAX_SHOWN]!r}")
+    for key in ("codec_fingerprint", "text_fingerprint"):
+        if not isinstance(getattr(manifest, key), str):
+            raise ValueError(f"{key} is no text")
+    check_integers([*manifest.patch, manifest.patch_dim, manifest.text_dim], "patch, patch_dim or text_dim")
+    check_integers(manifest.rejected.values(), "rejected")
+    if not isinstance(manifest.codec_settings, dict) or not manifest.splits.keys() <= set(SPLITS):
+        raise ValueError(f"codec_settings or splits ({printable(', '.join(manifest.splits), MAX_SHOWN)}) of no ingest")
+    for split, counts in manifest.splits.items():
+        keys = ("clips", "images", "frames", "tokens", "max_tokens")
+        check_integers([*(counts[key] for key in keys), *counts.get("token_histogram", [])], split)
         for name, shard in counts["shards"].items():
             if not re.fullmatch(r"[a-z]+-\d+-\d+\.tar", name, re.ASCII):
-                raise ValueError(f"{name!r} is no name of a shard")
-            if not all(isinstance(shard[key], int) for key in ("clips", "bytes", "index_crc32")):
-                raise ValueError(f"a value of {name} is not an integer")
+                raise ValueError(f"{name[:MAX_SHOWN]!r} is no name of a shard")
+            check_integers([shard[key] for key in ("clips", "bytes", "index_crc32")], name)
+
+
+def check_integers(values: Iterable[object], name: str) -> None:
+    """Raises ValueError unless all `values` are integers from 0 on that fit into 64 bits. `name`: for the message."""
+    for value in values:
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise ValueError(f"{printable(str(value), MAX_SHOWN)} in {name} is no count")
 
 
 def check_fingerprints(manifest: Manifest, folder: object, codec: str, text: str, patch: list[int]) -> None:

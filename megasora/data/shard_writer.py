@@ -43,7 +43,7 @@ from megasora.data.shard_format import (
 )
 from megasora.data.tar import BLOCK_BYTES, END_OF_ARCHIVE, group_by_key, padded_size, read_members, write_header
 from megasora.errors import MegaSoraError
-from megasora.files import atomic_writer, sync, write_text_atomic
+from megasora.files import atomic_writer, errors_naming, sync, write_text_atomic
 from megasora.locks import create_in, locked
 
 CHUNK_BYTES = 1 << 18  # of a file in memory at once: small enough to stay in the CPU cache
@@ -231,6 +231,11 @@ class ShardFile:
         self.manifest_entry: dict[str, int] = {}  # clips, bytes, index_crc32
 
     def add(self, record: Record, files: dict[str, bytes | PatchFile]) -> None:
+        with errors_naming(self.path):
+            self.written.append((record, self.write_members(record, files)))
+
+    def write_members(self, record: Record, files: dict[str, bytes | PatchFile]) -> dict[str, int]:
+        """Returns the CRC-32 of each file."""
         checksums = {}
         for name, content in files.items():
             size = content.path.stat().st_size if isinstance(content, PatchFile) else len(content)
@@ -243,14 +248,15 @@ class ShardFile:
                 raise MegaSoraError(f"{content.path} changed while it was read: {done} of {size} bytes")
             self.file.write(bytes(padded_size(size) - size))
             checksums[name] = checksum
-        self.written.append((record, checksums))
+        return checksums
 
     def close(self) -> None:
         """Flushes the tar to the disk, reads it back, and writes its index."""
-        self.file.write(END_OF_ARCHIVE)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with errors_naming(self.path):
+            self.file.write(END_OF_ARCHIVE)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
         with open(self.path, "rb") as file:
             self.index_entries = self.read_back(file)
             size = file.seek(0, 2)

@@ -26,6 +26,7 @@ MAX_NAME_BYTES = 1 << 20  # of a GNU long name, or of pax records
 
 FILES = (b"0", b"\0")
 FOLDER, GNU_NAME, PAX, PAX_GLOBAL = b"5", b"L", b"x", b"g"
+SURROGATE = re.compile("[\ud800-\udfff]")  # in a name that is not UTF-8
 EXTENDED = (GNU_NAME, PAX, PAX_GLOBAL)
 UNSUPPORTED = {
     b"1": "a hard link", b"2": "a symbolic link", b"3": "a character device", b"4": "a block device", b"6": "a fifo",
@@ -80,24 +81,22 @@ def group_by_key(members: Iterable[Member]) -> dict[str, dict[str, tuple[int, in
     return groups
 
 
-def read_members(
-    file: BinaryIO, extensions: Collection[str], path: str | None = None, others: str = "error"
-) -> Iterator[Member]:
-    """Yields every file of an archive whose extension (`split_name`) is in `extensions`.
+def read_members(file: BinaryIO, extensions: Collection[str], path: str | None = None) -> Iterator[Member]:
+    """Yields every file of an archive of shards; files of one key (`split_name`) are adjacent.
 
-    `file` must be seekable; the caller may read from it between two members. `path`: for messages. `others`: what to do
-    with files of other extensions, `error` or `skip`. Raises DamagedTar; the members yielded before are whole.
+    `file` must be seekable; the caller may read from it between two members. `path`: for messages. Raises DamagedTar,
+    also for a file whose extension is not in `extensions`; the members yielded before are whole.
     """
     path = str(getattr(file, "name", "tar")) if path is None else path
     names: set[tuple[str, str]] = set()
     last_key, keys = None, set()
     for member in read_files(file, path):
         header_at, pair = member.offset - BLOCK_BYTES, split_name(member.name)
+        if SURROGATE.search(member.name):
+            raise DamagedTar(path, header_at, f"the name {member.name!r} is not UTF-8")
         if pair is None or pair[1] not in extensions:
-            if others == "error":
-                allowed = ", ".join(sorted(extensions))
-                raise DamagedTar(path, header_at, f"{member.name!r} is no file of the format; these are: {allowed}")
-            continue
+            allowed = ", ".join(sorted(extensions))
+            raise DamagedTar(path, header_at, f"{member.name!r} is no file of the format; these are: {allowed}")
         if pair in names:
             raise DamagedTar(path, header_at, f"{member.name!r} occurs twice")
         if pair[0] != last_key and pair[0] in keys:
@@ -109,7 +108,10 @@ def read_members(
 
 
 def read_files(file: BinaryIO, path: str) -> Iterator[Member]:
-    """Yields every file of an archive, without its folders. Raises DamagedTar."""
+    """Yields every file of an archive, without its folders. Raises DamagedTar.
+
+    Bytes of names that are no UTF-8 become surrogates, as in file names of Python.
+    """
     size = file.seek(0, 2)
     if size == 0:
         raise DamagedTar(path, 0, "the file is empty")
@@ -133,7 +135,7 @@ def read_files(file: BinaryIO, path: str) -> Iterator[Member]:
             if not re.fullmatch(r"\d{1,19}", fields["size"], re.ASCII):
                 raise DamagedTar(path, fields_at, f"a size of {fields['size']!r}")
             length = int(fields["size"])
-        name = check_name(fields["path"] if "path" in fields else decode(name, at, path), at, path, kind)
+        name = check_name(fields["path"] if "path" in fields else decode(name), at, path, kind)
         if kind == FOLDER and length:
             raise DamagedTar(path, at, f"the folder {name!r} has {length} bytes of content")
         if kind in UNSUPPORTED or kind not in (*FILES, FOLDER):
@@ -153,7 +155,7 @@ def read_extended_header(file: BinaryIO, kind: bytes, at: int, length: int, path
     padded = read_at(file, at + BLOCK_BYTES, padded_size(length), path, "the archive was cut within a name")
     data = padded[:length]
     if kind == GNU_NAME:
-        return {"path": decode(data.removesuffix(b"\0"), at, path)}
+        return {"path": decode(data.removesuffix(b"\0"))}
     records = read_pax(data, at, path)
     if kind == PAX:
         return records
@@ -228,16 +230,13 @@ def read_pax(data: bytes, at: int, path: str) -> dict[str, str]:
         if key.startswith(b"GNU.sparse"):
             raise DamagedTar(path, at, "a sparse file; only plain files are read")
         if key in (b"path", b"size", b"linkpath"):
-            records[key.decode()] = decode(value, at, path)
+            records[key.decode()] = decode(value)
         data = data[length:]
     return records
 
 
-def decode(name: bytes, at: int, path: str) -> str:
-    try:
-        return name.decode("utf-8")
-    except UnicodeDecodeError:
-        raise DamagedTar(path, at, f"the name {name!r} is not UTF-8") from None
+def decode(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
 
 
 def check_name(name: str, at: int, path: str, kind: bytes) -> str:

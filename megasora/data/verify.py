@@ -7,7 +7,6 @@ cover the whole file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -15,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from zlib_ng.zlib_ng import crc32
 
-from megasora.data.folder import LocalFolder, RemoteFolder
+from megasora.data.folder import Folder
 from megasora.data.shard_damage import locate_damage, remedy_text
 from megasora.data.shard_format import (
     MANIFEST,
@@ -27,8 +26,10 @@ from megasora.data.shard_format import (
     read_index,
     read_manifest,
 )
+from megasora.data.shard_reader import check_values
 from megasora.data.tar import END_OF_ARCHIVE
 from megasora.errors import MegaSoraError
+from megasora.jsonl import parse_json
 
 CHUNK_BYTES = 1 << 20  # read at once
 MAX_LOCATED_BYTES = 64 << 20  # a damaged record up to this size is read whole, to name the damaged file
@@ -51,12 +52,13 @@ def num_bytes(manifest: Manifest) -> int:
     return sum(facts["bytes"] for counts in manifest.splits.values() for facts in counts["shards"].values())
 
 
-def verify(folder: LocalFolder | RemoteFolder, advance: Callable[[int], None] = lambda count: None) -> Iterator[Fault]:
+def verify(folder: Folder, advance: Callable[[int], None] = lambda count: None) -> Iterator[Fault]:
     """Yields every fault of a folder. `advance(count)` is called for every `count` bytes done, `num_bytes` in all.
 
     Raises MegaSoraError if there is no readable manifest.
     """
-    manifest, sizes = read_manifest(folder), folder.sizes()
+    manifest = read_manifest(folder)
+    sizes = folder.sizes(manifest.file_names())
     for split, counts in manifest.splits.items():
         tables = []
         for name, facts in counts["shards"].items():
@@ -64,6 +66,12 @@ def verify(folder: LocalFolder | RemoteFolder, advance: Callable[[int], None] = 
             rows, fault = load_index(folder, name, sizes, facts["index_crc32"])
             if fault is not None:
                 yield fault
+                advance(facts["bytes"])
+                continue
+            try:
+                check_values(folder, split, Index(rows))
+            except MegaSoraError as error:
+                yield Fault(index_name(name), None, None, str(error))
                 advance(facts["bytes"])
                 continue
             tables.append(rows)
@@ -77,13 +85,13 @@ def verify(folder: LocalFolder | RemoteFolder, advance: Callable[[int], None] = 
                 problem = f"has {sizes[name]} bytes, {MANIFEST} says {facts['bytes']}; {remedy}"
                 yield Fault(name, min(sizes[name], facts["bytes"]), None, problem)
             with folder.open(name) as file:
-                yield from verify_tar(file, name, rows, manifest, advance)
+                yield from verify_tar(file, name, rows, manifest, facts["bytes"], advance)
         if len(tables) == len(counts["shards"]) and tables:
             yield from verify_counts(split, np.concatenate(tables), counts)
 
 
 def load_index(
-    folder: LocalFolder | RemoteFolder, name: str, sizes: dict[str, int], checksum: int
+    folder: Folder, name: str, sizes: dict[str, int], checksum: int
 ) -> tuple[np.ndarray | None, Fault | None]:
     """The rows of a tar's index, or why they cannot be read."""
     index, remedy = index_name(name), remedy_text(folder, name)
@@ -96,11 +104,15 @@ def load_index(
 
 
 def verify_tar(
-    file: BinaryIO, name: str, rows: np.ndarray, manifest: Manifest, advance: Callable[[int], None]
+    file: BinaryIO, name: str, rows: np.ndarray, manifest: Manifest, tar_bytes: int, advance: Callable[[int], None]
 ) -> Iterator[Fault]:
-    """Yields the faults of one tar."""
+    """Yields the faults of one tar. `tar_bytes`: its declared size."""
     index, at = Index(rows, manifest.dtype), 0
-    for row, entry in zip(rows, index, strict=True):
+    for i, (row, entry) in enumerate(zip(rows, index, strict=True)):
+        if not index.spans_fit(i, tar_bytes):
+            problem = f"sample {entry.sample_id}: byte ranges beyond the end of the tar; {remedy_text('.', name)}"
+            yield Fault(index_name(name), None, entry.sample_id, problem)
+            continue
         start, size, _ = row["record"].item()
         if start != at:
             problem = f"the record begins at byte {start}: {start - at} bytes belong to no record"
@@ -177,10 +189,12 @@ def find_contradiction(file: BinaryIO, entry: Entry, row: np.void, manifest: Man
         return file.read(int(row[member]["size"]))
 
     try:
-        meta = json.loads(read("meta"))
+        meta = parse_json(read("meta"))
         read("caption").decode("utf-8")
     except ValueError as error:
         return f"meta.json or caption.txt cannot be read: {error}"
+    if not isinstance(meta, dict):
+        return "meta.json is no JSON object"
     height, width, frames, fps = entry.native_size
     expected = {
         "sample_id": entry.sample_id, "grid": list(entry.grid), "shape": [entry.num_tokens, manifest.patch_dim],

@@ -156,3 +156,10 @@ def velocity_error(prediction_LP: Tensor, target_LP: Tensor, weight_L: Tensor) -
     """The squared error of the predicted velocity; `target_LP` and `weight_L` from `add_noise`."""
     squared_error_L = (prediction_LP - target_LP).square().mean(-1) * weight_L
     return LossSum(squared_error_L.sum(), int(weight_L.sum()), squared_error_L.detach())
+
+
+def non_finite_clips(batch: VideoBatch, squared_error_L: Tensor) -> list[int]:
+    """The sample ids of the clips of a pack or share that have a token whose error is not finite."""
+    tokens = torch.nonzero(~torch.isfinite(squared_error_L.cpu())).view(-1)
+    segments = torch.unique(segment_ids(batch.cu_segments, len(squared_error_L))[tokens])
+    return [i for i in batch.sample_ids_G[segments].tolist() if i >= 0]  # negative: a placeholder, see noise_batch

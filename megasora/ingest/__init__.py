@@ -1,14 +1,18 @@
 """`megasora ingest`: turns clips and captions into shards.
 
 driver.py            runs an ingest: blocks in order, then the manifest
-sources.py           a folder, a list or tars -> clips, in the order of sample ids
+sources.py           a folder, a list or tars -> listing.py: clips in the order of sample ids, counts of other files
+walk.py              the files below a folder, also behind links
+file_roles.py        which files are clips, captions, thumbnails; file_counts.py counts them
+clip_folder.py, clip_list.py, clip_tars.py   the clips of each kind of source, with their captions.py
 parts.py             the blocks that each process writes
 output_folder.py     ingest.json, and the checks that all processes run the same ingest
 caption_encoding.py  captions are checked and encoded before clips are decoded
 pool.py              jobs to worker processes, results in order; a crash costs one clip
 worker.py            in a worker: bytes -> frames -> filters.py -> codec -> float16.py -> patches in a file
 results.py           EncodedClip or Rejection: what a worker returns
-summary.py           counts of rejected clips
+summary.py           counts of rejected clips, and the report at the end
+library_warnings.py  what libraries print, counted by kind
 scenes.py, duplicates.py   for tools/list_clips.py
 """
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megasora.config import Config
 from megasora.errors import MegaSoraError
+from megasora.ingest.listing import ClipSource
 from megasora.ingest.results import Rejection
-from megasora.ingest.sources import ClipSource
 
 if TYPE_CHECKING:
     from megasora.text.bytes import BytesEncoder
@@ -37,7 +37,7 @@ class PreparedClip:
 
 def check_captions(clips: list[ClipSource], config: Config) -> None:
     """Raises MegaSoraError if clips have no caption and `ingest.missing_caption=error`."""
-    uncaptioned = [clip for clip in clips if not clip.caption and not clip.caption_error]
+    uncaptioned = [clip for clip in clips if not clip.caption and not clip.caption_rejection]
     if uncaptioned and config.ingest.missing_caption == "error":
         media = uncaptioned[0].media
         remedy = "give it one" if media.name else f"write {media.path.with_suffix('.txt').name} beside it"
@@ -66,8 +66,8 @@ def prepare_block(
 
 def caption_rejection(clip: ClipSource, config: Config) -> Rejection | None:
     """Why a clip has no caption to encode, or None."""
-    if clip.caption_error:
-        return Rejection("caption", "unreadable caption", clip.caption_error)
+    if clip.caption_rejection:
+        return clip.caption_rejection
     if not clip.caption and config.ingest.missing_caption == "skip":
         return Rejection("caption", "no caption", f"{clip.media} has no caption")
     return None

@@ -26,6 +26,8 @@ from megasora.data.shard_format import Manifest
 from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, BlockWriter, PatchFile
 from megasora.errors import MegaSoraError
 from megasora.ingest.caption_encoding import PreparedClip, check_captions, prepare_block
+from megasora.ingest.library_warnings import LibraryWarnings, python_warnings_to
+from megasora.ingest.listing import ClipSource, Listing
 from megasora.ingest.output_folder import (
     PATCH_DIR,
     claim_output,
@@ -33,12 +35,13 @@ from megasora.ingest.output_folder import (
     ingest_spec,
     remove_empty_folders,
     temporary_patch_dir,
+    write_report,
 )
 from megasora.ingest.parts import Part
 from megasora.ingest.pool import WorkerPool
 from megasora.ingest.results import EncodedClip, Rejection
-from megasora.ingest.sources import ClipSource, find_clips
-from megasora.ingest.summary import Rejections, print_summary
+from megasora.ingest.sources import find_clips
+from megasora.ingest.summary import Rejections, build_report, merge_warnings, print_summary
 from megasora.ingest.worker import encode_job, worker_settings
 from megasora.locks import locked
 from megasora.text import build_text_encoder
@@ -53,7 +56,8 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
     Arguments and errors: `megasora.ingest.ingest`.
     """
     part = part or Part()
-    clips = find_clips(source)
+    listing = find_clips(source)
+    clips, printed = listing.clips, LibraryWarnings()
     check_captions(clips, config)
     codec, encoder = build_codec(config.codec), build_text_encoder(config.text)
     new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -61,7 +65,7 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
     is_new = False
     try:
         is_new = claim_output(out, ingest_spec(clips, config, codec.fingerprint, encoder.fingerprint))
-        ingest_part(clips, num_blocks, out, config, encoder, part)
+        ingest_part(clips, num_blocks, out, config, encoder, part, printed)
     except BaseException:
         if is_new and part.count == 1 and not any((out / BLOCK_DIR).glob("*.json")):  # no other part, no complete block
             discard_output(out)
@@ -81,14 +85,29 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
     manifest = write_manifest(
         out, codec.fingerprint, encoder.fingerprint, list(config.data.patch), num_blocks, asdict(config.codec)
     )
-    print_summary(manifest, len(clips), [block.details for block in blocks])
+    finish(out, listing, manifest, [block.details for block in blocks], printed)
     return manifest
 
 
-def ingest_part(
-    clips: list[ClipSource], num_blocks: int, out: Path, config: Config, encoder: TextEncoder, part: Part
+def finish(
+    out: Path, listing: Listing, manifest: Manifest, details: list[dict[str, Any]], printed: LibraryWarnings
 ) -> None:
-    """Writes every block of this part that is not complete yet."""
+    """Adds the counts of files, clips and warnings to ingest.json, and prints them. `details`: of each block."""
+    merge_warnings(printed, details)
+    write_report(out, build_report(listing, manifest, printed))
+    print_summary(manifest, listing, details, printed)
+
+
+def ingest_part(
+    clips: list[ClipSource],
+    num_blocks: int,
+    out: Path,
+    config: Config,
+    encoder: TextEncoder,
+    part: Part,
+    printed: LibraryWarnings,
+) -> None:
+    """Writes every block of this part that is not complete yet; counts the warnings of this process in `printed`."""
     name = f"part-{part.index + 1}-of-{part.count}"
     with (
         locked(out / LOCK_DIR / name, f"part {part} of {out}"),
@@ -96,7 +115,10 @@ def ingest_part(
     ):
         incomplete = [block for block in part.blocks(num_blocks) if read_block(out, block) is None]
         if incomplete:
-            ingest_blocks(clips, incomplete, out, patch_dir, config, encoder, part)
+            # fails here if the encoder cannot be loaded; encode_captions would reject the captions instead
+            encoder.encode([""])
+            with python_warnings_to(printed.add):
+                ingest_blocks(clips, incomplete, out, patch_dir, config, encoder, part)
 
 
 def ingest_blocks(
@@ -116,8 +138,6 @@ def ingest_blocks(
             for clip in prepare_block(ids, clips, patch_dir, config, encoder):
                 yield clip, clip.rejection or encode_job(clip.source.media, clip.patch_path)
 
-    # fails here if the encoder cannot be loaded; encode_captions would reject the captions instead
-    encoder.encode([""])
     settings = worker_settings(config.codec, config.ingest, config.data.patch)
     with (
         WorkerPool(settings, config.ingest.workers or num_cores()) as pool,
@@ -131,23 +151,26 @@ def ingest_blocks(
 
 def write_block(
     writer: BlockWriter,
-    results: Iterable[tuple[PreparedClip, EncodedClip | Rejection]],
+    results: Iterable[tuple[PreparedClip, EncodedClip | Rejection, dict[str, list[Any]]]],
     precomputed: bool,
     advance: Callable[[], None],
 ) -> None:
     """Writes the clips of one block, counts those that were rejected, and commits the block.
 
-    `results`: of the jobs of its clips; `precomputed`: store text features; `advance`: called for each clip.
+    `results`: of the jobs of its clips, with what libraries printed; `precomputed`: store text features; `advance`:
+    called for each clip.
     """
-    rejections = Rejections()
-    for clip, result in results:
+    rejections, printed = Rejections(), LibraryWarnings()
+    for clip, result, printed_details in results:
+        printed.update(printed_details)
         if isinstance(result, Rejection):
             rejections.add(result)
         else:
             write_record(writer, clip, result, precomputed)
         clip.patch_path.unlink(missing_ok=True)
         advance()
-    writer.commit(rejections.reasons, rejections.details())
+    warnings = {"warnings": printed.details()} if printed.kinds else {}
+    writer.commit(rejections.reasons, rejections.details() | warnings)
 
 
 def write_record(writer: BlockWriter, clip: PreparedClip, result: EncodedClip, precomputed: bool) -> None:

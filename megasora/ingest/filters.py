@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from megasora.config import IngestConfig
-from megasora.data.video import RejectedClip
+from megasora.data.media import RejectedClip
 from megasora.errors import MegaSoraError
 
 SAMPLES_PER_CELL = 4  # along each side of a cell of FrameStats

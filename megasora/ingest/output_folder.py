@@ -1,7 +1,8 @@
 """The output folder of an ingest: the check that a process may write into it, and the clean-up.
 
 `ingest.json` records the source and the settings of the ingest that the folder belongs to. Every process that takes
-part, or resumes, must have the same ones; the first writes the file, the others compare.
+part, or resumes, must have the same ones; the first writes the file, the others compare. The process that completes the
+dataset adds what became of the files of the source, under `report`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from megasora.config import Config
 from megasora.data.shard_format import FORMAT
 from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, STAGING_DIR
 from megasora.errors import MegaSoraError
-from megasora.files import write_text_atomic
-from megasora.ingest.sources import ClipSource, listing_hash
+from megasora.files import read_regular_file, write_text_atomic
+from megasora.ingest.listing import ClipSource, listing_hash
+from megasora.jsonl import parse_json
 from megasora.locks import locked
 
-SPEC_FILE = "ingest.json"
+SPEC_FILE, REPORT = "ingest.json", "report"
+MAX_SPEC_BYTES = 1 << 26
 PATCH_DIR = ".patches"
 # keys of [ingest] that change the speed of an ingest and not its shards
 SPEED_ONLY_KEYS = ("workers", "worker_memory_mib", "decode_timeout_seconds")
@@ -67,6 +70,15 @@ def claim_output(out: Path, spec: dict[str, Any]) -> bool:
     return False
 
 
+def write_report(out: Path, report: dict[str, Any]) -> None:
+    """Writes `report` into ingest.json, which has the other keys already."""
+    path = out / SPEC_FILE
+    with locked(out / LOCK_DIR / "ingest", f"{path}", wait=True):
+        saved = parse_json(path.read_text(encoding="utf-8"))
+        if saved.get(REPORT) != report:
+            write_text_atomic(path, json.dumps({**saved, REPORT: report}, indent=2) + "\n")
+
+
 def is_unclaimed(out: Path) -> bool:
     """Whether `out` is a folder that is empty, apart from the files of processes that are claiming it."""
     return out.is_dir() and all(p.name in (LOCK_DIR, SPEC_FILE, f".{SPEC_FILE}.part") for p in out.iterdir())
@@ -78,8 +90,8 @@ def differing_keys(path: Path, spec: dict[str, Any]) -> list[str]:
     Raises MegaSoraError if the file is damaged or another version wrote it.
     """
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        same_version = saved.keys() == spec.keys() and saved["format"] == spec["format"]
+        saved = parse_json(read_regular_file(path, MAX_SPEC_BYTES).decode("utf-8"))
+        same_version = saved.keys() - {REPORT} == spec.keys() and saved["format"] == spec["format"]
     except (ValueError, AttributeError) as error:
         raise MegaSoraError(f"{path} is damaged: {error}; remove {path.parent} or choose another --out") from None
     if not same_version:

@@ -7,10 +7,11 @@ and processes need not communicate.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, printable
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class Part:
     @classmethod
     def parse(cls, text: str) -> Part:
         """Parses `1/8` to `8/8`. Raises MegaSoraError."""
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-            raise MegaSoraError(f"--part {text} is not I/N with I from 1 to N, e.g. 1/8")
-        return cls(int(index) - 1, int(count))
+        numbers = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+        if not (numbers and 1 <= int(numbers[1]) <= int(numbers[2])):
+            raise MegaSoraError(f"--part {printable(text, 60)} is not I/N with I from 1 to N, e.g. 1/8")
+        return cls(int(numbers[1]) - 1, int(numbers[2]))
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str]) -> Part:
@@ -40,8 +41,8 @@ class Part:
 
         def number(name: str, default: int) -> int:
             text = variables.get(name, str(default))
-            if not text.isdecimal():
-                raise MegaSoraError(f"{name}={text} in the environment is not a number; unset it, or give --part")
+            if not re.fullmatch("[0-9]{1,9}", text):
+                raise MegaSoraError(f"{name}={printable(text, 60)} is not a number; unset it, or give --part")
             return int(text)
 
         rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)

@@ -5,7 +5,7 @@
 A worker holds the job it runs and the next one, so it does not idle while the parent writes. A worker that crashes,
 hangs or exceeds its memory limit costs the clip of its current job, which is rejected with the reason; the worker is
 replaced and its next job is given to the replacement. Results are lines of JSON, so nothing that a decoder outputs is
-executed.
+executed. What a worker prints is not shown: it is counted, with the result of the job that it ran.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megasora.errors import MegaSoraError
+from megasora.ingest.library_warnings import END_OF_JOB, MAX_LINE, LibraryWarnings
 from megasora.ingest.results import Rejection, Result, from_message
 
 Clip = TypeVar("Clip")
+Outcome = tuple[Result, dict[str, list[Any]]]  # of a job, with the details of what libraries printed
 
 START_TIMEOUT_SECONDS = 120  # until a worker is ready
 EXIT_TIMEOUT_SECONDS = 10  # between the end of a worker's output and its exit, in which it may dump its memory
@@ -47,15 +49,46 @@ class WorkerProcess:
     last_message_time: float = field(default_factory=time.monotonic)  # or the time at which it was given its first job
     ready: bool = False
     buffer: bytes = b""  # of an incomplete line
+    printed: LibraryWarnings = field(default_factory=LibraryWarnings)  # since the end of the last job
+    printed_by_job: deque[dict[str, list[Any]]] = field(default_factory=deque)  # of jobs that have ended
+    printed_buffer: bytes = b""  # of an incomplete line
+    last_printed: str = ""
 
     def send(self, message: dict[str, Any]) -> None:
         with suppress(BrokenPipeError):  # `poll` notices that the process has ended
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
+    def read_printed(self) -> bool:
+        """Counts the lines that the worker has printed so far; False once it can print no more."""
+        try:
+            while data := os.read(self.process.stderr.fileno(), 1 << 16):
+                *lines, rest = (self.printed_buffer + data).split(b"\n")
+                self.printed_buffer = rest[:MAX_LINE]
+                for line in lines:
+                    self.add_printed(line)
+        except BlockingIOError:
+            return True
+        return False
+
+    def add_printed(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace")
+        if text == END_OF_JOB:
+            self.printed_by_job.append(self.printed.details())
+            self.printed = LibraryWarnings()
+        elif self.ready and len(self.printed_by_job) < len(self.jobs):  # what is printed at the start is of no clip
+            self.printed.add(text, job_name(self.jobs[len(self.printed_by_job)][1]))
+        self.last_printed = text.strip("\0 \t\r")[:MAX_LINE] or self.last_printed
+
+    def take_printed(self) -> dict[str, list[Any]]:
+        """The details of what the job printed whose result is read; the worker ended it before it sent the result."""
+        self.read_printed()
+        return self.printed_by_job.popleft() if self.printed_by_job else {}
+
 
 class WorkerPool:
-    """`with WorkerPool(...) as pool: for clip, result in pool.run(jobs)`. Jobs and results are those of `worker.py`."""
+    """`with WorkerPool(...) as pool: for clip, result, printed in pool.run(jobs)`. Jobs and results are those of
+    `worker.py`, `printed` is of `LibraryWarnings.details`."""
 
     def __init__(self, settings: dict[str, Any], num_workers: int):
         """`settings`: from `worker_settings`."""
@@ -72,15 +105,15 @@ class WorkerPool:
             self.stop_worker(worker)
         self.selector.close()
 
-    def run(self, jobs: Iterator[tuple[Clip, dict[str, Any] | Rejection]]) -> Iterator[tuple[Clip, Result]]:
-        """Runs the jobs of clips, (clip, job); yields (clip, result) in their order.
+    def run(self, jobs: Iterator[tuple[Clip, dict[str, Any] | Rejection]]) -> Iterator[tuple[Clip, Result, dict]]:
+        """Runs the jobs of clips, (clip, job); yields (clip, result, printed) in their order.
 
         A clip that is rejected already comes with its Rejection instead of a job; a job that cost its worker has a
         Rejection as its result. Raises MegaSoraError if workers cannot start or write.
         """
         numbered = enumerate(jobs)
         clips: deque[Clip] = deque()  # of the jobs whose results are not yielded yet, in order
-        results: dict[int, Result] = {}
+        outcomes: dict[int, Outcome] = {}
         num_yielded, more = 0, True
         while True:
             while more and len(clips) < 2 * JOBS_PER_WORKER * self.num_workers + 2:
@@ -93,16 +126,16 @@ class WorkerPool:
                     break
                 clips.append(clip)
                 if isinstance(job, Rejection):
-                    results[index] = job
+                    outcomes[index] = job, {}
                 else:
                     self.assign(worker, index, job)
-            if num_yielded in results:
-                yield clips.popleft(), results.pop(num_yielded)
+            if num_yielded in outcomes:
+                yield clips.popleft(), *outcomes.pop(num_yielded)
                 num_yielded += 1
             elif not clips:
                 return
             else:
-                results.update(self.poll())
+                outcomes.update(self.poll())
 
     def available_worker(self) -> WorkerProcess | None:
         """The worker with the fewest jobs, or a new one if none is idle and the pool is not full; None if all are
@@ -120,11 +153,14 @@ class WorkerPool:
             [sys.executable, "-c", WORKER_CODE, json.dumps(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**os.environ, **ENVIRONMENT},
         )
+        os.set_blocking(process.stderr.fileno(), False)
         worker = WorkerProcess(process)
         self.workers.append(worker)
         self.selector.register(process.stdout, selectors.EVENT_READ, worker)
+        self.selector.register(process.stderr, selectors.EVENT_READ, worker)
         worker.send(self.settings)
         return worker
 
@@ -134,74 +170,93 @@ class WorkerPool:
         worker.jobs.append((index, job))
         worker.send(job)
 
-    def poll(self) -> dict[int, Result]:
-        """Waits for a message, an exit or a timeout; returns the results that are new, by the index of their job."""
-        results: dict[int, Result] = {}
+    def poll(self) -> dict[int, Outcome]:
+        """Waits for a message, an exit or a timeout; returns the outcomes that are new, by the index of their job."""
+        outcomes: dict[int, Outcome] = {}
         busy = [worker for worker in self.workers if worker.jobs]
         wait = max(0.0, min(self.deadline(worker) for worker in busy) - time.monotonic())
         for key, _ in self.selector.select(wait):
             worker = key.data
+            if worker not in self.workers:
+                continue
+            if key.fileobj is worker.process.stderr:
+                if not worker.read_printed():
+                    self.selector.unregister(key.fileobj)
+                continue
             data = os.read(key.fd, 1 << 16)
             worker.buffer += data
             *lines, worker.buffer = worker.buffer.split(b"\n")
             for line in lines:
-                results.update(self.handle_message(worker, json.loads(line)))
+                outcomes.update(self.handle_message(worker, json.loads(line)))
             if not data:
-                results.update(self.replace_worker(worker, timed_out=False))
+                outcomes.update(self.replace_worker(worker, timed_out=False))
         for worker in busy:
             if worker in self.workers and worker.jobs and time.monotonic() > self.deadline(worker):
-                results.update(self.replace_worker(worker, timed_out=True))
-        return results
+                outcomes.update(self.replace_worker(worker, timed_out=True))
+        return outcomes
 
     def deadline(self, worker: WorkerProcess) -> float:
         return worker.last_message_time + (self.timeout_seconds if worker.ready else START_TIMEOUT_SECONDS)
 
-    def handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> dict[int, Result]:
+    def handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> dict[int, Outcome]:
         worker.last_message_time = time.monotonic()
         if "error" in message:
             raise MegaSoraError(message["error"])
         if "ready" in message:
+            worker.read_printed()
             worker.ready = True
             return {}
+        printed = worker.take_printed()
         index, _ = worker.jobs.popleft()
-        return {index: from_message(message)}
+        return {index: (from_message(message), printed)}
 
-    def replace_worker(self, worker: WorkerProcess, timed_out: bool) -> dict[int, Rejection]:
+    def replace_worker(self, worker: WorkerProcess, timed_out: bool) -> dict[int, Outcome]:
         """Replaces a worker that exited or timed out; returns the rejection of its current job, by index."""
         exit_code = self.stop_worker(worker, 0.0 if timed_out else EXIT_TIMEOUT_SECONDS)
-        ended = f"ended with {describe_exit(exit_code)}"
+        last_line = f" ({worker.last_printed})" if worker.last_printed else ""
+        ended = f"ended with {describe_exit(exit_code)}{last_line}"
         if not worker.ready:
             how = f"was not ready after {START_TIMEOUT_SECONDS} s" if timed_out else f"{ended} before its first clip"
             memory = f"ingest.worker_memory_mib={self.settings['ingest']['worker_memory_mib']}"
-            raise MegaSoraError(f"decode worker {how}; see its stderr above. Its address space is limited by {memory}")
+            raise MegaSoraError(f"decode worker {how}. Its address space is limited by {memory}")
         if not worker.jobs:
             return {}
+        printed = worker.printed.details()
         index, job = worker.jobs.popleft()
         if worker.jobs:
             replacement = self.start_worker()
             for next_index, next_job in worker.jobs:
                 self.assign(replacement, next_index, next_job)
-        name = f"{job['path']}{': ' + job['name'] if job['name'] else ''}"
+        name = job_name(job)
         if timed_out:
             limit = f"ingest.decode_timeout_seconds={self.timeout_seconds:g}"
             reason, message = "timeout", f"{name} took more than {limit} to decode"
         else:
             reason, message = "crash", f"{name} crashed its decoder, which {ended}"
-        return {index: Rejection("decode", reason, message)}
+        return {index: (Rejection("decode", reason, message), printed)}
 
     def stop_worker(self, worker: WorkerProcess, timeout_seconds: float = 0.0) -> int:
         """Removes a worker and returns its exit code; kills it if it has not exited after `timeout_seconds`."""
         self.workers.remove(worker)
-        self.selector.unregister(worker.process.stdout)
+        for stream in (worker.process.stdout, worker.process.stderr):
+            with suppress(KeyError):  # stderr was closed first
+                self.selector.unregister(stream)
         try:
             exit_code = worker.process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
             worker.process.kill()
             exit_code = worker.process.wait()
+        worker.read_printed()
         with suppress(BrokenPipeError):
             worker.process.stdin.close()
         worker.process.stdout.close()
+        worker.process.stderr.close()
         return exit_code
+
+
+def job_name(job: dict[str, Any]) -> str:
+    """The file, and the member of a tar, that a job reads."""
+    return f"{job['path']}{': ' + job['name'] if job['name'] else ''}"
 
 
 def describe_exit(code: int) -> str:

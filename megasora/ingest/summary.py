@@ -1,4 +1,4 @@
-"""Counts of rejected clips while a block is written, and the tables that an ingest prints at its end."""
+"""Counts of rejected clips while a block is written, and what an ingest reports at its end, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections import Counter
 from typing import Any
 
 from megasora.data.shard_format import Manifest
+from megasora.errors import printable
+from megasora.ingest.library_warnings import LibraryWarnings
+from megasora.ingest.listing import Listing
 from megasora.ingest.results import Rejection
 
 # in the order in which they see a clip
 FILTERS = ("caption", "decode", "duration", "motion and contrast", "codec", "scores")
 MAX_EXAMPLES = 5  # messages per reason, in a block and in the table
+MAX_WARNINGS = 10  # kinds of warnings in the table
 
 
 class Rejections:
@@ -37,15 +41,37 @@ class Rejections:
         return {"rejected_by_filter": by_filter, "examples": self.examples, "first_rejection": self.first}
 
 
-def print_summary(manifest: Manifest, num_clips: int, details: list[dict[str, Any]]) -> None:
-    """Prints clips per split, and per filter and reason. `details`: `Rejections.details()` of each block."""
+def merge_warnings(printed: LibraryWarnings, details: list[dict[str, Any]]) -> None:
+    """Adds the warnings of each block to `printed`."""
+    for block in details:
+        printed.update(block.get("warnings", {}))
+
+
+def build_report(listing: Listing, manifest: Manifest, printed: LibraryWarnings) -> dict[str, Any]:
+    """What became of every file of the source: kinds of files, clips accepted and rejected, warnings of libraries."""
+    accepted = sum(counts["clips"] for counts in manifest.splits.values())
+    clips = {"accepted": accepted, "rejected": sum(manifest.rejected.values())}
+    return {**listing.files.details(), "clips": clips, "warnings": printed.details()}
+
+
+def print_summary(
+    manifest: Manifest, listing: Listing, details: list[dict[str, Any]], printed: LibraryWarnings
+) -> None:
+    """Prints clips per split, and per filter and reason; files that are no clips, and warnings of libraries, if any.
+
+    `details`: `Rejections.details()` of each block.
+    """
     from rich.console import Console
 
     console = Console()
     console.print(split_table(manifest))
     if manifest.rejected:
-        console.print(filter_table(num_clips, details))
+        console.print(filter_table(len(listing.clips), details))
         console.print(reason_table(manifest, details))
+    if printed.kinds:
+        console.print(warning_table(printed))
+    for line in listing.files.describe():
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def split_table(manifest: Manifest):
@@ -77,7 +103,17 @@ def reason_table(manifest: Manifest, details: list[dict[str, Any]]):
     table = Table("reason", "rejected clips", "examples")
     for reason, count in sorted(manifest.rejected.items(), key=lambda item: -item[1]):
         examples = [message for block in details for message in block["examples"].get(reason, [])]
-        table.add_row(reason, f"{count:,}", escape("\n".join(examples[:MAX_EXAMPLES])))
+        table.add_row(reason, f"{count:,}", escape("\n".join(map(printable, examples[:MAX_EXAMPLES]))))
+    return table
+
+
+def warning_table(printed: LibraryWarnings):
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("warnings of libraries", "example")
+    for number, example in list(printed.details().values())[:MAX_WARNINGS]:
+        table.add_row(f"{number:,}", escape(printable(example)))
     return table
 
 

@@ -25,11 +25,13 @@ import numpy as np
 
 from megasora.codec import build_frame_encoder
 from megasora.config import CodecConfig, IngestConfig
-from megasora.data.video import Media, RejectedClip, open_clip, sha256
+from megasora.data.clip_reader import open_clip
+from megasora.data.media import Media, RejectedClip, sha256
 from megasora.errors import MegaSoraError
 from megasora.ingest.duplicates import frame_hash
 from megasora.ingest.filters import FrameStats, Thumbnails, check_duration, load_score_functions
 from megasora.ingest.float16 import Float16Converter
+from megasora.ingest.library_warnings import END_OF_JOB, log_decoder_errors, print_line, python_warnings_to
 from megasora.ingest.results import EncodedClip, FoundScenes, Rejection, Result, to_message
 from megasora.ingest.scenes import SceneDetector, color_cells
 
@@ -79,6 +81,7 @@ class Worker:
             return Rejection("decode", "too large in memory", message)
         except OSError as error:
             if error.errno in DISK_ERRNOS:
+                error.filename = error.filename or patch_path
                 raise
             return Rejection("decode", "unreadable", f"{media}: {error}")
 
@@ -182,7 +185,10 @@ def apply_process_limits(parent: int, memory_mib: int) -> None:
 
 
 def main() -> None:
-    """Reads settings from the first line of standard input, then jobs; writes one line per job to standard output."""
+    """Reads settings from the first line of standard input, then jobs; writes one line per job to standard output.
+
+    What libraries print or warn goes to standard error, as lines that the pool counts.
+    """
     output = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what libraries print must not be read as a result
     settings = json.loads(sys.stdin.readline())
@@ -194,9 +200,14 @@ def main() -> None:
 
     try:
         worker = Worker(CodecConfig(**settings["codec"]), IngestConfig(**settings["ingest"]), settings["patch"])
+        log_decoder_errors()
         send({"ready": True})
-        for line in sys.stdin:
-            send(to_message(worker.run_job(json.loads(line))))
+        with python_warnings_to(print_line):
+            for line in sys.stdin:
+                result = to_message(worker.run_job(json.loads(line)))
+                sys.stdout.flush()
+                print_line(f"\n{END_OF_JOB}")
+                send(result)
     except (MegaSoraError, OSError) as error:
         send({"error": str(error)})
     except BrokenPipeError:

@@ -13,12 +13,15 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import sys
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+from megasora.parallel.launcher import resolve_problem
 
 GIB = 1 << 30
 MIN_MEMORY_GIB = 6.0  # peak of the demo
@@ -126,7 +129,8 @@ def gpu_devices(torch: ModuleType) -> list[Finding]:
 def attention_backends(torch: ModuleType) -> list[Finding]:
     """Backends of attention that can be used here; `model.attention_backend=auto` takes the first of them.
 
-    The order is flash3, flash2, varlen, sdpa, math. Checked for bfloat16 on a GPU, float32 on a CPU, and HEAD_DIM.
+    The order is flash4, flash3, flash2, varlen, sdpa, math. Checked for bfloat16 on a GPU, float32 on a CPU, and
+    HEAD_DIM.
     """
     kernels, error = import_or_error("megasora.kernels.attention")
     if kernels is None:
@@ -157,6 +161,16 @@ def triton(torch: ModuleType) -> list[Finding]:
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     remedy = f"Triton needs {requirement} to launch a kernel: apt-get install gcc {python}-dev"
     return [Finding("kernels", "Triton", "cannot compile", remedy)]
+
+
+def host_name() -> list[Finding]:
+    """The name of this machine: torchrun and gloo look up its address, and a lookup that fails takes minutes."""
+    name = socket.gethostname()
+    problem = resolve_problem(name)
+    if not problem:
+        return [Finding("communication", "host name", name)]
+    remedy = f"add it to /etc/hosts: 127.0.1.1 {name}; or start with torchrun --local-addr 127.0.0.1, on one machine"
+    return [Finding("communication", "host name", f"{name} does not resolve: {problem}", remedy)]
 
 
 def communication(torch: ModuleType) -> list[Finding]:
@@ -218,7 +232,7 @@ def examine() -> list[Finding]:
     else:
         for check in (devices, attention_backends, triton, communication):
             findings += check(torch)
-    return findings + video() + storage()
+    return findings + host_name() + video() + storage()
 
 
 def run_doctor() -> int:

@@ -15,7 +15,7 @@ from megasora.data.patches import frames_to_uint8, unpatchify
 from megasora.data.shard_format import SPLITS, Manifest, read_manifest
 from megasora.data.shard_reader import ShardSplit
 from megasora.data.verify import num_bytes, verify
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, printable
 from megasora.observe.byte_progress import byte_progress
 
 HISTOGRAM_BINS = 12
@@ -29,14 +29,15 @@ def describe_shards(folder: str | Path, tokens_per_pack: int | None = None) -> N
 
     shards_folder = open_folder(folder)
     console, manifest = Console(), read_manifest(shards_folder)
+    codec, text = printable(manifest.codec_fingerprint), printable(manifest.text_fingerprint)
     console.print(
-        f"codec {escape(manifest.codec_fingerprint)}   text {escape(manifest.text_fingerprint)}   "
+        f"codec {escape(codec)}   text {escape(text)}   "
         f"patch {escape(str(manifest.patch))}   patches {manifest.dtype}   format {manifest.format}"
     )
-    console.print(build_split_table(manifest, shards_folder.sizes()))
+    console.print(build_split_table(manifest, shards_folder.sizes(manifest.file_names())))
     if manifest.rejected:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.rejected.items())
-        console.print(f"left out: {escape(reasons)}")
+        console.print(f"left out: {escape(printable(reasons))}")
     tokens = ShardSplit.open(folder, "train", strict=False).index.token_counts
     if tokens_per_pack is not None:
         print(expected_padding(tokens, tokens_per_pack))
@@ -96,10 +97,10 @@ def verify_shards(folder: str | Path) -> int:
         for fault in verify(shards_folder, advance):
             faults += 1
             offset = "" if fault.offset is None else f" byte {fault.offset}:"
-            print(f"{fault.file}:{offset} {fault.problem}")
+            print(printable(f"{fault.file}:{offset} {fault.problem}"))
     if manifest.codec_settings and (rebuilt := rebuild_codec(manifest).fingerprint) != manifest.codec_fingerprint:
         faults += 1
-        print(f"dataset.json: says codec {manifest.codec_fingerprint}, its settings make {rebuilt}")
+        print(printable(f"dataset.json: says codec {manifest.codec_fingerprint}, its settings make {rebuilt}"))
     clips = sum(counts["clips"] for counts in manifest.splits.values())
     result = {0: "no faults", 1: "1 fault"}.get(faults, f"{faults:,} faults")
     print(f"{clips:,} clips, {num_bytes(manifest):,} bytes: {result}")

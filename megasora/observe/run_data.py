@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -12,13 +11,22 @@ from typing import Any
 import numpy as np
 
 from megasora.config import load_run_config
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, printable
+from megasora.files import read_regular_file
+from megasora.jsonl import parse_json
 from megasora.observe.formatting import NBSP, pluralize
+from megasora.observe.json_kinds import is_kind, keep_kinds
 
 ATTRIBUTES = ("color", "direction", "shape", "background")  # what the detector recognizes in a clip
 STEP_PHASES = ("data", "forward", "backward", "optimizer")  # metrics time_data, ..., in the order of a step
 METRICS = ["loss", "grad_norm", "lr", "tokens_per_second", "padding_fraction", "mfu", "peak_memory_gib"]
 METRICS += ["time_step", *(f"time_{phase}" for phase in STEP_PHASES)]
+MAX_LINE, MAX_OBJECT = 1 << 20, 64 << 20  # bytes
+# what the page shows of files that a person may have edited; values of other kinds are left out
+RUN_INFO = {"created": str, "machine": str, "device": str, "megasora": str, "torch": str}
+RUN_INFO |= {"world_size": int, "parameters": int, "layout": dict}
+EVALUATION = {"prompts": list, "frames": int, "num_inference_steps": int, "solver": str, "step": int}
+EVALUATION |= {"guidance_scale": float, "seconds": float}
 MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 
 
@@ -68,7 +76,9 @@ def read_run_data(folder: Path) -> RunData:
     if len(non_finite):
         notes.append(f"The loss is not finite at {pluralize(len(non_finite), 'step')}, first at {non_finite[0]}.")
     evaluation_file = folder / "samples" / "evaluation.json"
-    evaluation = read_object(evaluation_file)
+    evaluation = keep_kinds(read_object(evaluation_file), EVALUATION)
+    run_info = keep_kinds(read_object(folder / "run.json"), RUN_INFO)
+    layout = run_info.get("layout", {})
     evaluated = read_evaluated_samples(evaluation_file, evaluation)
     return RunData(
         folder=folder,
@@ -76,11 +86,11 @@ def read_run_data(folder: Path) -> RunData:
         config=flatten(asdict(load_run_config(folder))),
         steps=steps,
         metrics=metrics,
-        validations=read_steps(folder / "validation.jsonl", notes),
+        validations=[{**v, "bins": readable_bins(v)} for v in read_steps(folder / "validation.jsonl", notes)],
         evaluation=evaluation,
         evaluated_samples=evaluated,
         other_samples=read_other_samples(folder, {sample.file for sample in evaluated}),
-        run_info=read_object(folder / "run.json"),
+        run_info={**run_info, "layout": keep_kinds(layout, dict.fromkeys(layout, int))},
         notes=notes,
     )
 
@@ -94,15 +104,15 @@ def read_steps(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     unreadable, repeated = [], 0
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line_number, text in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for line_number, text in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
             if not text.strip():
                 continue
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:
                 line = None
-            if not isinstance(line, dict) or type(line.get("step")) is not int:
+            if not isinstance(line, dict) or not is_kind(line.get("step"), int):
                 unreadable.append(line_number)
                 continue
             repeated += line["step"] in by_step
@@ -122,12 +132,19 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_regular_file(path, MAX_OBJECT))
     except ValueError as error:
         raise MegaSoraError(f"{path} is not JSON: {error}; remove it or write it again") from None
     if not isinstance(values, dict):
         raise MegaSoraError(f"{path} holds a {type(values).__name__}, not an object; remove it or write it again")
     return values
+
+
+def readable_bins(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The timestep bins of a line of validation.jsonl that have their two ends and a loss."""
+    bins = line.get("bins")
+    bins = [b for b in bins if isinstance(b, dict)] if isinstance(bins, list) else []
+    return [b for b in bins if is_kind(b.get("low"), float) and is_kind(b.get("high"), float) and "loss" in b]
 
 
 def read_evaluated_samples(path: Path, evaluation: dict[str, Any]) -> list[Sample]:
@@ -141,7 +158,7 @@ def read_evaluated_samples(path: Path, evaluation: dict[str, Any]) -> list[Sampl
                 file=path.parent / str(name),
                 size=parse_pixels(entry.get("size", evaluation.get("size"))),
                 expected={a: str(expected[a]) for a in ATTRIBUTES if a in expected},
-                detected={a: detected.get(a) for a in ATTRIBUTES if a in expected},
+                detected={a: text_or_none(detected.get(a)) for a in ATTRIBUTES if a in expected},
                 held_out=bool(entry.get("held_out")),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -150,7 +167,8 @@ def read_evaluated_samples(path: Path, evaluation: dict[str, Any]) -> list[Sampl
                 "remove the file and evaluate again"
             ) from None
         if Path(str(name)).name != str(name) or sample.file.suffix not in MEDIA_TYPES:
-            raise MegaSoraError(f"{path}: prompts[{index}].file={name} must name a .mp4 or .png file in its folder")
+            shown = printable(str(name), 60)
+            raise MegaSoraError(f"{path}: prompts[{index}].file={shown} must name a .mp4 or .png file in its folder")
         samples.append(sample)
     return samples
 
@@ -186,14 +204,21 @@ def sample_details(settings: dict[str, Any], size: tuple[int, int] | None) -> st
 
 
 def to_float(value: Any) -> float:
-    """A float; NaN for null, a missing value and anything else that is not a number."""
-    return float(value) if isinstance(value, int | float) else math.nan
+    """A float; NaN for null, a missing value and anything else that is not a number, or not one of a float."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def parse_pixels(size: Any) -> tuple[int, int] | None:
     """'48x80' or [48, 80] -> (48, 80); None for anything else."""
     text = "x".join(map(str, size)) if isinstance(size, list) else str(size)
-    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    match = re.fullmatch("([0-9]{1,6})x([0-9]{1,6})", text.lower())
     return (int(match[1]), int(match[2])) if match else None
 
 

@@ -1,12 +1,12 @@
 """`megasora status RUN`: the state of a run, from its folder alone, on any machine that sees the folder.
 
-Input: launches.jsonl, exit.json, the end of metrics.jsonl, checkpoints/latest, config.yaml. Output: a table. No slow
-import is made and no process of the run is contacted: a run counts as dead if its files have not changed for too long.
+Input: launches.jsonl, exit.json, the ends of metrics.jsonl and slow_ranks.jsonl, checkpoints/latest, config.yaml.
+Output: a table. No slow import is made and no process of the run is contacted: a run counts as dead if its files have
+not changed for too long.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from megasora.checkpoint.store import LATEST
-from megasora.errors import CONFIGURATION, CRASH, DATA, DONE, HANG, NON_FINITE, STOPPED, MegaSoraError
+from megasora.errors import CONFIGURATION, CRASH, DATA, DONE, HANG, NON_FINITE, STOPPED, MegaSoraError, printable
+from megasora.jsonl import read_tail
 from megasora.observe.formatting import format_duration, pluralize
+from megasora.observe.json_kinds import is_kind, keep_kinds
 from megasora.run_log.launches import LAUNCHES, read_exit
 
-TAIL_BYTES = 1 << 16
 WATCH_SECONDS = 2.0
 SILENT_SECONDS, SILENT_STEPS = 120.0, 20  # dead after both without a change of its files
-SHOWN_LAUNCHES = 8
+SHOWN_LAUNCHES, SHOWN_SLOW = 8, 4
+MAX_DIGITS = 20  # of run.steps
+RECORDED = {"code": int, "reason": str, "rank": int}  # in exit.json
+MAX_TIME = 1e10  # of a launch, seconds
+LAUNCH = {"time": float, "processes": int, "host": str, "pid": int, "job": str, "requeues": int, "previous_exit": dict}
+SLOW_RANKS = {"time": float, "ranks": list, "hosts": list, "seconds": list, "others": list}
 FIGURES = ("loss", "grad_norm", "tokens_per_second", "mfu", "time_step")
 EXIT_NAMES = {
     DONE: "done", CRASH: "crashed", CONFIGURATION: "invalid configuration", DATA: "damaged data",
@@ -35,7 +41,7 @@ class Status:
     """State of a run.
 
     `state`: one line. `alive`: it trains or starts. `figures`: FIGURES of the last step. `launches`: (time, where,
-    how it ended), oldest first.
+    how it ended), oldest first. `slow`: the ranks that are slower than the others, or "".
     """
 
     state: str
@@ -45,6 +51,7 @@ class Status:
     figures: dict[str, float | None]
     checkpoint: str
     launches: list[tuple[float, str, str]]
+    slow: str
 
 
 def read_status(run_dir: Path, now: float | None = None) -> Status:
@@ -55,7 +62,8 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     launches, metrics = read_tail(run_dir / LAUNCHES), read_tail(run_dir / "metrics.jsonl")
     if not launches and not metrics:
         raise MegaSoraError(f"{run_dir} has no {LAUNCHES}: nothing was started here yet; train first, see README.md")
-    last_step = metrics[-1] if metrics else {}
+    launches = [{"time": 0.0} | keep_kinds(launch, LAUNCH) for launch in launches]
+    last_step = keep_kinds(metrics[-1], {"step": int} | dict.fromkeys(FIGURES, float)) if metrics else {}
     state, alive = current_state(run_dir, launches, float(last_step.get("time_step") or 0), now)
     ends = [describe_exit(launch.get("previous_exit")) for launch in launches[1:]] + [state]
     latest = run_dir / "checkpoints" / LATEST
@@ -67,6 +75,7 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
         figures={key: last_step.get(key) for key in FIGURES},
         checkpoint=f"{latest.read_text().strip()}, {ago(now - latest.stat().st_mtime)}" if latest.is_file() else "none",
         launches=[(launch["time"], describe_launch(launch), end) for launch, end in zip(launches, ends, strict=False)],
+        slow=describe_slow_ranks(read_tail(run_dir / "slow_ranks.jsonl"), launches) if alive else "",
     )
 
 
@@ -81,21 +90,18 @@ def current_state(run_dir: Path, launches: list[dict[str, Any]], step_seconds: f
     return f"running, last change {ago(silence)}", True
 
 
-def read_tail(path: Path) -> list[dict[str, Any]]:
-    """The objects in the last TAIL_BYTES of a JSONL file; lines that cannot be read are skipped."""
-    if not path.is_file():
-        return []
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL_BYTES))
-        lines = file.read().split(b"\n")
-    values = []
-    for line in lines if size <= TAIL_BYTES else lines[1:]:
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            continue
-    return [value for value in values if isinstance(value, dict)]
+def describe_slow_ranks(changes: list[dict[str, Any]], launches: list[dict[str, Any]]) -> str:
+    """`changes`: lines of slow_ranks.jsonl, of which those of earlier launches do not count."""
+    last = keep_kinds(changes[-1], SLOW_RANKS) if changes else {}
+    if not launches or last.get("time", 0) < launches[-1].get("time", 0):
+        return ""
+    values = zip(*(last.get(key, ()) for key in ("ranks", "hosts", "seconds", "others")), strict=False)
+    parts = [
+        f"process {rank} on {printable(host)}: {own:.3g} s per step, the others {other:.3g} s"
+        for rank, host, own, other in values
+        if is_kind(rank, int) and is_kind(host, str) and is_kind(own, float) and is_kind(other, float)
+    ]
+    return "; ".join(parts[:SHOWN_SLOW]) + f" and {len(parts) - SHOWN_SLOW} more" * (len(parts) > SHOWN_SLOW)
 
 
 def last_change(run_dir: Path) -> float:
@@ -122,15 +128,18 @@ def configured_steps(run_dir: Path) -> int | None:
     from megasora.config import read_yaml
 
     path = run_dir / "config.yaml"
-    return read_yaml(path).get("run", {}).get("steps") if path.is_file() else None
+    run = read_yaml(path).get("run") if path.is_file() else None
+    steps = run.get("steps") if isinstance(run, dict) else None
+    return int(steps) if isinstance(steps, str) and steps.isdecimal() and len(steps) < MAX_DIGITS else None
 
 
 def describe_exit(recorded: dict[str, Any] | None) -> str:
     """`recorded`: the contents of exit.json, or None."""
     if not recorded:
         return "killed: no process recorded a reason"
+    recorded = keep_kinds(recorded, RECORDED)
     code, reason = recorded.get("code"), recorded.get("reason")
-    process = f" (process {recorded['rank']})" if code and code != STOPPED else ""  # all processes stop
+    process = f" (process {recorded.get('rank')})" if code and code != STOPPED else ""  # all processes stop
     return f"{EXIT_NAMES.get(code, f'exit code {code}')}: {reason}{process}"
 
 
@@ -164,11 +173,14 @@ def build_table(run_dir: Path, status: Status) -> Any:
         "checkpoint": status.checkpoint,
         "restarts": str(max(0, len(status.launches) - 1)),
     }
+    if status.slow:
+        rows["slow"] = status.slow
     for start, where, end in status.launches[-SHOWN_LAUNCHES:]:
+        start = min(max(start, 0.0), MAX_TIME)
         rows[time.strftime("%m-%d %H:%M:%S", time.localtime(start))] = f"{where}: {end}"
-    table = Table(title=str(run_dir), title_justify="left", show_header=False)
+    table = Table(title=Text(printable(str(run_dir))), title_justify="left", show_header=False)
     for name, value in rows.items():
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(printable(value)))
     return table
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ from megasora.config import Config
 from megasora.parallel.mesh import Mesh
 
 MAX_BUCKET_ELEMENTS = 500_000_000  # gradients that stages 2 and 3 reduce in one message
+UNWANTED = re.compile("accelerator to CPU|OVERFLOW! Skipping step")  # messages; a skipped step is logged by the trainer
 
 
 def build_deepspeed_engine(
@@ -90,7 +92,7 @@ def import_deepspeed() -> Any:
     inference uses. An accelerator that answers None is one without the op.
     """
     logging.getLogger("DeepSpeed").addFilter(
-        lambda record: record.levelno >= logging.WARNING and "accelerator to CPU" not in record.getMessage()
+        lambda record: record.levelno >= logging.WARNING and not UNWANTED.search(record.getMessage())
     )
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*")
     import deepspeed

@@ -4,13 +4,18 @@
     Stage1And2    DeepSpeedZeroOptimizer          stage 1 in fp32, stage 2: this rank's partition of the gradients
     Stage3        DeepSpeedZeroOptimizer_Stage3   stage 3: parameters are partitioned too
 
-DeepSpeed has no public interface to the fp32 master weights, to the reduced gradients before the optimizer step, or to
-the position of a parameter in them. Every private name of DeepSpeed (0.19) that is used is in this file only.
+DeepSpeed has no public interface to the fp32 master weights, to the reduced gradients and their norm before the
+optimizer step, or to the position of a parameter in them. Every private name of DeepSpeed (0.19) that is used is in
+this file only.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +49,39 @@ class ZeroAdapter(ABC):
     def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
         """(parameters, fp32 gradients) by group, as in `master_partitions`, summed over data x context before the step:
         this rank's partition of them, or all with `Bf16Stage1`. Writing to them changes the step."""
+
+    def grad_norm(self) -> float:
+        """The global norm of the reduced gradients, before clipping, equal on all ranks; inf if an element is not
+        finite. All ranks must call it, once before `step` or `discard_grads`."""
+        self.norm = self.reduce_grad_norm()
+        value = float(self.total_norm(self.norm))
+        return value if 0 <= value < math.inf else math.inf  # DeepSpeed writes -1 for what is not finite
+
+    def step(self) -> None:
+        """Clips the gradients to the norm that `grad_norm` has computed, and updates weights and moments."""
+        with self.known_norm(self.norm):
+            self.engine.step()
+
+    def discard_grads(self) -> None:
+        """Ends the step without an update, as DeepSpeed does after an overflow: clears gradients, changes no state."""
+        with self.known_overflow():
+            self.engine.step()
+
+    @abstractmethod
+    def reduce_grad_norm(self) -> Any:
+        """What DeepSpeed's step computes of the gradients first, with all its collectives."""
+
+    def total_norm(self, norm: Any) -> Tensor:
+        """The global norm, of what `reduce_grad_norm` has returned."""
+        return norm
+
+    @abstractmethod
+    def known_norm(self, norm: Any) -> AbstractContextManager:
+        """Within the context, DeepSpeed's step uses `norm` and does not compute it again."""
+
+    @abstractmethod
+    def known_overflow(self) -> AbstractContextManager:
+        """Within the context, DeepSpeed's step finds an overflow and computes nothing."""
 
     def owned_range(self, parameter: nn.Parameter) -> OwnedRange | None:
         """None where this rank owns no element of the parameter."""
@@ -89,6 +127,18 @@ class Bf16Stage1(PipelineZeroAdapter):
         grads = [[flat] for flat in self.optimizer.fp32_groups_gradients_flat]
         return list(zip(self.optimizer.bf16_groups, grads, strict=True))
 
+    def reduce_grad_norm(self) -> Tensor:
+        grads, _ = self.optimizer.get_grads_for_norm()
+        return module_of(self.optimizer).get_global_norm_of_tensors(
+            input_tensors=grads, mpu=self.optimizer.mpu, norm_type=self.optimizer.norm_type
+        )
+
+    def known_norm(self, norm: Any) -> AbstractContextManager:
+        return replaced(module_of(self.optimizer), get_global_norm_of_tensors=lambda **_: norm)
+
+    def known_overflow(self) -> AbstractContextManager:
+        return self.known_norm(math.inf)
+
     def accumulate_grads(self, stage: nn.Module) -> None:
         self.optimizer.update_hp_grads()
         for parameter in stage.parameters():
@@ -108,6 +158,18 @@ class Stage1And2(PipelineZeroAdapter):
     def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
         groups = self.optimizer.bit16_groups
         return [(group, list(self.optimizer.averaged_gradients[i])) for i, group in enumerate(groups)]
+
+    def reduce_grad_norm(self) -> Tensor:
+        return self.optimizer.scaled_global_norm()
+
+    def known_norm(self, norm: Any) -> AbstractContextManager:
+        return replaced(self.optimizer, scaled_global_norm=lambda: norm)
+
+    def known_overflow(self) -> AbstractContextManager:
+        def find_overflow(**_: Any) -> None:
+            self.optimizer.overflow = True
+
+        return replaced(self.optimizer, check_grad_overflow=True, check_overflow=find_overflow)
 
     def accumulate_grads(self, stage: nn.Module) -> None:
         """Nothing: a pipeline uses this class in fp32 only, where `.grad` itself is the sum."""
@@ -131,6 +193,18 @@ class Stage3(ZeroAdapter):
     def reduced_grads(self) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
         groups = self.optimizer.fp16_groups
         return [(group, list(self.optimizer.averaged_gradients[i])) for i, group in enumerate(groups)]
+
+    def reduce_grad_norm(self) -> list[Tensor]:
+        return self.optimizer._get_norm_groups()
+
+    def total_norm(self, norm: list[Tensor]) -> Tensor:
+        return module_of(self.optimizer).combine_grad_norm_groups(norm)
+
+    def known_norm(self, norm: Any) -> AbstractContextManager:
+        return replaced(self.optimizer, _get_norm_groups=lambda: norm)
+
+    def known_overflow(self) -> AbstractContextManager:
+        return self.known_norm([torch.tensor(math.inf)])
 
     def owned_range(self, parameter: nn.Parameter) -> OwnedRange | None:
         partition, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
@@ -162,6 +236,25 @@ def build_zero_adapter(engine: Any, stage: int, dtype: torch.dtype, rank: int) -
     if stage == 3:
         return Stage3(engine, rank)
     return Bf16Stage1(engine) if stage == 1 and dtype == torch.bfloat16 else Stage1And2(engine)
+
+
+def module_of(optimizer: Any) -> Any:
+    """The module that defines the optimizer's class."""
+    return sys.modules[type(optimizer).__module__]
+
+
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Within the context, attributes of a module or of an instance have these values."""
+    own = vars(owner)
+    saved = {name: own[name] for name in values if name in own}  # a method of the class is not among them
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del own[name]
+        own.update(saved)
 
 
 def set_counted_in_norm(parameter: nn.Parameter, is_counted: bool) -> None:

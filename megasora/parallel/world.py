@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megasora.errors import MegaSoraError
+from megasora.parallel.launcher import Launcher
+from megasora.parallel.rendezvous import Rendezvous
+
+BACKSTOP_SECONDS = 60.0  # of a collective, beyond the watchdog's time: the watchdog ends a hang first
 
 
 @dataclass(frozen=True)
@@ -52,50 +53,28 @@ class World:
         dist.barrier()
 
 
-def world_size() -> int:
-    """The number of processes that the launcher started, from its environment; needs no process group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
-def init_distributed(device: str) -> Iterator[World]:
-    """Initialises the default process group from torchrun's environment, or one of a single process without torchrun;
-    destroys it on exit. `device`: auto, cuda or cpu. Raises MegaSoraError if this process has no GPU."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_launcher()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+def init_distributed(device: str, launcher: Launcher, rendezvous: Rendezvous) -> Iterator[World]:
+    """Initialises the default process group of the launch, and destroys it on exit. `device`: auto, cuda or cpu.
+
+    Raises MegaSoraError if this process has no GPU, or as of `Rendezvous.join`.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        if launcher.local_rank >= torch.cuda.device_count():
             raise MegaSoraError(
-                f"run.device=cuda: process {local_rank} of this machine has no GPU, {torch.cuda.device_count()} found; "
-                "start fewer processes or use run.device=cpu"
+                f"run.device=cuda: process {launcher.local_rank} of this machine has no GPU, "
+                f"{torch.cuda.device_count()} found; start fewer processes or use run.device=cpu"
             )
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        torch.cuda.set_device(launcher.local_rank)
+    store = rendezvous.join()
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", store=store, rank=launcher.rank, world_size=launcher.size,
+        timeout=timedelta(seconds=rendezvous.hang_seconds + BACKSTOP_SECONDS),
+    )  # fmt: skip
     try:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        own_device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, own_device)
+        own_device = torch.device("cuda", launcher.local_rank) if device == "cuda" else torch.device("cpu")
+        yield World(launcher.rank, launcher.size, launcher.local_rank, launcher.local_size, own_device)
     finally:
         dist.destroy_process_group()
-
-
-def die_with_launcher() -> None:
-    """Asks the Linux kernel to kill this process as soon as its launcher has ended; does nothing on other systems.
-
-    When torchrun is killed, its processes are not: they would continue to train, and write into the run folder at the
-    same time as those of the next launch.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is None:
-        return
-    pr_set_pdeathsig, launcher = 1, os.getppid()
-    prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != launcher:  # it ended before the call above
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,10 +1,11 @@
 """ZeRO by DeepSpeed: optimizer states (stage 1), gradients (2) and weights (3) are partitioned over data x context.
 
 Input: this rank's pipeline stages and the packs of a step. Effect: one AdamW step, the same in every layout up to the
-order of floating-point sums. DeepSpeed averages gradients over data x context; the loss is therefore multiplied by the
-number of those ranks. Parameters whose gradient is partial on the tensor or pipeline axis have their own parameter
-groups: ZeRO partitions them identically on all ranks of the axis, and the reduced gradients that a rank has of them
-(all in bf16 stage 1, else its partition) are summed over that axis before the optimizer step.
+order of floating-point sums. It has two halves, gradients and update, so that a step can be left out. DeepSpeed
+averages gradients over data x context; the loss is therefore multiplied by the number of those ranks. Parameters whose
+gradient is partial on the tensor or pipeline axis have their own parameter groups: ZeRO partitions them identically on
+all ranks of the axis, and the reduced gradients that a rank has of them (all in bf16 stage 1, else its partition) are
+summed over that axis before the optimizer step.
 
 What a rank owns is returned as fragments: live views of its fp32 master weights and of Adam's moments. Checkpoints are
 saved from these views and loaded into them, whatever layout saved them. Call `sync_after_load` after loading.
@@ -35,8 +36,8 @@ UsesWeightDecay = Callable[[str, Tensor], bool]  # (name, parameter) -> whether 
 
 
 class ZeroEngine:
-    """The local model stages in a DeepSpeed engine. `train_step` runs forward, backward and one optimizer step;
-    `predict` runs a forward pass without gradients. All ranks must call both.
+    """The local model stages in a DeepSpeed engine. A step is `forward_backward`, then `optimizer_step` or
+    `discard_grads`; `predict` runs a forward pass without gradients. All ranks must call the same.
 
     stages             {stage number: module}; one, without a pipeline
     placements         of all parameters of the stages, by name
@@ -75,24 +76,22 @@ class ZeroEngine:
 
     # ------------------------------------------------------------------ a step
 
-    def train_step(
+    def forward_backward(
         self,
         packs: list[VideoBatch],
         loss: Loss,
-        lr: float,
         lap: Callable[[str], None] = lambda phase: None,
     ) -> float:
-        """One AdamW step on this rank's packs; returns the global norm of the gradient before clipping.
+        """Computes the gradients of this rank's packs and sums them over all ranks; returns their global norm before
+        clipping, equal on all ranks, inf if an element is not finite. Changes no weight.
 
         `packs`: data.packs_per_step / data ranks of them, else ValueError.
         `loss(prediction, pack index)`: this rank's summand of the global mean, a scalar; called on the last stage only.
         `lap(phase)`: called at the end of each phase: "forward" and "backward" of each pack, or with a pipeline one
-        "backward" for both of all packs; then "optimizer".
+        "backward" for both of all packs.
         """
         if len(packs) != self.num_packs:  # DeepSpeed would update the weights too early, or not at all
             raise ValueError(f"{len(packs)} packs in a step; data.packs_per_step / data ranks is {self.num_packs}")
-        for group in self.adam.param_groups:
-            group["lr"] = lr
         num_ranks = self.mesh.data_context.size  # DeepSpeed divides gradients by it
         if self.pipeline is not None:
             self.pipeline.forward_backward(packs, lambda prediction, index: loss(prediction, index) * num_ranks)
@@ -107,9 +106,17 @@ class ZeroEngine:
                 if index + 1 < len(packs):
                     self.deepspeed.step()  # counts the microbatch; no update before the last
         self.sum_partial_gradients()
-        self.deepspeed.step()
-        lap("optimizer")
-        return float(self.deepspeed.get_global_grad_norm())
+        return self.zero.grad_norm()
+
+    def optimizer_step(self, lr: float) -> None:
+        """One AdamW update with the clipped gradients of `forward_backward`."""
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.zero.step()
+
+    def discard_grads(self) -> None:
+        """Leaves the step of `forward_backward` out: weights, moments and Adam's step counts stay as they are."""
+        self.zero.discard_grads()
 
     def predict(self, packs: list[VideoBatch]) -> list[Tensor] | None:
         """Predictions [L, P] of the last stage in evaluation mode; None on ranks of other stages."""
@@ -147,11 +154,11 @@ class ZeroEngine:
         return fragments
 
     @torch.no_grad()
-    def sync_after_load(self, step: int) -> None:
-        """Call on all ranks after loading the checkpoint of `step` into the fragments: sets Adam's step count and
-        copies the master weights to the compute weights."""
+    def sync_after_load(self, updates: int) -> None:
+        """Call on all ranks after loading a checkpoint into the fragments: sets Adam's step count to `updates`, the
+        optimizer steps that it has had, and copies the master weights to the compute weights."""
         for master in self.zero.master_partitions:
-            self.adam.state[master]["step"].fill_(step)
+            self.adam.state[master]["step"].fill_(updates)
         self.zero.copy_masters_to_weights()
 
     def compute_weights(self) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megasora.config import Config, load
-from megasora.errors import CONFIGURATION, CRASH, DONE, MegaSoraError
+from megasora.errors import CONFIGURATION, CRASH, DONE, MegaSoraError, describe, printable
 from megasora.preflight.bandwidth import measure_bandwidth
 from megasora.preflight.node import Node, inspect_node
 from megasora.preflight.verdict import compare_nodes, flag_slow_nodes, print_table, select_nodes
@@ -89,7 +89,7 @@ def lead(store: TCPStore, own: Node, options: argparse.Namespace, start: float) 
     store.set("done", "")
     time.sleep(FAREWELL_SECONDS)
     if reason:
-        print(f"megasora: preflight: {reason}", file=sys.stderr)
+        print(f"megasora: preflight: {printable(reason)}", file=sys.stderr)
         return CONFIGURATION if unshared and unshared == len(nodes) - 1 else CRASH
     print(",".join(names))
     return DONE
@@ -189,10 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run_preflight(options, load(options.config, options.overrides))
     except MegaSoraError as error:
-        print(f"megasora: preflight: {name}: {error}", file=sys.stderr)
+        print(f"megasora: preflight: {name}: {describe(error)}", file=sys.stderr)
         return error.exit_code
     except Exception as error:  # any other error counts against this node
-        print(f"megasora: preflight: {name}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"megasora: preflight: {name}: {type(error).__name__}: {describe(error)}", file=sys.stderr)
         return CRASH
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shutil
+import socket
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from megasora.config import Config
 from megasora.observe.doctor import ESSENTIAL, version_of
+from megasora.parallel.launcher import resolve_problem
+from megasora.run_log.code_version import source_hash
 
 MIN_DISK_MIB = 1024  # free, on the run folder's disk and on the node's own
 MIN_SHARED_MIB_PER_PROCESS = 32  # free in /dev/shm
@@ -37,24 +39,19 @@ class Node:
 
 def inspect_node(name: str, config: Config, processes: int) -> Node:
     """Checks this node for a run with `processes` processes per node."""
-    node = Node(name, versions={"python": platform.python_version(), "megasora": hash_sources()})
+    node = Node(name, versions={"python": platform.python_version(), "megasora": source_hash()})
     for package in ESSENTIAL:
         version = version_of(package)
         node.versions[package] = version or "missing"
         if not version:
             node.problems.append(f"{package} is missing")
+    host = socket.gethostname()
+    if problem := resolve_problem(host):
+        node.problems.append(f"its own name {host} does not resolve: {problem}; add it to /etc/hosts")
     check_disks(node, config, processes)
     node.problems += unreadable_shards(config)
     check_gpus(node, config, processes)
     return node
-
-
-def hash_sources() -> str:
-    """Hash of the package's Python files: a node with another copy of the code would train another model."""
-    digest, root = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted([*root.rglob("*.py"), *(root / "kernels").glob("*.py")]):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def check_disks(node: Node, config: Config, processes: int) -> None:

@@ -1,11 +1,14 @@
-"""Figures of a device: memory in use and attainable speed."""
+"""Figures of a device and of a step on it: memory in use, attainable speed, times."""
 
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megasora.parallel.world import World
 
 
 def peak_memory(device: torch.device) -> int:
@@ -26,3 +29,18 @@ def measure_matmul_flops_per_s(device: torch.device, size: int = 8192, repeats: 
     end.record()
     torch.cuda.synchronize()
     return 2 * size**3 * repeats / (start.elapsed_time(end) / 1000)
+
+
+def speed_columns(
+    times: dict[str, float], num_tokens: int, flops: float, matmul_flops_per_s: float | None, world: World
+) -> dict[str, Any]:
+    """What metrics.jsonl has of the speed and memory of a step; `times`: seconds by name, with `step`, of this rank.
+
+    `num_tokens`, `flops`: of the step on all ranks. `matmul_flops_per_s`: of one device, None if it was not measured.
+    """
+    return {
+        "tokens_per_second": num_tokens / times["step"],
+        **{f"time_{name}": round(seconds, 5) for name, seconds in times.items()},
+        "mfu": flops / times["step"] / (matmul_flops_per_s * world.size) if matmul_flops_per_s else None,
+        "peak_memory_gib": round(peak_memory(world.device) / 2**30, 3),
+    }

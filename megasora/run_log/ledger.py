@@ -1,6 +1,8 @@
 """The ledger of a run: which clips each step was trained on, so that lost or repeated clips can be detected.
 
     RUN/ledger/rank-00003.jsonl    {"step": 7, "sample_ids": [...]}, one line per step, of this rank's packs
+                                   {"step": 8, "sample_ids": [], "skipped": [...]}: a step that was not applied
+                                   {"step": 9, "sample_ids": [], "skipped": [...], "rolled_back_to": 4}: nor 5 to 8
 
 A line is written after its step. On resume, lines of steps after the checkpoint are removed. Ranks are those of the
 launch: a launch with fewer ranks appends to fewer files and leaves the others as they are.
@@ -10,9 +12,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megasora.files import write_text_atomic
 from megasora.jsonl import JsonlWriter
+from megasora.run_log.skipped import FILE as SKIPPED_FILE
 
 FOLDER = "ledger"
 
@@ -24,26 +28,51 @@ class Ledger:
         (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
         self.writer = JsonlWriter(run_dir / FOLDER / f"rank-{rank:05d}.jsonl")
 
-    def write(self, step: int, sample_ids: list[int]) -> None:
-        """`step`: from 1. A clip that is split into several segments of the step appears once per segment."""
-        self.writer.write({"step": step, "sample_ids": sample_ids})
+    def write(
+        self, step: int, sample_ids: list[int], is_skipped: bool = False, rolled_back_to: int | None = None
+    ) -> None:
+        """`step`: from 1. A clip that is split into several segments of the step appears once per segment.
+
+        `rolled_back_to`: the step whose weights the run has again after this one.
+        """
+        line: dict[str, Any] = {"step": step, "sample_ids": [] if is_skipped else sample_ids}
+        if is_skipped:
+            line["skipped"] = sample_ids
+        if rolled_back_to is not None:
+            line["rolled_back_to"] = rolled_back_to
+        self.writer.write(line)
 
     def close(self) -> None:
         self.writer.close()
 
 
 def truncate_ledger(run_dir: Path, step: int) -> None:
-    """Removes lines of steps after `step` and incomplete lines. Call it before any rank writes."""
-    for file in ledger_files(run_dir):
+    """Removes lines of steps after `step` and incomplete lines, here and in skipped.jsonl. Call it before any rank
+    writes."""
+    for file in [*ledger_files(run_dir), *run_dir.glob(SKIPPED_FILE)]:
         write_text_atomic(file, "".join(line for line in complete_lines(file) if json.loads(line)["step"] <= step))
 
 
 def read_ledger(run_dir: Path) -> dict[int, list[int]]:
-    """{step: sample ids of its clips on all ranks, sorted}."""
+    """{step: sample ids of the clips it was trained on, on all ranks, sorted}; [] for a step that was not applied, or
+    that a rollback has undone."""
+    return merge_lines(run_dir, is_skipped=False)
+
+
+def read_skipped(run_dir: Path) -> dict[int, list[int]]:
+    """{step: sample ids of its clips} of the steps that were not applied, or that a rollback has undone."""
+    return merge_lines(run_dir, is_skipped=True)
+
+
+def merge_lines(run_dir: Path, is_skipped: bool) -> dict[int, list[int]]:
+    lines = [json.loads(line) for file in ledger_files(run_dir) for line in complete_lines(file)]
+    undone = {step for line in lines for step in range(line.get("rolled_back_to", line["step"]) + 1, line["step"] + 1)}
     sample_ids: dict[int, list[int]] = {}
-    for file in ledger_files(run_dir):
-        for line in map(json.loads, complete_lines(file)):
-            sample_ids.setdefault(line["step"], []).extend(line["sample_ids"])
+    for line in lines:
+        is_line_skipped = "skipped" in line or line["step"] in undone
+        if is_line_skipped or not is_skipped:
+            clips = line["sample_ids"] + line.get("skipped", []) if is_line_skipped == is_skipped else []
+            sample_ids.setdefault(line["step"], []).extend(clips)
     return {step: sorted(sample_ids[step]) for step in sorted(sample_ids)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -16,19 +17,47 @@ from typing import Any
 import torch
 
 import megasora
+from megasora.checkpoint.history import History, write_history
+from megasora.checkpoint.start import begins
 from megasora.config import Config, to_yaml
 from megasora.files import write_text_atomic
-from megasora.jsonl import JsonlWriter
+from megasora.jsonl import JsonlWriter, finite_or_none
+from megasora.optim.step_guard import describe_clips
+from megasora.run_log.code_version import source_hash
 from megasora.run_log.ledger import Ledger, truncate_ledger
 from megasora.run_log.progress import ProgressLine
+from megasora.run_log.skipped import describe_skipped_step, log_skipped_step
 from megasora.run_log.wandb_log import WandbLog
+
+# of a run, without the logs of its launches
+RUN_FILES = (
+    "config.yaml", "run.json", "metrics.jsonl", "validation.jsonl", "damaged.jsonl", "skipped.jsonl", "ledger",
+    "samples", "report.html", "report.json",
+)  # fmt: skip
 
 
 def prepare_run_folder(config: Config, step: int) -> None:
-    """Writes config.yaml and removes ledger lines after `step`; on the main process, before any rank logs."""
+    """Writes config.yaml and removes ledger lines after `step`; on the main process, after a checkpoint was loaded and
+    before any rank logs. If a new run begins in the folder of an old one, the old files are moved to previous-N/."""
     run_dir = Path(config.run.dir)
+    if begins(run_dir, config.run.start):
+        move_run_files(run_dir)
+        write_history(run_dir, History(config.run.start))
     truncate_ledger(run_dir, step)
     write_text_atomic(run_dir / "config.yaml", to_yaml(config))
+
+
+def move_run_files(run_dir: Path) -> None:
+    """Moves the files of an old run to the first free previous-N/, if there are any."""
+    files = [path for name in RUN_FILES if os.path.lexists(path := run_dir / name)]
+    if files:
+        number = 1
+        while os.path.lexists(previous := run_dir / f"previous-{number}"):
+            number += 1
+        previous.mkdir()
+        for file in files:
+            os.replace(file, previous / file.name)
+        print(f"the files of the run that was here before are in {previous}", flush=True)
 
 
 class RunLog:
@@ -67,7 +96,7 @@ class RunLog:
         machine = {
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": processes, "device": str(device),
             "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-            "megasora": megasora.__version__,
+            "megasora": megasora.__version__, "code": source_hash(),
         }  # fmt: skip
         write_text_atomic(self.run_dir / "run.json", json.dumps({**machine, **info}, indent=1) + "\n")
         axes = " x ".join(f"{name} {size}" for name, size in info["layout"].items() if size > 1)
@@ -76,23 +105,45 @@ class RunLog:
         model = f"{size / 1e6:.2f}M parameters" if size >= 10_000 else f"{size} parameters"
         self.print(f"{model}, {info['clips']:,} clips, {info['tokens_per_step']:,} tokens per step, {layout}")
 
+    def print_start(self, step: int, saved_settings: dict[str, Any], settings: dict[str, Any]) -> None:
+        """The range of steps, and how the layout differs from that which has saved the checkpoint of `step`."""
+        self.print(f"from step {step} to {self.config.run.steps}")
+        changes = [
+            f"{key} {saved_settings.get(key)} -> {value}"
+            for key, value in settings.items()
+            if saved_settings.get(key) != value
+        ]
+        if changes:
+            self.print(f"since the checkpoint of step {step}: {', '.join(changes)}")
+
     def log_step(self, step: int, metrics: dict[str, Any], sample_ids: list[int] | None) -> None:
         """Call on every rank after step `step` (from 1). `sample_ids`: None if another rank records them."""
         if sample_ids is not None and self.config.run.ledger:
             self.ledger = self.ledger or Ledger(self.run_dir, self.rank)
-            self.ledger.write(step, sample_ids)
+            self.ledger.write(step, sample_ids, "skipped" in metrics, metrics.get("rolled_back_to"))
         if self.is_main:
+            metrics = finite_or_none(metrics)
             self.metrics.write(metrics)
             self.wandb.write(step, metrics)
-            self.progress.update(step, f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s")
+            loss, speed = describe_loss(metrics["loss"]), f"{metrics['tokens_per_second']:,.0f} tokens/s"
+            self.progress.update(step, f"loss {loss}  {speed}")
             self.print_wandb_warning()
+
+    def log_skipped(self, line: dict[str, Any]) -> None:
+        """`line`: of skipped.jsonl."""
+        if self.is_main:
+            log_skipped_step(self.run_dir, line)
+            self.print(describe_skipped_step(line))
 
     def log_validation(self, step: int, result: dict[str, Any] | None) -> None:
         """`result`: what Task.validate returned."""
         if self.is_main and result is not None:
+            result = finite_or_none(result)
             self.validation.write({"step": step, **result})
             self.wandb.write(step, {"validation_loss": result["loss"]})
-            self.print(f"step {step}: validation loss {result['loss']:.4f}")
+            self.print(f"step {step}: validation loss {describe_loss(result['loss'])}")
+            if clips := result.get("non_finite_clips"):
+                self.print(f"step {step}: the validation loss is not finite in {describe_clips(clips)}")
 
     def print(self, text: str) -> None:
         if self.is_main:
@@ -103,3 +154,8 @@ class RunLog:
         if self.wandb.warning and self.wandb.warning != self.printed_warning:
             self.printed_warning = self.wandb.warning
             self.progress.print(self.printed_warning)
+
+
+def describe_loss(loss: float | None) -> str:
+    """`loss`: None if there is none, or it is not finite."""
+    return "-" if loss is None else f"{loss:.4f}"

@@ -11,11 +11,14 @@ import numpy as np
 
 from megasora.checkpoint.store import CheckpointStore
 from megasora.config import IngestConfig, SampleConfig, load_run_config, parse_size
+from megasora.data.clip_reader import read_clip
+from megasora.data.clip_writer import write_image, write_video
 from megasora.data.media_formats import IMAGE_FORMATS
-from megasora.data.video import read_clip, write_image, write_video
 from megasora.errors import MegaSoraError
-from megasora.files import write_text_atomic
+from megasora.files import read_regular_file, write_text_atomic
+from megasora.jsonl import parse_json
 
+MAX_RESULT_BYTES = 64 << 20  # of evaluation.json
 MIN_FPS, MAX_FPS = 0.1, 1000.0  # well within what the time base of an mp4 can represent
 
 
@@ -112,9 +115,17 @@ def evaluate_if_due(run: Path) -> None:
     if not config.evaluation.prompts or newest is None:
         return
     result = run / "samples" / "evaluation.json"
-    if result.is_file() and f"step-{json.loads(result.read_text(encoding='utf-8'))['step']:08d}" == newest.name:
+    if evaluated_checkpoint(result) == newest.name:
         return
     from megasora.sampling.evaluate import evaluate
     from megasora.sampling.pipeline import SamplingPipeline
 
     evaluate(SamplingPipeline.from_run(run), run / "samples", config.evaluation.prompts, config.run.seed)
+
+
+def evaluated_checkpoint(result: Path) -> str | None:
+    """The name of the checkpoint of evaluation.json; None if there is no such file, or it is damaged."""
+    try:
+        return f"step-{parse_json(read_regular_file(result, MAX_RESULT_BYTES))['step']:08d}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megasora.config import parse_size
-from megasora.data.video import write_image, write_video
+from megasora.data.clip_writer import write_image, write_video
 from megasora.sampling.generate import num_model_calls
 from megasora.sampling.pipeline import Request, SamplingPipeline
 from megasora.sampling.sheet import contact_sheet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 
 from megasora.build import build_model, patch_dim
+from megasora.checkpoint.manifest import step_of
 from megasora.checkpoint.sharded import ShardedCheckpoint
-from megasora.checkpoint.store import CheckpointStore, verify_checksums
+from megasora.checkpoint.store import CheckpointStore, find_checkpoint
 from megasora.codec import build_codec
 from megasora.config import Config, SampleConfig, load_run_config, token_pixels
 from megasora.data.pack import Record
@@ -52,13 +54,13 @@ class SamplingPipeline:
         if not (run_dir / "config.yaml").is_file():
             raise MegaSoraError(f"{run_dir} is not a run folder: it has no config.yaml; train one with megasora train")
         config = load_run_config(run_dir)
-        folder = CheckpointStore(run_dir / "checkpoints").newest()
-        if folder is None:
+        if CheckpointStore(run_dir / "checkpoints").newest() is None:
             raise MegaSoraError(
                 f"{run_dir / 'checkpoints'} holds no checkpoint to sample from; train until step checkpoint.every="
                 f"{config.checkpoint.every}, or to the end"
             )
-        step = verify_checksums(folder)["step"]
+        folder = find_checkpoint(run_dir, report=lambda text: print(text, file=sys.stderr))
+        step = step_of(folder.name)
         config.model.kernel_backend = config.model.attention_backend = "auto"  # this machine may differ from training's
         model = build_model(config, patch_dim(config))
         checkpoint, kind = ShardedCheckpoint(folder), CHECKPOINT_KINDS[weights]

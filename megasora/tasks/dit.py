@@ -1,6 +1,7 @@
 """Pretraining of a VideoDiT: flow matching on packs of clips.
 
-    StepBatch  --add_noise-->  noised shares, target velocities, weights  --engine.train_step-->  AdamW step, losses
+    StepBatch  --add_noise-->  noised shares, target velocities, weights  --forward_backward-->  losses, gradients
+               --optimizer_step-->  AdamW step
 
 The objective's random numbers are keyed by (seed, step, sample id), and the loss is one sum over the tokens of all
 ranks, divided once by their number. So neither the layout nor a resume changes a run, up to the order of sums.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from megasora.config import Config
 from megasora.data.loader import PLACEHOLDER_ID, PackLoader, StepBatch
 from megasora.data.mixture import open_mixture
 from megasora.data.packing_plan import Cursor
-from megasora.diffusion.flow import FlowMatching, velocity_error
+from megasora.diffusion.flow import FlowMatching, non_finite_clips, velocity_error
 from megasora.fragment import Fragment
 from megasora.model.flops import attention_break_even_tokens, pack_flops
 from megasora.parallel.collectives import all_reduce_sum
@@ -44,12 +46,14 @@ class PackLosses:
     def __init__(self, targets: list[Tensor], weights: list[Tensor], num_tokens: int):
         self.targets, self.weights, self.num_tokens = targets, weights, num_tokens
         self.error_sum = torch.zeros((), dtype=torch.float64, device=weights[0].device)
+        self.errors_L: dict[int, Tensor] = {}  # by pack, of the ranks that have predictions: error of each token
 
     def __call__(self, prediction: Tensor, index: int) -> Tensor:
         """This rank's summand of the global mean, scalar with gradient. `index`: of the pack in the step."""
-        error = velocity_error(prediction, self.targets[index], self.weights[index]).squared_error_sum
-        self.error_sum += error.detach().double()
-        return error / self.num_tokens
+        loss = velocity_error(prediction, self.targets[index], self.weights[index])
+        self.error_sum += loss.squared_error_sum.detach().double()
+        self.errors_L[index] = loss.squared_error_L
+        return loss.squared_error_sum / self.num_tokens
 
 
 class DiTTask:
@@ -90,8 +94,10 @@ class DiTTask:
             "damaged": sorted(self.damage.sample_ids),
         }
 
-    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        self.engine.sync_after_load(step)
+    def sync_after_load(self, updates: int) -> None:
+        self.engine.sync_after_load(updates)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.cursor = Cursor(**state["cursor"])
         self.damage.sample_ids |= set(state["damaged"])
 
@@ -131,29 +137,38 @@ class DiTTask:
 
     # ------------------------------------------------------------------ a step
 
-    def train_step(self, batch: StepBatch, step: int, lr: float, lap: Callable[[str], None]) -> StepOutput:
+    def forward_backward(self, batch: StepBatch, step: int, lap: Callable[[str], None]) -> StepOutput:
         shares = [share.to(self.world.device) for share in batch.shares]
         noised, targets, weights = map(list, zip(*(self.objective.add_noise(s, step) for s in shares), strict=True))
+        lap("data")
         if self.config.run.debug_parallel and step % self.config.run.debug_every == 0:
             self.check_consistency(batch.packs, noised, step)
         local_tokens = torch.tensor(sum(int(weight.sum()) for weight in weights), device=self.world.device)
         num_tokens = int(all_reduce_sum(local_tokens, self.mesh.data_context))
-        lap("data")
+        lap("wait")  # for the other ranks to have their data
         losses = PackLosses(targets, weights, num_tokens)
-        grad_norm = self.engine.train_step(noised, losses, lr, lap)
+        # no clip of any rank could be read: num_tokens is 0 on all ranks, of all axes
+        grad_norm = self.engine.forward_backward(noised, losses, lap) if num_tokens else None
         sums = {
             "squared_error": losses.error_sum,
             "context_bytes_sent": self.engine.attention.pop_bytes_sent() if self.engine.attention is not None else 0,
             "damaged_clips": len(batch.damaged) if self.reports_packs else 0,
         }
-        return StepOutput(grad_norm, num_tokens, sums)
+        return StepOutput(grad_norm, num_tokens, sums, partial(non_finite_clips_of, batch.shares, losses.errors_L))
 
-    def finish_step(self, batch: StepBatch, output: StepOutput, totals: dict[str, float], step: int) -> StepMetrics:
-        # every tensor rank has computed the error of all tokens of its packs
-        loss = totals["squared_error"] / self.mesh.tensor.size / output.loss_count
+    def optimizer_step(self, lr: float) -> None:
+        self.engine.optimizer_step(lr)
+
+    def discard_grads(self) -> None:
+        self.engine.discard_grads()
+
+    def step_metrics(self, batch: StepBatch, output: StepOutput, totals: dict[str, float], step: int) -> StepMetrics:
         if totals["damaged_clips"] > 0:
             self.record_damaged_clips(batch, step)
         self.cursor = batch.next_cursor
+        has_clips = output.loss_count > 0
+        # every tensor rank has computed the error of all tokens of its packs
+        loss = totals["squared_error"] / self.mesh.tensor.size / output.loss_count if has_clips else None
         slots = self.config.data.tokens_per_pack * self.config.data.packs_per_step
         columns: dict[str, Any] = {"padding_fraction": 1 - batch.real_tokens / slots}
         if batch.dropped_fraction:
@@ -162,7 +177,7 @@ class DiTTask:
             columns["damaged_clips"] = int(totals["damaged_clips"])
         if self.mesh.context.is_split:  # mean over ranks, forward and backward
             columns["context_mib_sent"] = round(totals["context_bytes_sent"] / self.world.size / 2**20, 4)
-        return StepMetrics(loss, batch.real_tokens, columns)
+        return StepMetrics(loss, batch.real_tokens if has_clips else 0, columns)
 
     def record_damaged_clips(self, batch: StepBatch, step: int) -> None:
         """Call on all ranks if any rank skipped clips in the step. Raises DataError on all if they are too many."""
@@ -178,7 +193,8 @@ class DiTTask:
         check_packs(packs, (mesh.tensor, mesh.context, mesh.pipeline), self.world, step)
         check_packs(noised, (mesh.tensor, mesh.pipeline), self.world, step)
         is_partitioned = self.config.parallel.zero_stage == 3
-        check_replicas(engine.compute_weights(), engine.placements, mesh, self.world, step, is_partitioned)
+        weights, owned = engine.compute_weights(), engine.fragments()
+        check_replicas(weights, engine.placements, mesh, self.world, step, is_partitioned, owned)
 
     # ------------------------------------------------------------------ validation
 
@@ -190,3 +206,8 @@ class DiTTask:
             self.val_clips, count, self.config, self.objective, self.engine, self.encode_caption, self.share,
             self.mesh.data, self.world,
         )  # fmt: skip
+
+
+def non_finite_clips_of(shares: list[VideoBatch], errors_L: dict[int, Tensor]) -> list[int]:
+    """The sample ids of the clips of a step whose error is not finite. `errors_L`: of each token, by index of share."""
+    return sorted({i for index, error_L in errors_L.items() for i in non_finite_clips(shares[index], error_L)})

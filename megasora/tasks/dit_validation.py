@@ -5,6 +5,7 @@ Each clip gets the same noise at every validation, so only the weights change th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from megasora.config import Config
 from megasora.data.mixture import Mixture
 from megasora.data.pack import make_batch
 from megasora.data.packing import pack_clips
-from megasora.diffusion.flow import FlowMatching, velocity_error
+from megasora.diffusion.flow import FlowMatching, non_finite_clips, velocity_error
 from megasora.parallel.mesh import Axis
 from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
@@ -36,11 +37,12 @@ def validation_loss(
     """Mean squared velocity error of the first `count` clips, in `validation.bins` bins of the timestep in [0, 1].
 
     Call on all ranks; packs are distributed over the data axis. Returns {"loss": mean of the bins, "bins": [{"low",
-    "high", "loss"}]} on the main process, None on the others.
+    "high", "loss"}]} on the main process, None on the others. A loss that is not finite is NaN or infinite, and
+    "non_finite_clips" has the sample ids that it comes from.
     """
     bins, tokens_per_pack = config.validation.bins, config.data.tokens_per_pack
     packs = pack_clips(clips.tokens_I[:count], tokens_per_pack)
-    sums = torch.zeros(bins, 2, dtype=torch.float64)
+    sums, non_finite = torch.zeros(bins, 2, dtype=torch.float64), set()
     # Every rank runs the model equally often, since it may hold some stages only: the last packs are then repeated.
     for first in range(0, len(packs), data_axis.size):
         index = first + data_axis.rank
@@ -52,12 +54,17 @@ def validation_loss(
             continue
         for i, prediction in enumerate(predictions):
             loss = velocity_error(prediction, *inputs[i][1:])
-            sums[i] += torch.tensor([float(loss.squared_error_sum), loss.tokens], dtype=torch.float64)
+            error_sum = float(loss.squared_error_sum)
+            sums[i] += torch.tensor([error_sum, loss.tokens], dtype=torch.float64)
+            if not math.isfinite(error_sum):
+                non_finite |= set(non_finite_clips(batch, loss.squared_error_L))
     sums = world.all_reduce_sum(sums).cpu()
+    by_rank = None if bool(sums.isfinite().all()) else world.gather_objects(non_finite)
     if not world.is_main:
         return None
     losses = (sums[:, 0] / sums[:, 1]).tolist()
     return {
         "loss": sum(losses) / bins,
         "bins": [{"low": i / bins, "high": (i + 1) / bins, "loss": loss} for i, loss in enumerate(losses)],
+        **({"non_finite_clips": sorted(set().union(*by_rank))} if by_rank else {}),
     }

@@ -1,9 +1,10 @@
 """The interface between the training loop and what it trains.
 
     loop:  for batch in task.batches():
-               output = task.train_step(batch, step, lr, lap)       forward, backward, one optimizer step
+               output = task.forward_backward(batch, step, lap)     gradients
                totals = all-reduce of output.sums                   one all-reduce per step, of all ranks
-               metrics = task.finish_step(batch, output, totals, step)
+               metrics = task.step_metrics(batch, output, totals, step)
+               task.optimizer_step(lr), or task.discard_grads()     StepGuard decides, from loss and gradient norm
 
 A task owns the model, its optimizer, the objective and the data. The loop owns steps, learning rate, EMA weights,
 checkpoints, validation times, stops and logs; it knows neither a model nor a mesh.
@@ -20,17 +21,18 @@ from megasora.fragment import Fragment
 
 
 class StepOutput(NamedTuple):
-    """What `Task.train_step` returns on one rank."""
+    """What `Task.forward_backward` returns on one rank."""
 
-    grad_norm: float  # global norm before clipping, equal on all ranks
-    loss_count: int  # number of elements that the loss is a mean of, over all ranks; for `finish_step`
+    grad_norm: float | None  # global norm before clipping, equal on all ranks; inf or NaN if it is not finite
+    loss_count: int  # elements that the loss is a mean of, over all ranks; 0: there are none, and no gradients
     sums: dict[str, Tensor | float]  # this rank's summands, with the same keys on all ranks; the loop adds them up
+    non_finite_clips: Callable[[], list[int]] = list  # the sample ids of this rank's clips whose loss is not finite
 
 
 class StepMetrics(NamedTuple):
-    """What `Task.finish_step` returns: figures of the step over all ranks."""
+    """What `Task.step_metrics` returns: figures of the step over all ranks."""
 
-    loss: float
+    loss: float | None  # None if the step has no clips
     num_tokens: int  # tokens trained on, for tokens_per_second
     columns: dict[str, Any]  # further columns of metrics.jsonl
 
@@ -57,8 +59,11 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """What else a checkpoint saves, as JSON, equal on all ranks: the position in the data."""
 
-    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Resumes from `state` of a checkpoint of step `step`, after its fragments were loaded."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state` of a checkpoint: the position in the data."""
+
+    def sync_after_load(self, updates: int) -> None:
+        """Call after the fragments of a checkpoint were loaded. `updates`: the optimizer steps that they have had."""
 
     def batches(self) -> Iterator[Any]:
         """This rank's batches, endless, from the current position in the data."""
@@ -69,14 +74,21 @@ class Task(Protocol):
     def flops(self, batch: Any) -> float:
         """FLOPs of a training step on the batch, for MFU; 0 if another rank, which shares the batch, counts them."""
 
-    def train_step(self, batch: Any, step: int, lr: float, lap: Callable[[str], None]) -> StepOutput:
-        """One optimizer step. `step` counts from 0; `lap(name)` ends a timed phase."""
+    def forward_backward(self, batch: Any, step: int, lap: Callable[[str], None]) -> StepOutput:
+        """Computes the gradients of a step. `step` counts from 0; `lap(name)` ends a timed phase."""
 
-    def finish_step(self, batch: Any, output: StepOutput, totals: dict[str, float], step: int) -> StepMetrics:
+    def step_metrics(self, batch: Any, output: StepOutput, totals: dict[str, float], step: int) -> StepMetrics:
         """Metrics of the step from the sums over all ranks; advances the position in the data.
 
-        May raise MegaSoraError, then on all ranks.
+        Called before the optimizer step. May raise MegaSoraError, then on all ranks.
         """
+
+    def optimizer_step(self, lr: float) -> None:
+        """One update with the gradients of `forward_backward`."""
+
+    def discard_grads(self) -> None:
+        """In place of `optimizer_step`: drops the gradients; weights, moments and step counts stay as they are. Not
+        called if `loss_count` is 0."""
 
     def validate(self) -> dict[str, Any] | None:
         """Validation figures, with the key `loss`, on the main process; None on others, and if no data is held out."""

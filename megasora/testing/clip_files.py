@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megasora.data.video import write_image, write_video
+from megasora.data.clip_writer import write_image, write_video
 from megasora.errors import MegaSoraError
 from megasora.files import write_text_atomic
 from megasora.testing.clips import (

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megasora.config import TextConfig
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, printable
+from megasora.files import read_regular_file
+from megasora.jsonl import parse_json
 from megasora.text.embedders import FeatureEmbedder
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ ENCODERS = {
 ENCODER_BATCH = 32  # captions in one call of the encoder
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # in the order that transformers prefers
 SMALL_FILES = ["*.json", "*.model", "*.txt"]  # config and tokenizer
+MAX_CONFIG_BYTES = 16 << 20
 NUM_PAGES, PAGE_BYTES = 64, 4096  # of each weights file, hashed for the fingerprint
 
 
@@ -171,13 +174,15 @@ def find_folder(path: str) -> Path:
 def read_config(folder: Path, config: TextConfig) -> tuple[str, dict[str, Any]]:
     """(model type, the text encoder's values in config.json); defaults of the transformers version are not included."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = parse_json(read_regular_file(folder / "config.json", MAX_CONFIG_BYTES))
+        if not isinstance(values, dict) or not isinstance(values.get("text_config", {}), dict):
+            raise ValueError("config.json is not an object")
     except (OSError, ValueError) as error:
         raise load_error(config.path, error) from None
     model_type, known = values.get("model_type"), ENCODERS[config.name]
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise MegaSoraError(
-            f"text.path={config.path} holds a model of type '{model_type}'; "
+            f"text.path={config.path} holds a model of type '{printable(str(model_type), 60)}'; "
             f"text.name={config.name} reads {', '.join(known)}"
         )
     values = values.get("text_config", values)  # a CLIP folder may also hold the vision encoder

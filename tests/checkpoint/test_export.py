@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 from conftest import full_tensors
 from safetensors.torch import load_file
+from saved_runs import build_saver, flip, names, save, store_of
 
 from megasora.cli import main
 from megasora.config import load
@@ -44,7 +46,7 @@ def test_initial_weights_from_a_checkpoint_equal_those_from_its_raw_export(train
     assert main(["checkpoint", "export", str(checkpoint), "--out", str(out), "--weights", "raw"]) == 0
     expected = full_tensors(trained, 10)
     for weights in (out, checkpoint):
-        config = load(None, [f"model.init_from={weights}"])
+        config = load(None, [f"run.start=init:{weights}", f"run.dir={tmp_path / 'new'}"])
         check_parallel(config)
         weight_of = initial_weights(config)
         for name, values in load_file(out).items():
@@ -53,23 +55,20 @@ def test_initial_weights_from_a_checkpoint_equal_those_from_its_raw_export(train
             weight_of("null_text", torch.Size([7]))
     for path in (trained, tmp_path / "none"):
         with pytest.raises(MegaSoraError, match="is neither a file nor a checkpoint"):
-            check_parallel(load(None, [f"model.init_from={path}"]))
+            check_parallel(load(None, [f"run.start=init:{path}", f"run.dir={tmp_path / 'new'}"]))
 
 
 def test_an_impossible_export_prints_one_line_and_writes_nothing(trained, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "a.safetensors"
     shutil.copytree(trained, run)
-    file = run / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-100] ^= 1
-    file.write_bytes(data)
-    other_version = run / "checkpoints" / "step-00000010"
-    (other_version / "fragments").rename(other_version / "slices")
-    manifest = other_version / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("fragments/", "slices/"))
+    newest, earlier = (run / "checkpoints" / f"step-{step:08d}" for step in (20, 10))
+    file = newest / "fragments" / "rank-00000.safetensors"
+    flip(file, -100)
+    manifest = json.loads((earlier / "manifest.json").read_text())
+    (earlier / "manifest.json").write_text(json.dumps({"step": 10, "files": manifest["files"]}, indent=1))
     for source, target, words in (
-        (run, out, f"{file} is damaged: its SHA-256 differs from manifest.json; to resume from step-00000010: echo "),
-        (other_version, out, f"{other_version} was saved by a version of MegaSora that this one cannot read"),
+        (newest, out, f"{file} is damaged: its SHA-256 differs from manifest.json; use an earlier checkpoint"),
+        (earlier, out, f"{earlier} was saved by another version of MegaSora (checkpoint format 0, "),
         (tmp_path, out, "is no checkpoint"),
         (run, tmp_path / "a.bin", "must end in .safetensors"),
         (run, tmp_path / "no" / "a.safetensors", "there is no folder"),
@@ -79,3 +78,35 @@ def test_an_impossible_export_prints_one_line_and_writes_nothing(trained, tmp_pa
         message = capsys.readouterr().err
         assert words in message and len(message.splitlines()) == 1
     assert list(tmp_path.iterdir()) == [run]
+
+
+def test_verify_names_what_is_whole_and_what_is_damaged(tmp_path, capsys):
+    store = store_of(tmp_path)
+    save(build_saver(store), 10, 20)
+    lines = []
+    for step in (10, 20):
+        size = sum(p.stat().st_size for p in store.path(step).rglob("*.*") if p.name != "manifest.json")
+        lines.append(f"step-{step:08d}  whole: 2 files, {size} bytes\n")
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "".join(lines)
+    file = store.path(20) / "fragments" / "rank-00000.safetensors"
+    flip(file)
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 2
+    damaged = f"step-00000020  {file} is damaged: its SHA-256 differs from manifest.json\n"
+    assert capsys.readouterr().out == lines[0] + damaged
+    assert [main(["checkpoint", "verify", str(store.path(step))]) for step in (10, 20)] == [0, 2]
+    assert main(["checkpoint", "verify", str(tmp_path / "none")]) == 2
+    assert names(store) == ["latest", "step-00000010", "step-00000020"]
+
+
+def test_a_damaged_newest_checkpoint_is_left_out_of_an_export_with_a_line(trained, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "a.safetensors"
+    shutil.copytree(trained, run)
+    file = run / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
+    flip(file, -100)
+    assert main(["checkpoint", "export", str(run), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"{file} is damaged: its SHA-256 differs from manifest.json; reading step-00000010 instead\n"
+    assert f"step-00000010 in {out}" in said.out
+    name = "patch_in.weight"
+    assert torch.equal(load_file(out)[name], full_tensors(trained, 10)[f"ema/{name}"])

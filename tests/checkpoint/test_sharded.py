@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from megasora.checkpoint.damage import DamagedCheckpoint
+from megasora.checkpoint.manifest import MANIFEST, sha256, write_manifest
 from megasora.checkpoint.safetensors_file import TensorFile, write_tensors
 from megasora.checkpoint.sharded import METADATA, ShardedCheckpoint, export, write_fragments
 from megasora.errors import MegaSoraError
@@ -58,10 +60,18 @@ def primary_replicas(fragments):
 
 
 def write(folder, ranks):
-    folder.mkdir(exist_ok=True)
+    """A checkpoint below `folder`."""
+    checkpoint = folder / "step-00000001"
+    checkpoint.mkdir()
     for rank, fragments in enumerate(ranks):
-        write_fragments(folder, rank, primary_replicas(fragments))
-    return folder
+        write_fragments(checkpoint, rank, primary_replicas(fragments))
+    write_manifest_of(checkpoint)
+    return checkpoint
+
+
+def write_manifest_of(checkpoint):
+    files = [path for path in checkpoint.rglob("*.*") if path.name != MANIFEST]
+    write_manifest(checkpoint, 1, {f.relative_to(checkpoint).as_posix(): (f.stat().st_size, sha256(f)) for f in files})
 
 
 LAYOUT = st.tuples(st.sampled_from([1, 2, 4]), st.lists(st.floats(0, 1), max_size=3))
@@ -167,27 +177,16 @@ def different_counts(ranks):
 def test_fragments_that_do_not_cover_each_parameter_once_raise_with_file_and_parameter(spoil, tmp_path):
     ranks = fragments_of(2, [0.5])
     spoil(ranks)
-    with pytest.raises(MegaSoraError, match=r"rank-0000\d.safetensors.* qkv.weight .*use an earlier") as error:
+    with pytest.raises(DamagedCheckpoint, match=r"rank-0000\d.safetensors.* qkv.weight .*use an earlier") as error:
         ShardedCheckpoint(write(tmp_path, ranks))
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_folder_without_fragments_raises(tmp_path):
-    (tmp_path / "fragments").mkdir()
-    with pytest.raises(MegaSoraError, match="holds no rank-"):
-        ShardedCheckpoint(tmp_path)
-
-
-def test_a_checkpoint_of_another_version_raises_with_the_remedy(tmp_path):
-    """The folder was `slices` before: an earlier checkpoint of the same run has no `fragments` either."""
-    (tmp_path / "slices").mkdir()
-    (tmp_path / "slices" / "rank-00000.safetensors").write_bytes(b"")
-    with pytest.raises(MegaSoraError) as error:
-        ShardedCheckpoint(tmp_path)
-    assert str(error.value) == (
-        f"{tmp_path} was saved by a version of MegaSora that this one cannot read (no fragments/ folder); "
-        "start the run again in another run.dir"
-    )
+def test_a_checkpoint_without_fragments_raises(tmp_path):
+    (checkpoint := write(tmp_path, [[]])).joinpath("fragments", "rank-00000.safetensors").unlink()
+    write_manifest_of(checkpoint)
+    with pytest.raises(DamagedCheckpoint, match="manifest.json names no fragments/rank-XXXXX.safetensors"):
+        ShardedCheckpoint(checkpoint)
 
 
 def test_a_fragment_that_was_not_saved_raises_with_both_shapes(tmp_path):
@@ -225,13 +224,15 @@ def with_metadata(data, fragments):
         lambda data: with_metadata(data, {}),
         lambda data: with_metadata(data, []),
         lambda data: with_metadata(data, {"scale": 3}),
+        lambda data: (100_000).to_bytes(8, "little") + b"[" * 100_000,
     ],
 )
 def test_an_invalid_file_raises_with_its_name(change, tmp_path):
-    file = write(tmp_path, fragments_of(1, [])) / "fragments" / "rank-00000.safetensors"
+    checkpoint = write(tmp_path, fragments_of(1, []))
+    file = checkpoint / "fragments" / "rank-00000.safetensors"
     file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(MegaSoraError, match=r"rank-00000.safetensors .*; use an earlier"):
-        ShardedCheckpoint(tmp_path)
+    with pytest.raises(DamagedCheckpoint, match=r"rank-00000.safetensors .*; use an earlier"):
+        ShardedCheckpoint(checkpoint)
 
 
 def test_tensors_are_computed_one_after_the_other_and_a_failure_leaves_no_file(tmp_path):

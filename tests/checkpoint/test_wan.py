@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasora.checkpoint.wan import DEFAULT_INIT, WEIGHTS_FILE, ZERO_INIT, import_wan, mlp_ratio, read_wan
+from megasora.checkpoint.wan import DEFAULT_INIT, ZERO_INIT, build_sources, import_wan
+from megasora.checkpoint.wan_folder import WEIGHTS_FILE, mlp_ratio, read_wan
 from megasora.config import load
 from megasora.errors import MegaSoraError
 from megasora.model.init import initial_value
@@ -76,7 +77,7 @@ def test_every_gradient_equals_that_of_diffusers(tiny, model):
     for out in (by_clip(model(batch), batch), run_reference(tiny.reference, batch)):
         sum((o * w).sum() for o, w in zip(out, weights_LP, strict=True)).backward()
     wan_gradients = {name: p.grad for name, p in tiny.reference.named_parameters()}
-    for name, source in read_wan(tiny.folder).sources().items():
+    for name, source in build_sources(read_wan(tiny.folder)).items():
         expected = source.make(*(wan_gradients[wan_name] for wan_name in source.names))
         assert relative_error(model.get_parameter(name).grad, expected) <= 2e-5, name
 

@@ -541,16 +541,16 @@ def test_a_plan_is_made_without_reading_a_clip():
 
 
 def test_a_run_resumes_only_with_the_clips_that_it_started_with(tmp_path):
+    from megasora.checkpoint.store import CheckpointStore
     from megasora.checks import check_same_data
     from megasora.config import load
 
-    saved = tmp_path / "run" / "checkpoints" / "step-00000010"
-    saved.mkdir(parents=True)
-    config = load(None, [f"run.dir={tmp_path / 'run'}"])
+    config = load(None, [f"run.dir={tmp_path}"])
     check_same_data(config, make_mixture([5]))  # nothing was saved yet
-    (saved / "manifest.json").write_text("{}")
-    (saved / "state.json").write_text(json.dumps({"task": {"data": make_mixture().identity()}}))
-    (saved.parent / "latest").write_text(saved.name)
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.begin(10)
+    store.write_state(10, {"task": {"data": make_mixture().identity()}})
+    store.commit(10)
     check_same_data(config, make_mixture())
     with pytest.raises(
         MegaSoraError, match=r"step-00000010 was trained on other clips \(clips: \[50\] -> \[49\]; tokens"
@@ -558,3 +558,8 @@ def test_a_run_resumes_only_with_the_clips_that_it_started_with(tmp_path):
         check_same_data(config, make_mixture(LENGTHS[:-1]))
     with pytest.raises(MegaSoraError, match=r"other clips \(sha256"):
         check_same_data(config, make_mixture(LENGTHS[::-1]))
+    for member, key in (("caption", "captions"), ("text", "captions"), ("patches", "patches")):
+        changed = make_mixture()
+        changed.datasets[0].index.rows[member]["crc32"][3] ^= 1  # of the same clips, one was captioned or encoded again
+        with pytest.raises(MegaSoraError, match=rf"other clips \({key}: \['\w{{8}}'\] -> \['\w{{8}}'\]\); give"):
+            check_same_data(config, changed)

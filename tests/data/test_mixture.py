@@ -132,14 +132,28 @@ def test_the_identity_depends_on_clips_lengths_and_weights_but_not_on_the_folder
         assert other != identity(grids)
 
 
-def write(folder: Path, ids: list[int], split="train") -> Path:
-    with BlockWriter(folder, 0, 1 << 20) as writer:
+def write(folder: Path, ids: list[int], split="train", caption="ab", value=0.0, shard_bytes=1 << 20) -> Path:
+    with BlockWriter(folder, 0, shard_bytes) as writer:
         for i in ids:
-            record = Record(i, torch.full((4, 2), float(i)), (1, 2, 2), torch.zeros(1, 4), (8.0, 8.0, 1.0, 0.0), "ab")
+            patches_LP, size = torch.full((4, 2), i + value), (8.0, 8.0, 1.0, 0.0)
+            record = Record(i, patches_LP, (1, 2, 2), torch.zeros(1, 4), size, caption)
             writer.add(split, record, {"source": f"{i}.png", "sha256": "0" * 64})
         writer.commit({}, {})
     write_manifest(folder, "codec-a", "text-a", [1, 1, 1], 1, {"name": "a"})
     return folder
+
+
+def test_the_identity_depends_on_captions_and_patches_but_not_on_the_tars(tmp_path):
+    def identity(name, **changes):
+        shards = write(tmp_path / name, [0, 1, 2], **changes)
+        return open_mixture(load(None, [f"data.shards={shards}"]).data, "train").identity()
+
+    first = identity("first")
+    assert identity("other tars", shard_bytes=1) == first
+    assert [len(list((tmp_path / name).glob("*.tar"))) for name in ("first", "other tars")] == [1, 3]
+    for key, changes in (("captions", {"caption": "cd"}), ("patches", {"value": 0.5})):
+        other = identity(key, **changes)
+        assert {name for name in first if first[name] != other[name]} == {key}
 
 
 def test_a_mixture_is_opened_from_one_folder_or_several_with_weights(tmp_path):
@@ -164,8 +178,8 @@ def test_a_dataset_without_training_clips_is_an_error_with_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", ".nan", ".inf"])
-def test_a_weight_that_is_not_positive_is_an_error_with_the_name_of_its_folder(weight):
-    with pytest.raises(MegaSoraError, match="data.mixture_weights of b/c=.* must be a positive number"):
+def test_a_weight_that_is_not_positive_is_an_error_with_its_place(weight):
+    with pytest.raises(MegaSoraError, match=r"data.mixture_weights\[1\]=.* must be above 0"):
         load(None, ["data.mixture=[a,b/c]", f"data.mixture_weights=[1,{weight}]"])
 
 

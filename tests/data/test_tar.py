@@ -15,6 +15,7 @@ from megasora.data.tar import (
     Member,
     group_by_key,
     padded_size,
+    read_files,
     read_members,
     write_header,
 )
@@ -71,8 +72,8 @@ def resealed(block: bytes) -> bytes:
     return rewritten(block, 148, b"%06o\0 " % sum(block))
 
 
-def members(data: bytes, extensions=TXT, **options) -> list[Member]:
-    return list(read_members(io.BytesIO(data), extensions, "some.tar", **options))
+def members(data: bytes, extensions=TXT) -> list[Member]:
+    return list(read_members(io.BytesIO(data), extensions, "some.tar"))
 
 
 def assert_damaged(data: bytes, words: str, at: int | None = None, extensions=TXT) -> DamagedTar:
@@ -158,10 +159,18 @@ def test_grouping_is_that_of_webdataset(tmp_path):
     assert read == expected
 
 
-def test_other_extensions_are_an_error_or_skipped():
+def test_other_extensions_are_an_error():
     data = plain(("a.txt", b"1"), ("a.pkl", b"2"), ("b.txt", b"3"), ("noextension", b"4"), (".hidden", b"5"))
     assert_damaged(data, r"'a.pkl' is no file of the format; these are: txt", 2 * BLOCK_BYTES)
-    assert [m.name for m in members(data, others="skip")] == ["a.txt", "b.txt"]
+    for name in ("noextension", ".hidden"):
+        assert_damaged(plain(("a.txt", b"1"), (name, b"4")), f"'{name}' is no file of the format", 2 * BLOCK_BYTES)
+
+
+def test_a_name_that_is_not_utf_8_keeps_its_bytes_in_a_raw_tar():
+    data = resealed(rewritten(special()[:BLOCK_BYTES], 0, b"caf\xe9.txt\0")) + END_OF_ARCHIVE
+    (member,) = read_files(io.BytesIO(data), "some.tar")
+    assert member.name.encode("utf-8", "surrogateescape") == b"caf\xe9.txt"
+    assert_damaged(data, "is not UTF-8", 0)
 
 
 def test_the_caller_may_read_between_two_members():

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from megasora.config import Config, load
+from megasora.data.clip_writer import write_image, write_video
 from megasora.data.shard_format import MANIFEST
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.video import write_image, write_video
 from megasora.errors import MegaSoraError
 from megasora.ingest import ingest
 from megasora.ingest.output_folder import SPEC_FILE
@@ -69,7 +69,7 @@ def test_blocks_hold_their_clips_and_rejections(reference):
     manifest = json.loads((reference / MANIFEST).read_text())
     assert list(manifest["splits"]["train"]["shards"]) == [f"train-00000{b}-000.tar" for b in range(4)]
     assert list(manifest["splits"]["val"]["shards"]) == ["val-000003-000.tar"]
-    assert manifest["rejected"] == {"caption too long": 1, "empty file": 1, "unreadable": 1}
+    assert manifest["rejected"] == {"caption too long": 1, "empty file": 1, "wrong suffix": 1}
     assert ids(reference) == [0, 1, 2, 3, 6, 8, 9] and ids(reference, "val") == [10]
     assert not list(reference.glob(".*"))
 
@@ -317,7 +317,7 @@ def test_lists_and_tars_give_the_same_records_as_files(tmp_path):
             tar.addfile(info, io.BytesIO(text))
     ingest(table, tmp_path / "listed", settings())
     manifest = ingest(tmp_path / "b.tar", tmp_path / "tarred", settings("ingest.record_quality=true"))
-    assert manifest.rejected == {"unreadable caption": 1}
+    assert manifest.rejected == {"caption not utf-8": 1}
     first, second, tarred = (
         ShardSplit.open(tmp_path / where, split)
         for where, split in (("listed", "train"), ("listed", "val"), ("tarred", "train"))
@@ -348,11 +348,11 @@ def test_the_summary_shows_accepted_and_rejected_clips_per_filter(tmp_path, caps
     (folder / "broken.mp4").write_text("text")
     filters = ["ingest.min_seconds=0.4", "ingest.min_motion=1", "ingest.min_contrast=5", "ingest.clips_per_block=4"]
     manifest = ingest(folder, tmp_path / "out", settings("ingest.missing_caption=empty", *filters))
-    assert manifest.rejected == {"blank": 2, "static": 1, "too few seconds": 1, "unreadable": 1}
+    assert manifest.rejected == {"blank": 2, "static": 1, "too few seconds": 1, "wrong suffix": 1}
     out = ShardSplit.open(tmp_path / "out", "train")
     assert [out.read_meta(i)["source"] for i in range(len(out))] == ["moving.mp4", "ramp.png"]
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in capsys.readouterr().out.splitlines()]
-    assert ["decode", "7", "6", "1", "unreadable: 1"] in rows
+    assert ["decode", "7", "6", "1", "wrong suffix: 1"] in rows
     assert ["duration", "6", "5", "1", "too few seconds: 1"] in rows
     assert any(row[:4] == ["motion and contrast", "5", "2", "3"] for row in rows)
 

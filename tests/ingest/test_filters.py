@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megasora.config import IngestConfig
-from megasora.data.video import RejectedClip
+from megasora.data.media import RejectedClip
 from megasora.errors import MegaSoraError
 from megasora.ingest.filters import MAX_THUMBNAILS, FrameStats, Thumbnails, check_duration, load_score_functions
 

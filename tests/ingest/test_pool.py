@@ -16,8 +16,10 @@ from conftest import is_running
 
 from megasora.codec import build_codec
 from megasora.config import CodecConfig, IngestConfig
+from megasora.data.clip_reader import read_clip
+from megasora.data.clip_writer import write_image, write_video
+from megasora.data.media import Media
 from megasora.data.patches import frames_to_float, pad_frames, patchify
-from megasora.data.video import Media, read_clip, write_image, write_video
 from megasora.errors import MegaSoraError
 from megasora.ingest.pool import WorkerPool
 from megasora.ingest.results import EncodedClip, Rejection
@@ -97,8 +99,8 @@ def run(paths: list[Path | None], folder: Path, workers: int = 2, **limits) -> l
     with WorkerPool(settings, workers) as pool:
         jobs = [(p, encode_job(Media(p), folder / f"{i}.f16") if p else REJECTION) for i, p in enumerate(paths)]
         results = list(pool.run(iter(jobs)))
-    assert [path for path, _ in results] == paths
-    return [result for _, result in results]
+    assert [path for path, _, _ in results] == paths
+    return [result for _, result, _ in results]
 
 
 @pytest.fixture
@@ -153,7 +155,7 @@ def test_workers_die_with_their_parent(scores, tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from megasora.config import CodecConfig, IngestConfig\n"
-        "from megasora.data.video import Media\n"
+        "from megasora.data.media import Media\n"
         "from megasora.ingest.pool import WorkerPool\n"
         "from megasora.ingest.worker import encode_job, worker_settings\n"
         "folder = Path(sys.argv[1])\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import tarfile
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from megasora.config import IngestConfig, load
+from megasora.data.clip_reader import read_clip
+from megasora.data.clip_writer import write_image, write_video
 from megasora.data.shard_reader import ShardSplit
-from megasora.data.video import read_clip, write_image, write_video
 from megasora.ingest import ingest
 from megasora.ingest.duplicates import DuplicateIndex, frame_hash
 from megasora.ingest.scenes import SceneDetector, color_cells
+from megasora.ingest.sources import find_clips
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "list_clips.py"
 
@@ -163,7 +166,7 @@ def test_a_list_of_scenes_in_tars_gives_the_records_of_the_files(tmp_path):
         assert run([str(source), "--out", str(table), *options]) == 0
         ingest(table, tmp_path / f"of {source.name}", load(None, ["ingest.workers=1", "codec.channels=24"]))
         shards = ShardSplit.open(tmp_path / f"of {source.name}", "train")
-        assert shards.manifest.rejected == {"unreadable": 1}
+        assert shards.manifest.rejected == {"wrong suffix": 1}
         records[source.name] = []
         for i in range(len(shards)):
             r, meta = shards.read(i, lambda text: torch.zeros(1, 1)), shards.read_meta(i)
@@ -174,3 +177,25 @@ def test_a_list_of_scenes_in_tars_gives_the_records_of_the_files(tmp_path):
     assert line == {
         "file": "tars/raw.tar", "split": "train", "member": "in/a b.mp4", "caption": "this is a b 🦊", "start": 1.25,
     }  # fmt: skip
+
+
+def test_a_list_has_the_clips_of_linked_folders_and_says_what_else_there_was(tmp_path, capfd):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "outside").mkdir()
+    odd = os.fsdecode(b"caf\xe9\x1b[31m.png")  # a control character, and a byte that is no UTF-8
+    for path in (tmp_path / "clips" / odd, tmp_path / "outside" / "b.png"):
+        write_image(np.full((16, 16, 3), 9, np.uint8), path)
+    (tmp_path / "clips" / "linked").symlink_to(tmp_path / "outside")
+    (tmp_path / "clips" / "loop").symlink_to(tmp_path / "clips")
+    (tmp_path / "clips" / "c\x1b[31m.heic").write_text("x")
+    run = runpy.run_path(str(TOOL))["main"]
+    assert run([str(tmp_path / "clips"), "--out", str(tmp_path / "list.jsonl"), "ingest.workers=1"]) == 0
+    shown = capfd.readouterr()
+    assert "1 file with another suffix (1 .heic), 1 link to a folder seen before (loop)" in shown.out
+    assert shown.err == "" and "\x1b" not in shown.out
+    clips = find_clips(tmp_path / "list.jsonl").clips
+    assert [clip.name for clip in clips] == [f"clips/{odd}", "clips/linked/b.png"]
+    config = load(None, ["ingest.missing_caption=empty", "ingest.workers=1"])
+    assert ingest(tmp_path / "list.jsonl", tmp_path / "out", config).rejected == {}
+    assert run([str(tmp_path / "clips" / "c\x1b[31m.heic"), "--out", str(tmp_path / "list.jsonl")]) == 2
+    assert "\x1b" not in capfd.readouterr().err

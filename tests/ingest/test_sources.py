@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from megasora.errors import MegaSoraError
-from megasora.ingest.sources import find_clips, listing_hash
+from megasora.ingest.listing import listing_hash
+from megasora.ingest.sources import find_clips
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -36,7 +38,7 @@ def write_list(path: Path, *lines: dict) -> Path:
 
 
 def listing(source: Path) -> list[tuple[str, str, str | None]]:
-    return [(clip.name, clip.split, clip.caption) for clip in find_clips(source)]
+    return [(clip.name, clip.split, clip.caption) for clip in find_clips(source).clips]
 
 
 # ---------------------------------------------------------------- lists
@@ -64,7 +66,7 @@ def test_a_json_list_has_captions_splits_and_excerpts_sorted_by_start(tmp_path):
         {"file": "a.mp4", "caption": "", "start": 2.5, "end": 10},
         {"file": str(tmp_path / "a.mp4"), "caption": None, "start": 0, "end": 2.5, "other": [1]},
     )
-    clips = find_clips(table)
+    clips = find_clips(table).clips
     assert [(c.caption, c.split, c.media.start, c.media.end) for c in clips] == [
         (None, "train", 0.0, 2.5),
         ("", "train", 2.5, 10.0),
@@ -76,11 +78,11 @@ def test_a_json_list_has_captions_splits_and_excerpts_sorted_by_start(tmp_path):
 def test_the_order_of_the_lines_does_not_change_the_listing(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     lines = [{"file": "a.mp4", "caption": "a"}, {"file": "b.mp4", "caption": "b"}]
-    hashes = {listing_hash(find_clips(write_list(tmp_path / f"{i}.jsonl", *lines[:: 1 - 2 * i]))) for i in (0, 1)}
+    hashes = {listing_hash(find_clips(write_list(tmp_path / f"{i}.jsonl", *lines[:: 1 - 2 * i])).clips) for i in (0, 1)}
     assert len(hashes) == 1
     for change in ({"caption": "c"}, {"end": 3.0}, {"split": "val"}):
         changed = write_list(tmp_path / "c.jsonl", {**lines[0], **change}, lines[1])
-        assert listing_hash(find_clips(changed)) not in hashes
+        assert listing_hash(find_clips(changed).clips) not in hashes
 
 
 LINES = [
@@ -98,10 +100,11 @@ LINES = [
     ('{"file": "a.mp4", "end": NaN}', "1: start and end are seconds, not nan"),
     ('{"file": "a.mp4", "start": 2, "end": 2}', "1: end=2 is not after start=2"),
     ('{"file": "a.mp4", "caption": 3}', "1: the caption: 3 is not text"),
-    ('{"file": "a.mp4", "caption": "\\ud800"}', "1: the caption"),
     ('{"file": "a.mp4"}\n{"file": "a.mp4"}', "lists .*a.mp4 twice"),
     ("", "no clip in"),
-    ("\xff", "is not UTF-8"),
+    ("\xff", "1 is not"),
+    ('{"file": "a.mp4", "start": 1' + "0" * 400 + "}", "1: start and end are seconds, not 10000"),
+    ('{"file": "a.mp4", "start": 1' + "0" * 5000 + "}", "1 is not"),
     ('{"file": "t.tar"}', "1: t.tar is a tar; name a clip in it"),
     ('{"file": "t.tar", "member": "no.mp4"}', "1: .*t.tar contains no clip named 'no.mp4'"),
     ('{"file": "t.tar", "member": "in.txt"}', "1: .*t.tar contains no clip named 'in.txt'"),
@@ -135,7 +138,7 @@ def test_clips_of_tars_have_the_caption_of_their_key_and_their_byte_range(tmp_pa
     )  # fmt: skip
     write_tar(tmp_path / "val-00.tar", {"v.webm": b"held out"})
     write_tar(tmp_path / "val" / "w.tar", {"w.webm": b"held out"})
-    clips = find_clips(tmp_path)
+    clips = find_clips(tmp_path).clips
     assert [(c.name, c.split, c.caption) for c in clips] == [
         ("train-01.tar/x.mp4", "train", "ein Hund"),
         ("train-01.tar/deep/a.b.MP4", "train", "a cat"),
@@ -168,7 +171,7 @@ def test_a_list_may_name_clips_in_tars(tmp_path):
         {"file": "val/v.tar", "member": "v.mp4", "caption": None},
         {"file": "a.mp4"},
     )
-    clips = find_clips(table)
+    clips = find_clips(table).clips
     assert [(c.name, c.caption, c.split, c.media.start, c.media.end) for c in clips] == [
         ("a.mp4", None, "train", 0.0, None),
         ("in here/t 🦊.tar/z.mp4", "of z", "train", 0.0, None),
@@ -177,19 +180,70 @@ def test_a_list_may_name_clips_in_tars(tmp_path):
         ("in here/t 🦊.tar/b.png", None, "train", 0.0, None),
         ("val/v.tar/v.mp4", None, "val", 0.0, None),
     ]
-    assert "the caption of b.png" in clips[4].caption_error and not any(c.caption_error for c in clips[:4])
+    assert "b.png: its caption cannot be read: b.json: " in clips[4].caption_rejection.message
+    assert not any(clip.caption_rejection for clip in clips[:4])
     data = [c.media.path.read_bytes()[c.media.offset :][: c.media.size] for c in clips[1:4]]
     assert data == [b"video z", b"video a", b"video a"] and [c.size for c in clips[1:4]] == [7, 7, 7]
 
 
-@pytest.mark.parametrize(
-    ("name", "data"), [("a.txt", b"\xff"), ("a.json", b"{"), ("a.json", b"[]"), ("a.json", b'{"caption": 3}')]
-)
-def test_a_caption_in_a_tar_that_is_not_text_is_an_error_of_its_clip_only(name, data, tmp_path):
-    tar = write_tar(tmp_path / "a.tar", {"a.mp4": b"video", name: data, "b.mp4": b"video", "b.txt": b"fine"})
-    first, second = find_clips(tar)
-    assert "a.mp4" in first.caption_error and "cannot be read" in first.caption_error and first.caption is None
-    assert not second.caption_error and second.caption == "fine"
+NO_TEXT, NOT_UTF8 = "unreadable caption", "caption not utf-8"
+BAD_CAPTIONS = [
+    ("a.txt", b"\xff", NOT_UTF8),
+    ("a.txt", "un café".encode("latin-1"), NOT_UTF8),
+    ("a.txt", "notepad".encode("utf-16"), NOT_UTF8),
+    ("a.json", b"{", NO_TEXT),
+    ("a.json", b"[]", NO_TEXT),
+    ("a.json", b'{"caption": 3}', NO_TEXT),
+    ("a.json", b'{"caption": "\xe9"}', NOT_UTF8),
+    ("a.json", b'{"caption": "\\ud800"}', NOT_UTF8),
+    ("a.json", b"[" * 100_000, NO_TEXT),
+    ("a.json", b'{"caption": 1' + b"0" * 5000 + b"}", NO_TEXT),
+    ("a.txt", bytes((1 << 24) + 1), NO_TEXT),
+    ("captions.jsonl", b'{"file": "a.mp4", "caption": "un caf\xe9"}\n', NOT_UTF8),
+]
+
+
+def in_a_folder(path: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        file = path / os.fsdecode(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    return path
+
+
+def in_a_tar(path: Path, files: dict[str, bytes]) -> Path:
+    return write_tar(path.with_suffix(".tar"), files)
+
+
+either = pytest.mark.parametrize("place", [in_a_folder, in_a_tar], ids=["folder", "tar"])
+
+
+@either
+@pytest.mark.parametrize(("name", "data", "reason"), BAD_CAPTIONS)
+def test_a_caption_that_is_not_text_rejects_its_clip_only(name, data, reason, place, tmp_path):
+    files = {"a.mp4": b"video", name: data, "b.mp4": b"video", "b.txt": b"fine"}
+    first, second = find_clips(place(tmp_path / "clips", files)).clips
+    assert first.caption is None and first.caption_rejection.reason == reason
+    assert "a.mp4: its caption " in first.caption_rejection.message and name in first.caption_rejection.message
+    assert second.caption == "fine" and second.caption_rejection is None
+
+
+@either
+def test_a_byte_order_mark_and_line_ends_of_windows_are_no_part_of_a_caption(place, tmp_path):
+    files = {
+        "a.mp4": b"", "a.txt": b"\xef\xbb\xbftwo\r\nlines\r\n", "b.mp4": b"", "b.json": b'\xef\xbb\xbf{"caption": "b"}',
+        "c.mp4": b"", "captions.jsonl": b'\xef\xbb\xbf{"file": "c.mp4", "caption": "c\\r\\n"}\r\n\r\n',
+    }  # fmt: skip
+    assert [clip.caption for clip in find_clips(place(tmp_path / "clips", files)).clips] == ["two lines", "b", "c"]
+
+
+@either
+def test_a_json_file_without_a_caption_leaves_it_to_captions_jsonl(place, tmp_path):
+    files = {
+        "a.mp4": b"", "a.json": b'{"id": 1, "caption": null}', "b.mp4": b"", "b.json": b'{"fps": 3}',
+        "captions.jsonl": b'{"file": "a.mp4", "caption": "from the table"}',
+    }  # fmt: skip
+    assert [clip.caption for clip in find_clips(place(tmp_path / "clips", files)).clips] == ["from the table", None]
 
 
 def with_link(path: Path) -> None:
@@ -225,8 +279,7 @@ HOSTILE = {
     "path outside": lambda path: write_tar(path, {"../a.mp4": b"x"}),
     "absolute path": lambda path: write_tar(path, {"/tmp/a.mp4": b"x"}),
     "not a tar": lambda path: path.write_text("<html>"),
-    "duplicate key": lambda path: write_tar(path, {"a.mp4": b"x", "b.mp4": b"x", "a.txt": b"x"}),
-    "two clips": lambda path: write_tar(path, {"a.mp4": b"x", "a.webm": b"x"}),
+    "duplicate name": lambda path: write_tar(path, {"a.mp4": b"x", "b.mp4": b"x", "./a.mp4": b"x"}),
     "only a pickle": lambda path: write_tar(path, {"a.pkl": b"x"}),
 }
 
@@ -250,13 +303,30 @@ def test_a_folder_of_both_tars_and_clips_and_a_pattern_without_match_are_errors(
         find_clips(tmp_path / "clip.mp4")
 
 
+def test_a_pattern_finds_tars_in_linked_folders_once(tmp_path):
+    for name in ("a.tar", "b.TAR", "deep/c.tar", "deep/er/d.tar", ".hidden/e.tar", ".f.tar"):
+        write_tar(tmp_path / "in" / name, {f"{name[:-4].replace('/', '-').strip('.')}.mp4": b"x"})
+    write_tar(tmp_path / "outside" / "g.tar", {"g.mp4": b"x"})
+    for link in ("x", "y", "z"):
+        (tmp_path / "in" / link).symlink_to(tmp_path / "in")  # three loops: 3 ** 40 paths
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "outside")
+    found = {
+        pattern: [clip.media.name for clip in find_clips(tmp_path / pattern).clips]
+        for pattern in ("in/*.tar", "in/**/*.tar", "**/*.[tT]*", "in/**/er/*.tar", "i?/deep/**/*.tar")
+    }
+    assert found == {
+        "in/*.tar": ["a.mp4"],
+        "in/**/*.tar": ["a.mp4", "deep-c.mp4", "deep-er-d.mp4", "g.mp4"],
+        "**/*.[tT]*": ["a.mp4", "b.mp4", "deep-c.mp4", "deep-er-d.mp4", "g.mp4"],
+        "in/**/er/*.tar": ["deep-er-d.mp4"],
+        "i?/deep/**/*.tar": ["deep-c.mp4", "deep-er-d.mp4"],
+    }
+
+
 def test_a_caption_may_have_100_kb_in_any_script(tmp_path):
     text = "狐 🦊 العربية " * 5000
     clips = touch(tmp_path / "clips", "a.mp4")
     (clips / "a.txt").write_text(text, encoding="utf-8")
-    assert find_clips(clips)[0].caption == text.strip()
+    assert find_clips(clips).clips[0].caption == text.strip()
     tar = write_tar(tmp_path / "a.tar", {"a.mp4": b"x", "a.txt": text.encode()})
-    assert find_clips(tar)[0].caption == text.strip()
-    (clips / "a.txt").write_bytes(b"x" * (1 << 24) + b"x")
-    with pytest.raises(MegaSoraError, match=r"a.txt has 16777217 bytes"):
-        find_clips(clips)
+    assert find_clips(tar).clips[0].caption == text.strip()

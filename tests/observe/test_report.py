@@ -307,3 +307,81 @@ def test_decimated_curves_keep_a_spike():
 def test_running_mean_skips_nan():
     values = np.array([1.0, np.nan, 3.0, 5.0])
     assert smooth(values, 3) == pytest.approx([1.0, 2.0, 4.0, 4.0])
+
+
+# ---- hostile contents of a run folder
+
+HOSTILE_VALUES = [None, 10**400, "x", [], {"a": {"b": []}}, "<b>", "9" * 5000]
+HOSTILE_TEXTS = [
+    "",
+    "[",
+    "[]",
+    "5",
+    "nul",
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    "9" * 5000,
+    "NaN",
+    "\xff",
+]
+
+
+def mutations(value):
+    """Copies of a JSON value in each of which one part, at any depth, is another value."""
+    yield from HOSTILE_VALUES
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        for other in mutations(part):
+            copy = dict(value) if isinstance(value, dict) else list(value)
+            copy[key] = other
+            yield copy
+
+
+@pytest.fixture
+def quick_config(monkeypatch):
+    monkeypatch.setattr(run_data, "load_run_config", lambda _: config.Config())
+
+
+def outcome(folder: Path) -> str:
+    """`page` or the error of the report; any other exception fails the test."""
+    try:
+        run = run_data.read_run_data(folder)
+        figures = report.compute_figures(run)
+        json.dumps(figures, allow_nan=False)
+        for part in (report.run_info_items(run), report.figure_tiles(run, figures), report.reproduce_section(run)):
+            assert "<b>" not in part.replace('<b style="left', "")
+        report_samples.describe_evaluation(run)
+        for attribute in run_data.ATTRIBUTES:
+            report_samples.confusion_table(run.evaluated_samples, attribute)
+        return "page"
+    except MegaSoraError as error:
+        assert str(folder) in str(error) and len(str(error)) < 500
+        return "error"
+
+
+@pytest.mark.parametrize("file", ["run.json", "samples/evaluation.json"])
+def test_a_hostile_value_in_a_file_is_left_out_or_one_error(file, run_dir, tmp_path, quick_config):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    value = json.loads((folder / file).read_text())
+    if "prompts" in value:
+        value["prompts"] = value["prompts"][:1]
+    outcomes = []
+    for other in mutations(value):
+        (folder / file).write_text(json.dumps(other))
+        outcomes.append(outcome(folder))
+    assert outcomes.count("page") > 50 and "error" in outcomes
+    for text in HOSTILE_TEXTS:
+        (folder / file).write_text(text, encoding="latin-1")
+        assert outcome(folder) == "error"
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "validation.jsonl"])
+def test_a_hostile_line_is_skipped_or_its_values_are(file, run_dir, tmp_path, quick_config):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    lines = (folder / file).read_text().splitlines()
+    first = json.loads(lines[0])
+    for other in mutations(first):
+        (folder / file).write_text("\n".join([json.dumps(other), *lines[1:]]) + "\n")
+        assert outcome(folder) == "page"
+    (folder / file).write_text("\n".join([*HOSTILE_TEXTS, "x" * (3 << 20), *lines]) + "\n", encoding="latin-1")
+    assert outcome(folder) == "page"

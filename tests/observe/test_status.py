@@ -13,18 +13,19 @@ import pytest
 
 from megasora.cli import main
 from megasora.errors import CONFIGURATION, CRASH, STOPPED, MegaSoraError
-from megasora.observe.status import read_status
-from megasora.run_log.launches import begin_launch, read_exit, record_exit
+from megasora.observe.status import build_table, read_status
+from megasora.run_log.launches import Launch, newest_launch, read_exit
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run of 100 steps in its third launch; the first was stopped, the second killed."""
     folder = tmp_path / "run"
-    begin_launch(folder, 4)
-    record_exit(folder, STOPPED, "saved after step 3", 0)
-    begin_launch(folder, 4)
-    begin_launch(folder, 4)
+    first = Launch(folder, 0)
+    first.begin(4)
+    first.record_exit(STOPPED, "saved after step 3")
+    Launch(folder, 0).begin(4)
+    Launch(folder, 0).begin(4)
     (folder / "config.yaml").write_text("run:\n  steps: 100\n  unknown: 1\n")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "latest").write_text("step-00000006\n")
@@ -72,12 +73,27 @@ def test_a_run_whose_process_on_this_machine_is_gone_is_dead_immediately(run):
 
 
 def test_a_run_that_has_ended_shows_the_first_recorded_reason(run):
-    record_exit(run, CONFIGURATION, "it was saved by another layout", 3)
-    record_exit(run, CRASH, "RuntimeError: connection closed", 0)
+    third, first = Launch(run, 3), Launch(run, 0)
+    third.id = first.id = newest_launch(run)
+    third.record_exit(CONFIGURATION, "it was saved by another layout")
+    first.record_exit(CRASH, "RuntimeError: connection closed")
     status = read_status(run)
     assert not status.alive and status.state == "invalid configuration: it was saved by another layout (process 3)"
-    begin_launch(run, 4)
+    Launch(run, 0).begin(4)
     assert read_status(run).alive and read_exit(run) is None
+
+
+def test_slow_ranks_of_the_newest_launch_are_shown_while_it_runs(run, capsys):
+    line = {"time": time.time() + 1, "step": 9, "ranks": [3], "hosts": ["node1"], "seconds": [2.1], "others": [0.42]}
+    path = run / "slow_ranks.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    assert read_status(run).slow == "process 3 on node1: 2.1 s per step, the others 0.42 s"
+    assert main(["status", str(run)]) == 0
+    assert "process 3 on node1: 2.1 s per step" in " ".join(capsys.readouterr().out.split())
+    path.write_text(json.dumps(line | {"time": time.time() - 1000}) + "\n")  # of an earlier launch
+    assert read_status(run).slow == ""
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"ranks": [], "hosts": []}) + "\n")
+    assert read_status(run).slow == ""
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
@@ -88,7 +104,34 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
 
 
 def test_watch_ends_with_the_run(run, capsys):
-    record_exit(run, 0, "100 steps", 0)
+    launch = Launch(run, 0)
+    launch.begin(4)
+    launch.record_exit(0, "100 steps")
     start = time.monotonic()
     assert main(["status", str(run), "--watch"]) == 0
     assert time.monotonic() - start < 2 and "done: 100 steps" in capsys.readouterr().out
+
+
+HOSTILE = [None, True, -1, 10**400, 1e308, "x", [], {}, "9" * 5000, {"a": 1}]
+
+
+@pytest.mark.parametrize("file", ["launches.jsonl", "metrics.jsonl", "exit.json"])
+def test_a_hostile_value_of_a_file_is_left_out(file, run):
+    launch = Launch(run, 0)
+    launch.id = newest_launch(run)
+    launch.record_exit(CRASH, "reason")
+    line = (run / file).read_text().splitlines()[0]
+    for text in ["[" * 100_000, "9" * 5000, "nul", *(json.dumps(value) for value in HOSTILE)]:
+        (run / file).write_text(f"{line}\n{text}\n" if file != "exit.json" else text)
+        build_table(run, read_status(run))
+    values = json.loads(line)
+    for key in values:
+        for value in HOSTILE:
+            (run / file).write_text(json.dumps({**values, key: value}) + "\n")
+            build_table(run, read_status(run))
+
+
+@pytest.mark.parametrize("steps", ["", "x", "1e3", "9" * 5000, "[1]", "-3"])
+def test_a_hostile_number_of_steps_is_left_out(steps, run):
+    (run / "config.yaml").write_text(f"run: {{steps: {steps}}}\n")
+    assert read_status(run).steps is None

@@ -275,7 +275,8 @@ def train_steps(config: Config, steps: int = STEPS) -> dict | None:
     losses, norms, exp_avg = [], [], None
     for step in range(steps):
         lr = lr_at(step, config.run.steps, config.optim)
-        output = task.train_step(build_step_batch(config, mesh), step, lr, lambda phase: None)
+        output = task.forward_backward(build_step_batch(config, mesh), step, lambda phase: None)
+        task.optimizer_step(lr)
         norms.append(output.grad_norm)
         error_sum = float(world.all_reduce_sum(output.sums["squared_error"]))
         losses.append(error_sum / mesh.tensor.size / output.loss_count)

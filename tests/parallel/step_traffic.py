@@ -17,6 +17,7 @@ from megasora.batch import VideoBatch
 from megasora.config import Config
 from megasora.data.loader import StepBatch
 from megasora.optim.ema import ShardedEMA
+from megasora.optim.step_guard import StepGuard
 from megasora.parallel.context_split import received_tokens_per_rank, sent_tokens_per_rank
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.pipeline import num_stages, rank_of_stage, stage_numbers
@@ -36,6 +37,7 @@ class TrainerOfOneStep(Trainer):
     def __init__(self, config: Config, task: DiTTask):
         self.config, self.world, self.task, self.step = config, task.world, task, 0
         self.ema = ShardedEMA([f.values["weights"] for f in task.fragments()], config.optim.ema_decay)
+        self.guard = StepGuard(config.optim)
         self.stop_requested, self.matmul_flops_per_s = (lambda: False), None
 
     def sum_over_ranks(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:

@@ -17,7 +17,7 @@ from megasora.parallel.layout import check_layout, nearest_divisors, nearest_mul
 from megasora.parallel.pipeline import num_stages
 from megasora.parallel.world import World
 from megasora.testing.spawn import run_ranks
-from megasora.train import check_same_configuration, main
+from megasora.train import check_same_start, main
 
 PLAIN = ["model.width=256", "model.heads=16", "model.depth=12", "data.packs_per_step=8", "data.tokens_per_pack=4096"]
 
@@ -222,7 +222,7 @@ def test_an_invalid_layout_ends_a_launch_with_one_line_and_exit_code_2(tmp_path,
     monkeypatch.setenv("WORLD_SIZE", "4")
     path = tmp_path / "run.yaml"
     path.write_text("model: {width: 60, heads: 6}\nparallel: {tensor: 4}\n")
-    assert main([str(path), f"run.dir={tmp_path / 'run'}"]) == 2
+    assert main(["--check", str(path), f"run.dir={tmp_path / 'run'}"]) == 2
     message = capsys.readouterr().err
     assert message == "megasora: error: parallel.tensor=4 must divide model.heads=6; use 1, 2, 3 or 6\n"
     assert not (tmp_path / "run").exists()
@@ -230,7 +230,7 @@ def test_an_invalid_layout_ends_a_launch_with_one_line_and_exit_code_2(tmp_path,
 
 def test_under_torchrun_an_invalid_layout_raises_before_the_model_is_built(tmp_path, launch):
     path = tmp_path / "run.yaml"
-    path.write_text("model: {width: 98304, depth: 999, heads: 1024}\nparallel: {pipeline: 2}\n")
+    path.write_text("model: {width: 9216, depth: 999, heads: 96}\nparallel: {pipeline: 2}\n")
     code, output = launch("megasora.train", path, f"run.dir={tmp_path / 'run'}", processes=2, timeout=60)
     assert code != 0
     assert output.count("megasora: error: model.depth=999 blocks cannot be divided evenly into 2 stages") == 1
@@ -243,7 +243,7 @@ def start_with_different_settings(cases):
     messages = []
     for overrides in cases:
         try:
-            check_same_configuration(load(None, overrides if world.rank else []), world)
+            check_same_start(load(None, overrides if world.rank else []), world)
             messages.append(None)
         except MegaSoraError as error:
             messages.append(str(error))

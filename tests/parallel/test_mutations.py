@@ -82,7 +82,7 @@ def share_with_local_positions(*arguments, original=layouts.share_pack):
     return dataclasses.replace(share, positions_L=torch.arange(len(segment_L)) - share.cu_segments[segment_L])
 
 
-def step_without_scaled_loss(self, *arguments, original=ZeroEngine.train_step):
+def step_without_scaled_loss(self, *arguments, original=ZeroEngine.forward_backward):
     mesh = self.mesh
     self.mesh = dataclasses.replace(mesh, data_context=dataclasses.replace(mesh.data_context, size=1))
     try:
@@ -143,7 +143,7 @@ FAULTS = {  # (layout, what is compared, fault): (patch, quantity that shows it)
         patch.object(dit, "all_reduce_sum", lambda values, axis: values), "loss of step 0",
     ),
     ("data", "steps", "the loss is not scaled for the average over ranks"): (
-        patch.object(ZeroEngine, "train_step", step_without_scaled_loss), "norm of step 0",
+        patch.object(ZeroEngine, "forward_backward", step_without_scaled_loss), "norm of step 0",
     ),
 }  # fmt: skip
 NO_FAULT = {(name, kind, "none"): (None, "") for name, kind, _ in FAULTS}

@@ -40,7 +40,8 @@ def test_imported_weights_under_tensor_2_context_2_give_what_diffusers_gives(axe
     pack = make_pack()
     with torch.no_grad():
         theirs = run_reference(tiny.reference, pack)
-    settings = [*tiny.settings, f"model.init_from={weights}", f"data.tokens_per_pack={len(pack.patches_LP)}"]
+    settings = [*tiny.settings, f"run.start=init:{weights}", f"run.dir={tmp_path}"]
+    settings.append(f"data.tokens_per_pack={len(pack.patches_LP)}")
     ranks = run_ranks(predict_share, 4, [*settings, *(f"parallel.{axis}" for axis in axes)])
     for one, peer in (ranks[:2], ranks[2:]):
         assert all(torch.equal(a, b) for a, b in zip(one, peer, strict=True)), "tensor peers see the same"

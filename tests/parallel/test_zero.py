@@ -39,7 +39,9 @@ def train_step(engine, config, step):
         losses.append(float(value.detach()))
         return value
 
-    return engine.train_step(list(noised), loss, lr_at(step, config.run.steps, config.optim)), losses
+    norm = engine.forward_backward(list(noised), loss)
+    engine.optimizer_step(lr_at(step, config.run.steps, config.optim))
+    return norm, losses
 
 
 # ---------------------------------------------------------------------- fragments
@@ -114,7 +116,7 @@ def test_fragments_of_all_ranks_cover_each_element_once(case, on_ranks):
 def error_of_a_step_without_packs():
     engine = build_engine(configure(layout(1, depth=1, packs=2), "block"))
     with pytest.raises(ValueError) as error:
-        engine.train_step([], lambda prediction, index: prediction.sum(), lr=0.1)
+        engine.forward_backward([], lambda prediction, index: prediction.sum())
     return str(error.value)
 
 

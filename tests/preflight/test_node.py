@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megasora.config import load
-from megasora.preflight.node import hash_sources, inspect_node
+from megasora.preflight.node import inspect_node
+from megasora.run_log.code_version import source_hash
 
 
 def test_problems_of_a_node_are_found(tmp_path, monkeypatch):
@@ -14,5 +15,5 @@ def test_problems_of_a_node_are_found(tmp_path, monkeypatch):
     text = "; ".join(node.problems)
     assert "av is missing" in text and f"no shard in {tmp_path / 'shards'}" in text
     assert f"{tmp_path} has" in text and "MiB free" in text  # the nearest existing folder above the run's
-    assert node.versions["av"] == "missing" and node.versions["megasora"] == hash_sources()
+    assert node.versions["av"] == "missing" and node.versions["megasora"] == source_hash()
     assert not (tmp_path / "a").exists()

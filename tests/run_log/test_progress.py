@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import types
@@ -53,3 +54,17 @@ def test_on_a_terminal_the_line_is_live_and_messages_are_not_markup(monkeypatch)
     progress.close()
     shown = sys.stderr.getvalue()
     assert "wandb: [/x] [red] failed" in shown and "10/10" in shown and "loss 0.4" in shown
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_closed_terminal_does_not_end_the_run(is_terminal, clock, monkeypatch):
+    closed = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", closed)
+    progress = ProgressLine(total=10, done=0)
+    monkeypatch.setattr(closed, "write", lambda text: (_ for _ in ()).throw(OSError(errno.EIO, "closed")))
+    for step in range(1, 11):
+        clock.seconds += 20.0
+        progress.update(step, "loss 0.5")
+    progress.print("a message")
+    progress.close()
+    assert progress.is_closed

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from conftest import check_resume_repeats, read_jsonl, train_arguments
+from saved_runs import flip
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
@@ -28,8 +29,7 @@ def test_two_processes_train_as_one(zero_stage, trained, shards, launch, tiny, t
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, shards, launch, tiny, tmp_path):
     resumed = tmp_path / "resumed"
     shutil.copytree(trained, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "step-00000020")
-    (resumed / "checkpoints" / "latest").write_text("step-00000010\n")
+    shutil.rmtree(resumed / "checkpoints" / "step-00000020")  # `latest` still names it
     (resumed / "checkpoints" / ".step-00000020.part").mkdir()  # as a kill during a save leaves it
     code, output = launch("megasora.train", *train_arguments(resumed, shards, tiny))
     assert code == 0, output
@@ -41,7 +41,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, shards
 def test_the_loss_falls_and_each_line_has_all_metrics(trained):
     metrics = read_jsonl(trained)
     assert sum(m["loss"] for m in metrics[-5:]) < 0.97 * sum(m["loss"] for m in metrics[:5])
-    times = ("time_data", "time_forward", "time_backward", "time_optimizer")
+    times = ("time_data", "time_wait", "time_forward", "time_backward", "time_optimizer")
     for line in metrics:
         assert {"step", "loss", "grad_norm", "lr", "tokens_per_second", "padding_fraction", "mfu", *times} <= set(line)
         assert sum(line[name] for name in times) == pytest.approx(line["time_step"], rel=1e-3)
@@ -84,29 +84,32 @@ def test_packs_that_do_not_divide_over_the_processes_are_an_error(shards, tiny, 
     from megasora.train import main
 
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert main(train_arguments(tmp_path / "run", shards, tiny)) == 2
+    assert main(["--check", *train_arguments(tmp_path / "run", shards, tiny)]) == 2
     assert "data.packs_per_step=2 must be a multiple of the 3 data-parallel" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_not_resumed(trained, shards, launch, tiny, tmp_path):
-    damaged = tmp_path / "damaged"
-    shutil.copytree(trained, damaged)
-    file = damaged / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-100] ^= 1
-    file.write_bytes(data)
-    code, output = launch("megasora.train", *train_arguments(damaged, shards, tiny))
-    assert code == 2 and "rank-00000.safetensors is damaged" in output
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one_bit_for_bit(trained, shards, launch, tiny, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    file = run / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
+    flip(file, -100)
+    code, output = launch("megasora.train", *train_arguments(run, shards, tiny))
+    assert code == 0, output
+    assert f"{file} is damaged: its SHA-256 differs from manifest.json; step-00000020 is now damaged-step-" in output
+    check_resume_repeats(trained, run)
+    assert sorted(path.name for path in (run / "checkpoints").glob("*step-*")) == [
+        "damaged-step-00000020", "step-00000010", "step-00000020",
+    ]  # fmt: skip
 
 
 def test_a_run_resumes_in_another_layout_and_prints_both(trained, shards, launch, tiny, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    (run / "checkpoints" / "latest").write_text("step-00000010\n")
-    arguments = [*train_arguments(run, shards, tiny), "parallel.tensor=2", "model.recompute=keep_attention"]
-    code, output = launch("megasora.train", *arguments, processes=2)
+    layout = ["parallel.tensor=2", "model.recompute=keep_attention", "run.start=resume:step-00000010"]
+    code, output = launch("megasora.train", *train_arguments(run, shards, tiny), *layout, processes=2)
     assert code == 0, output
     assert "since the checkpoint of step 10: processes 1 -> 2, tensor 1 -> 2" in output
+    assert "resuming from step-00000010; later checkpoints are now superseded-step-00000020" in output
     first, again = read_jsonl(trained), read_jsonl(run)[20:]
     assert [line["step"] for line in again] == list(range(11, 21))
     for a, b in zip(first[10:], again, strict=True):

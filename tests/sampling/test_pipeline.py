@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from saved_runs import flip
 
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.store import CheckpointStore
@@ -183,12 +184,14 @@ def test_a_run_without_a_checkpoint_raises_with_the_step_of_the_first(trained, t
         SamplingPipeline.from_run(tmp_path)
 
 
-def test_a_damaged_checkpoint_raises_with_the_name_of_its_file(trained, tmp_path):
+def test_the_checkpoint_before_a_damaged_one_is_sampled_with_a_line(trained, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    file = CheckpointStore(run / "checkpoints").newest() / "fragments" / "rank-00000.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-5] ^= 4
-    file.write_bytes(data)
-    with pytest.raises(MegaSoraError, match=f"{file.name} is damaged"):
-        SamplingPipeline.from_run(run)
+    for step, expected in ((20, 10), (10, None)):
+        flip(run / "checkpoints" / f"step-{step:08d}" / "fragments" / "rank-00000.safetensors", -5)
+        if expected is None:
+            with pytest.raises(MegaSoraError, match="no checkpoint of .* is whole: .*00.safetensors is damaged"):
+                SamplingPipeline.from_run(run)
+        else:
+            assert SamplingPipeline.from_run(run).step == expected
+            assert "is damaged: its SHA-256 differs from manifest.json; reading step-0" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Checkpoints of a few bytes, and ranks that are threads, for the tests of this folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasora.checkpoint.saver import CheckpointSaver
+from megasora.checkpoint.store import CheckpointStore
+from megasora.fragment import Fragment
+from megasora.placement import Placement
+
+SHAPE = torch.Size((3,))
+
+
+class OneRank:
+    rank = 0
+
+    def barrier(self) -> None:
+        pass
+
+    def gather_objects(self, value: object) -> list:
+        return [value]
+
+    def broadcast_object(self, value: object) -> object:
+        return value
+
+
+class ThreadRank:
+    """A rank of `size` threads; `exchange` and `meeting` are shared. It has the collectives of World."""
+
+    def __init__(self, rank: int, exchange: list, meeting: threading.Barrier):
+        self.rank, self.exchange, self.meeting = rank, exchange, meeting
+
+    def barrier(self) -> None:
+        self.meeting.wait()
+
+    def gather_objects(self, value: object) -> list | None:
+        self.exchange[self.rank] = value
+        self.meeting.wait()
+        values = list(self.exchange) if self.rank == 0 else None
+        self.meeting.wait()
+        return values
+
+    def broadcast_object(self, value: object) -> object:
+        if self.rank == 0:
+            self.exchange[0] = value
+        self.meeting.wait()
+        value = self.exchange[0]
+        self.meeting.wait()
+        return value
+
+
+def on_ranks(size: int, function: Callable[[ThreadRank], Any]) -> list:
+    """What `function` returned or raised on each of `size` ranks."""
+    exchange, meeting = [None] * size, threading.Barrier(size, timeout=20)
+    results: list = [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = function(ThreadRank(rank, exchange, meeting))
+        except Exception as error:
+            results[rank] = error
+            if isinstance(error, threading.BrokenBarrierError):
+                return
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def build_saver(store: CheckpointStore, ranks: Any = None, shape: torch.Size = SHAPE) -> CheckpointSaver:
+    """The saver of a rank that holds one parameter, `weight`, as a replica of rank 0's."""
+    values = {"weights": torch.zeros(shape.numel())}
+    fragment = Fragment("weight", shape, Placement(), 0, 1, 0, values)
+    ranks = ranks or OneRank()
+    return CheckpointSaver(store, [fragment], lambda _: ranks.rank == 0, ranks)
+
+
+def weights(saver: CheckpointSaver) -> list[float]:
+    return saver.fragments[0].values["weights"].tolist()
+
+
+def save(saver: CheckpointSaver, *steps: int) -> Path:
+    """Saves checkpoints whose weights are all the step; returns the last one."""
+    for step in steps:
+        saver.fragments[0].values["weights"].fill_(step)
+        saver.save(step, {"task": {"position": 8 * step}})
+    return saver.store.path(steps[-1])
+
+
+def store_of(run_dir: Path, keep: int = 9) -> CheckpointStore:
+    run_dir.mkdir(exist_ok=True)
+    return CheckpointStore(run_dir / "checkpoints", keep)
+
+
+def flip(file: Path, offset: int = -1, bit: int = 0) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.folder.iterdir())
