@@ -19,7 +19,7 @@ help:
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
 	@echo "make test        the test suite, one process per core, at most 4; GPU tests skip where there is no GPU"
 	@echo "make faults      kills, stops, hangs, damaged files, full disks: docs/faults.md -> runs/faults/, in 15 minutes;"
-	@echo "                 KILLS=200 adds 200 kills at random instants, SEED=7 takes another plan"
+	@echo "                 KILLS=200 adds 200 kills at random instants, an hour more; SEED=7 takes another plan"
 	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data -> benchmarks/results/, 12 minutes"
 	@echo "make gpu         on a machine with a GPU: kernel tests, attention, benchmarks, training, profile, resume, in 9 minutes"
 	@echo "                 -> benchmarks/results/gpu/; PYTHON=python3 takes a python that has PyTorch for CUDA, and installs"

@@ -25,8 +25,8 @@ HD_HEIGHT, HD_WIDTH = 720, 1280
 class FrameConverter:
     """Converts the frames of a clip to upright uint8 [H, W, 3] arrays within the limits of size."""
 
-    def __init__(self, media: Media, limits: IngestConfig, pixel_aspect: Fraction):
-        """`pixel_aspect`: width of a pixel by its height, as it is displayed."""
+    def __init__(self, media: Media, limits: IngestConfig, pixel_aspect: Fraction, is_opaque: bool = False):
+        """`pixel_aspect`: width of a pixel by its height, as it is displayed; `is_opaque`: alpha is no transparency."""
         import av
 
         self.media, self.limits, self.pixel_aspect = media, limits, pixel_aspect
@@ -34,7 +34,7 @@ class FrameConverter:
         self.coded_size: tuple[int, int] | None = None  # height and width of the first frame, as decoded
         self.output_size: tuple[int, int] | None = None  # the same, with square pixels, after scaling
         self.orientation: Orientation | None = None
-        self.has_alpha = False
+        self.is_opaque, self.has_alpha = is_opaque, False
         self.tone_map: ToneMap | None = None
         self.matrix: str | None = None  # of the source, if it does not declare one
 
@@ -60,7 +60,8 @@ class FrameConverter:
         if frame.colorspace not in MATRICES:
             message = f"{self.media} has colour matrix {int(frame.colorspace)} of ITU-T H.273, which is not supported"
             raise RejectedClip("colour matrix", message)
-        self.has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+        has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+        self.has_alpha = has_alpha and not self.is_opaque
         if frame.colorspace == UNSPECIFIED and is_hd(height, width):
             self.matrix = "ITU709"
         if ToneMap.is_needed(frame.color_trc, frame.color_primaries):

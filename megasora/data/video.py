@@ -87,7 +87,8 @@ class VideoSource:
         """Yields (number of the frame in `times`, frame). Raises RejectedClip for a missing or damaged frame."""
         seek_before(self.container, self.stream, self.packets.beginning)
         number = -1
-        for packet in self.container.demux(self.stream):
+        packets = (packet for packet in self.container.demux(self.stream) if packet.size)  # decoders refuse empty ones
+        for packet in chain(packets, [None]):
             for frame in self.decoder.decode(packet):
                 number = self.number_of(frame, number + 1)
                 if frame.is_corrupt:
@@ -182,7 +183,8 @@ def read_frames(
 ) -> Iterator[np.ndarray]:
     """Yields the frames of the schedule, uint8 [H, W, 3]; appends to `timestamps`. Raises RejectedClip."""
     media, stream, repeats_N = source.media, source.stream, schedule.repeats_N
-    converter = FrameConverter(media, limits, Fraction(stream.sample_aspect_ratio or 1))
+    is_opaque = source.container.format.name == "avi" and source.decoder.name == "rawvideo"  # RGB32: no alpha
+    converter = FrameConverter(media, limits, Fraction(stream.sample_aspect_ratio or 1), is_opaque)
     last = np.flatnonzero(repeats_N)[-1] if media.end is not None else len(repeats_N)
     with reject_decoder_errors(media):
         for number, frame in deinterlace(decoded):

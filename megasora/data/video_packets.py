@@ -25,6 +25,7 @@ class VideoPackets:
     """The packets of a video stream, and where those of all streams end. Times are in ticks of the video stream."""
 
     stores_pts: bool  # of the function of this name
+    reorders: bool = False  # True if frames may be displayed in another order than they are decoded
     stamps: list[tuple[int | None, int | None]] = field(default_factory=list)  # (pts, dts) of those that are displayed
     durations: list[int] = field(default_factory=list)  # of the same; 0: not declared
     count: int = 0  # of all packets of the video stream
@@ -59,8 +60,13 @@ class VideoPackets:
 
     @property
     def has_pts(self) -> bool:
-        """False for files without the order of display: frames then have the sorted decoding times."""
-        return self.stores_pts and all(pts is not None for pts, _ in self.stamps)
+        """False for files without the order of display: frames then have the sorted decoding times.
+
+        Copies of avi files with B-frames in mp4 have decoding times in place of both.
+        """
+        if not self.stores_pts or any(pts is None for pts, _ in self.stamps):
+            return False
+        return not (self.reorders and all(pts == dts for pts, dts in self.stamps))
 
     @property
     def key_time(self) -> int | None:
@@ -135,7 +141,7 @@ def read_packets(container, stream, media: Media) -> VideoPackets:
 
 def read_until(container, stream, stop: float) -> VideoPackets:
     """Reads packets up to the end, or up to the first that is decoded after the time stamp `stop`."""
-    packets = VideoPackets(stores_pts(container, stream))
+    packets = VideoPackets(stores_pts(container, stream), stream.codec_context.has_b_frames)
     for packet in container.demux():
         packets.add(packet, stream)
         if packet.stream.index == stream.index and packet.dts is not None and packet.dts > stop:

@@ -28,6 +28,7 @@ from megasora.parallel.world import World
 SLOW_RANKS = "slow_ranks.jsonl"
 OWN_PHASES = ("data", "forward")  # without collectives, or with those of ranks that share packs
 WINDOW = 9  # steps; odd, so that a median is the time of one step
+SUSTAINED = 8  # steps in which the medians must find the same ranks
 SLOW_RATIO, RECOVERED_RATIO = 1.5, 1.25  # own median / median of the others
 MIN_SHARE = 0.1  # of the step time that a slow rank costs
 MAX_NAMED = 8
@@ -50,6 +51,8 @@ class SlowRanks:
         self.own_seconds = self.step_seconds = 0.0
         self.window: deque[np.ndarray] = deque(maxlen=WINDOW)  # seconds of each rank, by step
         self.slow: list[int] = []
+        self.found: list[int] = []  # in the last `steps` steps; they count as slow after SUSTAINED of them
+        self.steps = 0
 
     def record(self, times: dict[str, float]) -> dict[str, float]:
         """Keeps what it needs of this rank's times of a step, as `Stopwatch.read` returns them; returns them."""
@@ -77,7 +80,9 @@ class SlowRanks:
         is_slow = own > others * np.where(was_slow, RECOVERED_RATIO, SLOW_RATIO)
         is_slow &= own - others > MIN_SHARE * self.step_seconds
         slow = np.flatnonzero(is_slow).tolist()
-        if slow == self.slow:
+        self.steps = self.steps + 1 if slow == self.found else 1
+        self.found = slow
+        if slow == self.slow or self.steps < SUSTAINED:
             return
         self.slow = slow
         self.write_line(step, own, others)

@@ -180,7 +180,8 @@ def allowed_codes(run: Run, launch: Launch, outcome: Outcome) -> set[int | None]
 def exact_steps(outcomes: list[Outcome], plan: list[Launch]) -> int:
     """The number of first steps that no launch in another layout than the reference's has computed."""
     launches = zip(outcomes, plan, strict=False)
-    resumed = [outcome.resumed or 0 for outcome, launch in launches if not launch.layout.is_bitwise()]
+    others = [outcome for outcome, launch in launches if not launch.layout.is_bitwise() and outcome.reached]
+    resumed = [outcome.resumed or 0 for outcome in others]
     return min(resumed, default=max(outcome.reached for outcome in outcomes))
 
 

@@ -89,6 +89,7 @@ FAULT_DECK = (
 )  # fmt: skip
 DAMAGE_DECK = ("flip", "flip", "flip", "cut", "delete", "latest_gone", "latest_empty", "latest_dangling")
 DAMAGE_EVERY = 2  # launches
+DISTURBED_STEPS = 0.8  # fraction of the steps that the disturbed launches make at most, so that each of them is needed
 
 
 def seeded_plan(seed: int, launches: int, steps: int) -> list[Launch]:
@@ -100,13 +101,15 @@ def seeded_plan(seed: int, launches: int, steps: int) -> list[Launch]:
     generator = random.Random(seed)
     faults, damage = Deck(generator, FAULT_DECK), Deck(generator, DAMAGE_DECK)
     layouts = Deck(generator, LAYOUTS)
+    shares = [generator.uniform(0.2, 1.8) for _ in range(launches - 1)]
     plan = []
-    for number in range(launches - 1):
+    for number, share in enumerate(shares):
         layout = REFERENCE if number < launches // 2 else layouts.draw()
         threads = f"data.reader_threads={generator.choice(READER_THREADS)}"
         layout = Layout(layout.processes, (*layout.settings, threads))
         damaged = number > 1 and number % DAMAGE_EVERY == 0
-        fault = random_fault(generator, faults.draw(), layout, 2 * steps // launches)
+        after = max(1, int(DISTURBED_STEPS * steps * share / sum(shares)))
+        fault = random_fault(generator, faults.draw(), layout, after)
         plan.append(Launch(layout, Damage(damage.draw(), generator.random()) if damaged else None, fault))
     return plan
 
@@ -114,15 +117,18 @@ def seeded_plan(seed: int, launches: int, steps: int) -> list[Launch]:
 def kills_plan(seed: int, kills: int, longest: int = 6) -> list[Launch]:
     """Launches in the reference layout, each killed on a random rank at a random instant of its first steps."""
     generator = random.Random(seed)
-    return [Launch(fault=random_fault(generator, "kill_rank", REFERENCE, longest)) for _ in range(kills)]
+    return [
+        Launch(fault=random_fault(generator, "kill_rank", REFERENCE, generator.randint(1, longest)))
+        for _ in range(kills)
+    ]
 
 
-def random_fault(generator: random.Random, kind: str, layout: Layout, longest: int) -> Fault:
-    """A fault after 1 to `longest` steps of its launch."""
+def random_fault(generator: random.Random, kind: str, layout: Layout, after: int) -> Fault:
+    """A fault after `after` steps of its launch, or, if it kills, perhaps at its start or at the next save."""
     kills = kind.startswith("kill")
     moment = generator.choices(MOMENTS, (1, 4, 2, 1))[0] if kills else "step"
     rank = generator.randrange(layout.processes)
-    return Fault(kind, rank, moment, generator.randint(1, longest), round(generator.uniform(0, 0.03), 4))
+    return Fault(kind, rank, moment, after, round(generator.uniform(0, 0.03), 4))
 
 
 CUT = [  # in a few launches: a kill during a save, stops, a hang, a full disk, damaged files, other layouts

@@ -23,7 +23,7 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory) -> Run:
-    return make_run(tmp_path_factory.mktemp("faults"), shards, STEPS, every=5, start="fork", hang_seconds=12.0)
+    return make_run(tmp_path_factory.mktemp("faults"), shards, STEPS, every=5, start="fork", hang_seconds=20.0)
 
 
 def run_of(undisturbed: Run, folder) -> Run:

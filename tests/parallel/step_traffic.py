@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import layouts
 import torch
@@ -22,6 +23,7 @@ from megasora.parallel.context_split import received_tokens_per_rank, sent_token
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.pipeline import num_stages, rank_of_stage, stage_numbers
 from megasora.parallel.zero import ZeroEngine
+from megasora.run_log.slow_ranks import SlowRanks
 from megasora.run_log.stopwatch import Stopwatch
 from megasora.tasks.dit import DiTTask
 from megasora.tasks.task import StepOutput
@@ -38,6 +40,7 @@ class TrainerOfOneStep(Trainer):
         self.config, self.world, self.task, self.step = config, task.world, task, 0
         self.ema = ShardedEMA([f.values["weights"] for f in task.fragments()], config.optim.ema_decay)
         self.guard = StepGuard(config.optim)
+        self.slow_ranks = SlowRanks(Path(config.run.dir), self.world.rank, self.world.size, None)
         self.stop_requested, self.matmul_flops_per_s = (lambda: False), None
 
     def sum_over_ranks(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
@@ -57,15 +60,16 @@ class RecordedStep:
 def record_step(config: Config) -> RecordedStep:
     """Records the second step of this rank.
 
-    The first step also sends what is sent once per run: votes of pipeline stages, ZeRO-3's check of its module order.
+    The first step also sends what is not sent at every step: votes of pipeline stages, ZeRO-3's check of its module
+    order, the replica check.
     """
     task = layouts.build_task(config)
     mesh, trainer = task.mesh, TrainerOfOneStep(config, task)
     batch = layouts.build_step_batch(config, mesh)
-    for _ in range(2):
+    for trainer.step in range(2):
         with RecordedCollectives() as recorded:
             trainer.train_step(batch, Stopwatch(task.world.device))
-    noised = [task.objective.add_noise(share, 0)[0] for share in batch.shares]
+    noised = [task.objective.add_noise(share, trainer.step)[0] for share in batch.shares]
     expected = ExpectedTraffic(config, mesh, task.engine, noised)
     return RecordedStep(
         traffic(recorded.messages),

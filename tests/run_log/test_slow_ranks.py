@@ -38,13 +38,13 @@ def test_a_rank_five_times_slower_is_named_within_20_steps_and_once(size, rank, 
     assert feed(slow, range(1, 101), [1.0] * size, rng) == {}
     messages = feed(slow, range(101, 161), [5.0 if r == rank else 1.0 for r in range(size)], rng)
     ((step, message),) = messages.items()
-    assert step <= 110
+    assert step <= 120
     assert message.startswith(f"slow: process {rank} on node{rank // 2}: ") and "x slower than the others" in message
     ratio = float(message.split(": ")[2].split("x")[0])
     assert 3.5 < ratio < 6.5
     messages = feed(slow, range(161, 221), [1.0] * size, rng)
     ((step, message),) = messages.items()
-    assert step <= 175 and message == "no process is slower than the others any more"
+    assert step <= 180 and message == "no process is slower than the others any more"
     lines = [json.loads(line) for line in (tmp_path / SLOW_RANKS).read_text().splitlines()]
     assert [line["ranks"] for line in lines] == [[rank], []] and lines[0]["hosts"] == [f"node{rank // 2}"]
     assert lines[0]["seconds"][0] / lines[0]["others"][0] == pytest.approx(ratio, abs=0.06)
@@ -103,10 +103,10 @@ def train_with_a_slow_rank(settings, where):
 @pytest.mark.parametrize("where", ["data", "forward"])
 def test_a_run_names_its_slow_rank(where, shards, tiny, tmp_path):
     settings = [
-        *tiny, f"data.shards={shards}", "run.device=cpu", "run.steps=20", f"run.dir={tmp_path}", "validation.clips=1",
+        *tiny, f"data.shards={shards}", "run.device=cpu", "run.steps=24", f"run.dir={tmp_path}", "validation.clips=1",
         "validation.bins=1", "checkpoint.every=100", "validation.every=100",
     ]  # fmt: skip
     run_ranks(train_with_a_slow_rank, 2, settings, where)
     lines = [json.loads(line) for line in (tmp_path / SLOW_RANKS).read_text().splitlines()]
-    assert lines and lines[-1]["ranks"] == [1] and lines[0]["step"] <= 20
+    assert lines and lines[-1]["ranks"] == [1] and lines[0]["step"] <= 21
     assert lines[-1]["seconds"][0] > 0.1 and lines[-1]["seconds"][0] > 1.5 * lines[-1]["others"][0]
