@@ -189,12 +189,12 @@ def test_a_process_that_never_joins_is_named_by_the_other_within_its_timeout(sil
     run = tmp_path / "run"
     run.mkdir()
     (run / "exit.json").write_text('{"code": 75, "reason": "saved", "rank": 0}')  # of the launch before
-    process = start(run, agent[1 - silent], "run.hang_seconds=5")
+    process = start(run, agent[1 - silent], "run.hang_seconds=20")
     output, error = process.communicate(timeout=100)
     assert process.returncode == HANG, error
     recorded = read_exit(run)
     assert (recorded["code"], recorded["rank"]) == (HANG, 1 - silent)
-    reason = f"no heartbeat for 5 s; process {silent} of 2 has not joined; stacks in {run / 'logs'}"
+    reason = f"no heartbeat for 20 s; process {silent} of 2 has not joined; stacks in {run / 'logs'}"
     assert recorded["reason"] == reason and f"megasora: error: {reason}" in error
     assert "during joining the other processes; stacks of all threads" in error and "Current thread" in error
     seconds = recorded["time"] - (run / "logs" / f"hang-{1 - silent:05d}").stat().st_mtime

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megasora.checkpoint.damage import DamagedCheckpoint
-from megasora.checkpoint.history import History, read_history, write_history
+from megasora.checkpoint.history import HISTORY, History, read_history, write_history
 from megasora.checkpoint.manifest import describe, read_manifest, verify_checksums
 from megasora.checkpoint.sharded import ShardedCheckpoint, write_fragments
 from megasora.checkpoint.start import Start, choose_start
@@ -150,6 +150,7 @@ class CheckpointSaver:
         """On the main process, after all ranks have loaded: the chosen checkpoint is the newest of the run from now."""
         self.store.folder.mkdir(parents=True, exist_ok=True)
         remove_incomplete(self.store.folder)
+        (self.store.run_dir / f".{HISTORY}.part").unlink(missing_ok=True)
         if chosen.checkpoint is None:
             return
         renamed = self.store.make_newest(chosen.checkpoint)

@@ -32,7 +32,7 @@ SLOW_RANKS = {"time": float, "ranks": list, "hosts": list, "seconds": list, "oth
 FIGURES = ("loss", "grad_norm", "tokens_per_second", "mfu", "time_step")
 EXIT_NAMES = {
     DONE: "done", CRASH: "crashed", CONFIGURATION: "invalid configuration", DATA: "damaged data",
-    NON_FINITE: "non-finite loss or gradient", HANG: "hung", STOPPED: "stopped on request",
+    NON_FINITE: "non-finite losses or spikes", HANG: "hung", STOPPED: "stopped on request",
 }  # fmt: skip
 
 

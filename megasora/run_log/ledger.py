@@ -10,12 +10,12 @@ launch: a launch with fewer ranks appends to fewer files and leaves the others a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from megasora.errors import MegaSoraError, printable
 from megasora.files import write_text_atomic
-from megasora.jsonl import JsonlWriter
+from megasora.jsonl import JsonlWriter, parse_json
 from megasora.run_log.skipped import FILE as SKIPPED_FILE
 
 FOLDER = "ledger"
@@ -50,7 +50,7 @@ def truncate_ledger(run_dir: Path, step: int) -> None:
     """Removes lines of steps after `step` and incomplete lines, here and in skipped.jsonl. Call it before any rank
     writes."""
     for file in [*ledger_files(run_dir), *run_dir.glob(SKIPPED_FILE)]:
-        write_text_atomic(file, "".join(line for line in complete_lines(file) if json.loads(line)["step"] <= step))
+        write_text_atomic(file, "".join(text for text, line in complete_lines(file) if line["step"] <= step))
 
 
 def read_ledger(run_dir: Path) -> dict[int, list[int]]:
@@ -65,7 +65,7 @@ def read_skipped(run_dir: Path) -> dict[int, list[int]]:
 
 
 def merge_lines(run_dir: Path, is_skipped: bool) -> dict[int, list[int]]:
-    lines = [json.loads(line) for file in ledger_files(run_dir) for line in complete_lines(file)]
+    lines = [line for file in ledger_files(run_dir) for _, line in complete_lines(file)]
     undone = {step for line in lines for step in range(line.get("rolled_back_to", line["step"]) + 1, line["step"] + 1)}
     sample_ids: dict[int, list[int]] = {}
     for line in lines:
@@ -80,6 +80,23 @@ def ledger_files(run_dir: Path) -> list[Path]:
     return sorted((run_dir / FOLDER).glob("rank-*.jsonl"))
 
 
-def complete_lines(file: Path) -> list[str]:
-    """The lines of a file, without one that a killed process left incomplete."""
-    return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+def complete_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a file as text and values, without those that a killed process left incomplete.
+
+    Raises MegaSoraError with the number of a line that is damaged.
+    """
+    lines = []
+    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+        if not text.endswith("}\n"):
+            continue
+        try:
+            line = parse_json(text)
+            if not (type(line["step"]) is int and isinstance(line["sample_ids"], list)):
+                raise ValueError("step and sample_ids must be a number and a list")
+        except (ValueError, KeyError, TypeError) as error:
+            raise MegaSoraError(
+                f"{file}, line {number} is damaged ({printable(str(error))}); restore the file, or move it away: the "
+                "ledger then begins where the run resumes"
+            ) from None
+        lines.append((text, line))
+    return lines

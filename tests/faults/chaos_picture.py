@@ -19,16 +19,18 @@ def draw(result: dict, file: Path) -> None:
 
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    end = 0.0
+    end, reached = 0.0, 0
     for launch in result["launches"]:
         start, end = end, end + launch["seconds"]
         first = start + (launch["first_step_seconds"] or launch["seconds"])
-        resumed, reached = launch["resumed"], launch["reached"] or launch["resumed"] or 0
+        resumed = launch["resumed"]
+        reached = launch["reached"] or resumed or reached  # the step before, of a launch that was killed at its start
         axes.axvspan(start, end, color="0.96" if launch["number"] % 2 else "0.9", lw=0)
         if resumed is not None:
             axes.plot([first, end], [resumed, reached], color="C0" if launch["bitwise"] else "C1", lw=2)
         if launch["damage"]:
-            axes.plot(first, resumed or 0, "P", color="C3", ms=8, label="resumed after damage to files")
+            step = reached if resumed is None else resumed
+            axes.plot(first, step, "P", color="C3", ms=8, label="resumed after damage to files")
         if launch["fault"]:
             name, mark = MARKS[launch["fault"].split(" ")[0]]
             axes.plot(end, reached, mark, color="k", ms=7, label=name)

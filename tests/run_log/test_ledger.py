@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from megasora.errors import MegaSoraError
 from megasora.run_log.ledger import Ledger, read_ledger, truncate_ledger
 
 
@@ -34,3 +37,18 @@ def test_steps_after_the_checkpoint_are_removed_and_written_again(tmp_path):
     write(tmp_path, 0, [3])  # one rank resumes
     sample_ids = read_ledger(tmp_path)
     assert sample_ids[3] == [300, 310] and len(sample_ids[2]) == 6
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 2, "sample_ids: [7]}', '{"step": "2", "sample_ids": []}', '{"sample_ids": []}', "[{}}", '{"\udcff": 1}'],
+)
+def test_a_damaged_line_is_an_error_with_its_number_and_the_file_is_unchanged(tmp_path, line):
+    write(tmp_path, 0, [1])
+    path = tmp_path / "ledger" / "rank-00000.jsonl"
+    before = path.read_bytes() + line.encode(errors="surrogateescape") + b"\n"
+    path.write_bytes(before)
+    for read in (lambda: truncate_ledger(tmp_path, 1), lambda: read_ledger(tmp_path)):
+        with pytest.raises(MegaSoraError, match="rank-00000.jsonl, line 2 is damaged .*; restore the file, or move it"):
+            read()
+    assert path.read_bytes() == before
