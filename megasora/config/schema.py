@@ -103,9 +103,7 @@ class ModelConfig:
     rope_base: float = bounded(10_000.0, above(0), 10**12)
     rope_ntk_factor: list[float] = bounded([1.0, 1.0, 1.0], above(0), 1000)  # t, h, w: new / trained clip size
     kernel_backend: str = "auto"  # auto | triton | torch; auto: triton on a GPU, torch on a CPU
-    attention_backend: str = (
-        "auto"  # auto | flash4 | flash3 | flash2 | varlen | sdpa | math; auto: the first available one
-    )
+    attention_backend: str = "auto"  # flash4 | flash3 | flash2 | varlen | sdpa | math; auto: the first available one
     deterministic: bool = True  # attention sums in a fixed order: runs repeat bitwise; false: faster on GPUs
     text_depth: int = bounded(1, 0, 256)  # transformer blocks over the text tokens
     recompute: str = "none"  # activations recomputed in backward: none | full | keep_attention: all but attention's
