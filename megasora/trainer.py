@@ -123,7 +123,7 @@ class Trainer:
         self.stopping = totals["stop_requested"] > 0
         metrics = self.task.step_metrics(batch, output, totals, self.step)
         grad_norm = math.inf if totals["non_finite_norms"] else output.grad_norm
-        self.verdict, self.skipped = self.guard.judge(self.step + 1, metrics.loss, grad_norm), None
+        self.verdict, self.skipped = self.guard.decide(self.step + 1, metrics.loss, grad_norm), None
         if self.verdict.action == APPLY:
             self.task.optimizer_step(lr)
             self.ema.update()

@@ -117,7 +117,7 @@ class CheckpointSaver:
         for checkpoint, problem in chosen.damaged:
             self.set_aside(checkpoint, problem)
         for note in chosen.notes:
-            say(note)
+            print_line(note)
         if chosen.checkpoint is None:
             return chosen, ""
         return chosen, read_manifest(chosen.checkpoint).sha256
@@ -155,7 +155,7 @@ class CheckpointSaver:
             return
         renamed = self.store.make_newest(chosen.checkpoint)
         if renamed:
-            say(f"resuming from {chosen.checkpoint.name}; later checkpoints are now {', '.join(names(renamed))}")
+            print_line(f"resuming from {chosen.checkpoint.name}; later checkpoints are now {', '.join(names(renamed))}")
         history = read_history(self.store.run_dir)
         new = History(start if chosen.is_exact else history.start, names(self.store.complete()))
         if new != history:
@@ -163,7 +163,7 @@ class CheckpointSaver:
 
     def set_aside(self, checkpoint: Path, problem: str) -> None:
         renamed = self.store.set_aside(checkpoint, DAMAGED)
-        say(f"{problem}; {checkpoint.name} is now {renamed.name}, and the checkpoint before it is used")
+        print_line(f"{problem}; {checkpoint.name} is now {renamed.name}, and the checkpoint before it is used")
 
     # ---------------------------------------------------------------- agreement of all ranks
 
@@ -215,6 +215,6 @@ class CheckpointSaver:
         return result
 
 
-def say(sentence: str) -> None:
+def print_line(sentence: str) -> None:
     """Prints a line about the checkpoints; on the main process."""
     print(f"checkpoints: {sentence}", flush=True)

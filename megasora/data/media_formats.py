@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 
-ALPHA_BACKGROUND = (255, 255, 255)  # RGB behind what is transparent: browsers and viewers show pictures on white
+ALPHA_BACKGROUND = (255, 255, 255)  # RGB under what is transparent: browsers and viewers show pictures on white
 
 # suffix -> demuxer of FFmpeg
 VIDEO_FORMATS = {

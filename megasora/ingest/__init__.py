@@ -2,7 +2,7 @@
 
 driver.py            runs an ingest: blocks in order, then the manifest
 sources.py           a folder, a list or tars -> listing.py: clips in the order of sample ids, counts of other files
-walk.py              the files below a folder, also behind links
+walk.py              the files below a folder, also through links
 file_roles.py        which files are clips, captions, thumbnails; file_counts.py counts them
 clip_folder.py, clip_list.py, clip_tars.py   the clips of each kind of source, with their captions.py
 parts.py             the blocks that each process writes

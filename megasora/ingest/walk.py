@@ -1,4 +1,4 @@
-"""Finds the files of a folder of clips, also behind links, each folder once.
+"""Finds the files of a folder of clips, also through links, each folder once.
 
 Folders are walked without their links first, so a folder keeps its own name; then linked folders follow in the order of
 their names, unless they were seen before: a link to a folder above it makes no loop.
@@ -22,7 +22,7 @@ def walk(source: Path, counts: FileCounts) -> list[str]:
     """
     names: list[str] = []
     seen: set[tuple[int, int]] = set()  # device and inode of folders
-    starts: list[list[str]] = [[]]  # a heap of folders, by their parts: the source, then folders behind links
+    starts: list[list[str]] = [[]]  # a heap of folders, by their parts: the source, then linked folders
     while starts:
         folders = [heapq.heappop(starts)]
         while folders:

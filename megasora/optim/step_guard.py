@@ -1,6 +1,6 @@
 """Decides whether a step is applied, from its loss and gradient norm over all ranks, before the optimizer step.
 
-    (loss, gradient norm) --judge--> Verdict: apply | skip | roll back | abort
+    (loss, gradient norm) --decide--> Verdict: apply | skip | roll back | abort
 
 no clips      no clip of the step could be read (`data.max_damaged_fraction`): there is nothing to apply
 non-finite    the loss or the gradient norm is no finite number: skipped; abort at `optim.max_skipped_steps` in a row
@@ -8,7 +8,7 @@ spike         the loss is `optim.spike.threshold` deviations above the median of
               `optim.spike.patience` in a row the run rolls back to a checkpoint from before them
 
 A deviation is 1.4826 times the median absolute deviation, which for a normal distribution is the standard deviation.
-Only losses of applied steps are among the last losses, so that neither a NaN nor a spike changes what is judged next.
+Only losses of applied steps are among the last losses, so that neither a NaN nor a spike changes later decisions.
 All ranks pass the same numbers and so decide the same. The state is part of the checkpoint: a resume decides the same.
 """
 
@@ -50,7 +50,7 @@ class NonFiniteStep:
 
 
 class StepGuard:
-    """Call `judge` once per step, on all ranks with the same numbers. Steps count from 1."""
+    """Call `decide` once per step, on all ranks with the same numbers. Steps count from 1."""
 
     def __init__(self, config: OptimConfig):
         self.config = config
@@ -59,8 +59,8 @@ class StepGuard:
         self.non_finite: list[NonFiniteStep] = []  # of the present series
         self.rollbacks = 0
 
-    def judge(self, step: int, loss: float | None, grad_norm: float | None) -> Verdict:
-        """`loss`: None if the step has no clips; then nothing changes in what is judged next."""
+    def decide(self, step: int, loss: float | None, grad_norm: float | None) -> Verdict:
+        """`loss`: None if the step has no clips; then nothing changes in later decisions."""
         if loss is None or grad_norm is None:
             return Verdict(SKIP, NO_CLIPS)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -87,7 +87,7 @@ class StepGuard:
         return loss - middle > threshold * max(deviation, MIN_DEVIATION * abs(middle))
 
     def name_clips(self, named: list[int], num_clips: int) -> None:
-        """Of the step that was judged last, not finite: the sample ids of its clips whose loss is not finite, and the
+        """Of the last step, which was not finite: the sample ids of its clips whose loss is not finite, and the
         number of all its clips."""
         last = self.non_finite[-1]
         last.named, last.num_named, last.num_clips = named[:MAX_NAMED], len(named), num_clips

@@ -25,7 +25,7 @@ def main() -> None:
     try:
         log_lines(sys.stdin)
     except BaseException as error:
-        say(describe(error))
+        print_line(describe(error))
 
 
 def log_lines(lines: Iterable[str]) -> None:
@@ -52,7 +52,9 @@ def start_run(arguments: dict[str, Any]) -> Any:
     except Exception as error:
         if arguments["mode"] != "online":
             raise
-        say(f"{describe(error)}; logging offline, send it later: wandb sync {arguments['dir']}/wandb/offline-run-*")
+        print_line(
+            f"{describe(error)}; logging offline, send it later: wandb sync {arguments['dir']}/wandb/offline-run-*"
+        )
         return wandb.init(**{**arguments, "mode": "offline"}, settings=settings)
 
 
@@ -60,7 +62,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     print(text, flush=True)
 
 

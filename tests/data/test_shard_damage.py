@@ -189,7 +189,7 @@ def test_meta_json_that_is_no_object_is_damage(content, folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_each_of_the_65536_numbers_is_judged_as_torch_judges_it(dtype):
+def test_each_of_the_65536_numbers_is_finite_as_in_torch(dtype):
     numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     finite = torch.isfinite(numbers.view(dtype))
     assert first_non_finite(numbers[finite].numpy().data.cast("B"), dtype) is None

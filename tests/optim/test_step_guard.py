@@ -19,12 +19,12 @@ def guard(*settings, losses=()):
     defaults = ["optim.spike.threshold=10", "optim.spike.window=5", "optim.spike.patience=3"]
     made = StepGuard(load(None, [*defaults, *settings]).optim)
     for step, loss in enumerate(losses, 1):
-        assert made.judge(step, loss, 1.0) == Verdict(APPLY)
+        assert made.decide(step, loss, 1.0) == Verdict(APPLY)
     return made
 
 
 def verdicts(made, losses, norm=1.0):
-    return [made.judge(step, loss, norm) for step, loss in enumerate(losses, 100)]
+    return [made.decide(step, loss, norm) for step, loss in enumerate(losses, 100)]
 
 
 @pytest.mark.parametrize("loss, is_spike", [(1 + 10 * 0.1 * 1.48, False), (1 + 10 * 0.1 * 1.49, True), (-50.0, False)])
