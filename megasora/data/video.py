@@ -25,12 +25,19 @@ from megasora.data.deinterlace import deinterlace
 from megasora.data.frame_converter import FrameConverter
 from megasora.data.frame_schedule import FrameSchedule, FrameTimes, build_schedule
 from megasora.data.media import ByteWindow, Media, OpenClip, RejectedClip, check_size
+from megasora.data.ogg_pages import ogg_damage
 from megasora.data.video_packets import VideoPackets, read_packets, seek_before
 
 BUFFER_BYTES = 1 << 18  # that a demuxer reads at once
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ones ignore transparency
-# codec -> options of its decoder; aggressive: data left over at the end of a slice is an error
-DECODER_OPTIONS = {"h264": {"err_detect": "aggressive"}}
+# decoder -> errors that it returns; aggressive: data left over at the end of a slice; explode: those that it conceals
+ERROR_DETECTION = {
+    "h264": "aggressive",
+    "mjpeg": "explode",
+    "msmpeg4": "aggressive",
+    "wmv1": "aggressive",
+    "wmv2": "aggressive",
+}
 
 
 @contextmanager
@@ -38,6 +45,9 @@ def open_video(window: ByteWindow, media: Media, format: str, limits: IngestConf
     """Opens the first video stream of a file in a format of FFmpeg. Raises RejectedClip."""
     import av
 
+    if format == "ogg" and media.end is None:
+        reject_missing(media, ogg_damage(window))
+        window.seek(0)
     with reject_decoder_errors(media):
         container = av.open(window, format=format, buffer_size=BUFFER_BYTES, metadata_errors="replace")
     with container:
@@ -174,7 +184,7 @@ def build_decoder(stream, media: Media):
             raise RejectedClip("alpha", f"{media} has transparency that no decoder here reads")
         decoder = av.CodecContext.create(ALPHA_DECODERS[name], "r")
     decoder.thread_count = 1
-    decoder.options = DECODER_OPTIONS.get(name, {})
+    decoder.options = {"err_detect": ERROR_DETECTION[name]} if name in ERROR_DETECTION else {}
     return decoder
 
 

@@ -187,6 +187,15 @@ def test_transparent_videos_are_shown_on_the_background_and_hidden_colours_never
     assert (small[..., 1] <= np.maximum(small[..., 0], small[..., 2]) + 12).all()  # nowhere green
 
 
+def test_the_fourth_byte_of_rgb32_in_avi_is_no_transparency(tmp_path):
+    """Windows programs leave it 0, and players ignore it."""
+    bars = np.broadcast_to(COLORS[np.arange(48) * len(COLORS) // 48], (16, 48, 3)).astype(np.uint8)
+    rgb0 = np.concatenate([bars, np.zeros((16, 48, 1), np.uint8)], -1)
+    how = Encoding(codec="rawvideo", container="avi", pixels="bgra", source_pixels="rgba")
+    frames = read_clip(encode_video(tmp_path / "a.avi", [rgb0] * 3, 12, how), LIMITS).frames_FHWC
+    assert np.array_equal(frames, np.stack([bars] * 3))
+
+
 # ---------------------------------------------------------------- HDR
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,6 +199,43 @@ def test_frames_whose_time_stamps_go_backwards_are_a_variable_rate(tmp_path):
             assert error_info.value.reason == "variable rate"
 
 
+def test_empty_packets_repeat_a_frame_and_lose_none(tmp_path):
+    """As encoders of Theora write a frame that equals the one before it."""
+    made = gradient(5, 32, 48)
+    path = encode_video(tmp_path / "a.mp4", made, 12, Encoding(options={"bf": "0"}))
+    with av.open(str(path)) as container:
+        source = open_source(container, Media(path), LIMITS)
+
+        def demux(stream):
+            for packet in container.demux(stream):
+                if packet.dts is not None:
+                    empty = av.Packet(b"")
+                    empty.pts, empty.dts, empty.time_base = packet.pts, packet.dts, packet.time_base
+                    yield empty
+                yield packet
+
+        with_empty = replace(source, container=SimpleNamespace(demux=demux, seek=container.seek))
+        assert [number for number, _ in with_empty.decode()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("codec", "options"), [("mpeg4", {"qmax": "2"}), ("libx264", {"crf": "5"})])
+def test_a_copy_of_an_avi_file_has_its_frames_in_the_order_of_display(codec, options, tmp_path):
+    """avi stores no times of display; FFmpeg copies it to mp4 with decoding times in their place."""
+    made = gradient(11, 32, 48)
+    how = Encoding(codec=codec, container="avi", options={**options, "bf": "2"})
+    path, copy = encode_video(tmp_path / "a.avi", made, 12, how), tmp_path / "a.mp4"
+    with av.open(str(path)) as file, av.open(str(copy), "w") as target:
+        stream = file.streams.video[0]
+        out = target.add_stream_from_template(stream)
+        for packet in file.demux(stream):
+            if packet.size:
+                packet.pts, packet.stream = packet.dts, out
+                target.mux(packet)
+    assert_shown(read_clip(copy, LIMITS), made)
+    with open_clip(Media(copy, start=4 / 12, end=7 / 12), LIMITS) as clip:
+        assert len(list(clip.frames)) == 3
+
+
 # ---------------------------------------------------------------- damage
 
 
@@ -215,16 +253,20 @@ def flips(path: Path, count: int, seed: int = 0):
         yield changed
 
 
-@pytest.mark.parametrize(("entropy_coding", "least"), [("cabac", 0.6), ("vlc", 0.8)])
-def test_most_changed_bytes_of_h264_are_noticed(entropy_coding, least, tmp_path):
-    """A changed byte that leaves a valid stream of other pixels cannot be noticed; see the counts in docs/data.md."""
+def noisy_waves(frames: int) -> np.ndarray:
+    """Moving uint8 frames of 96x128 pixels with some noise."""
     y, x = np.mgrid[:96, :128]
     waves = [
         127 + 100 * np.stack([np.sin((x + 4 * t) / 9), np.sin((y - 3 * t) / 7), np.cos((x + y) / 13)], -1)
-        for t in range(12)
+        for t in range(frames)
     ]
-    made = np.clip(waves + np.random.default_rng(0).normal(0, 8, (12, 96, 128, 3)), 0, 255).astype(np.uint8)
-    how = Encoding(options={"coder": entropy_coding})
+    return np.clip(waves + np.random.default_rng(0).normal(0, 8, (frames, 96, 128, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("entropy_coding", "least"), [("cabac", 0.6), ("vlc", 0.8)])
+def test_most_changed_bytes_of_h264_are_noticed(entropy_coding, least, tmp_path):
+    """A changed byte that leaves a valid stream of other pixels cannot be noticed; see the counts in docs/data.md."""
+    made, how = noisy_waves(12), Encoding(options={"coder": entropy_coding})
     path, noticed = encode_video(tmp_path / "a.mp4", made, 12, how), 0
     assert len(read_clip(path, LIMITS).frames_FHWC) == 12
     for changed in flips(path, 100):
@@ -254,3 +296,25 @@ def test_kinds_of_h264_that_are_whole_are_not_taken_for_damaged(options, tmp_pat
     for name, container in (("a.mp4", "mp4"), ("a.mkv", "matroska")):
         path = encode_video(tmp_path / name, made, 12, Encoding(container=container, options={"crf": "8", **options}))
         assert len(read_clip(path, LIMITS).frames_FHWC) == 11
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "wmv1", "wmv2", "msmpeg4", "flv"])
+def test_holes_in_frames_are_noticed_where_decoders_conceal_them(codec, tmp_path):
+    pixels = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    how = Encoding(codec=codec, container="avi", pixels=pixels, options={"qmax": "4"})
+    path, rng, noticed = encode_video(tmp_path / "a.avi", noisy_waves(4), 12, how), np.random.default_rng(0), 0
+    assert len(read_clip(path, LIMITS).frames_FHWC) == 4
+    data = path.read_bytes()
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].codec_context.name == codec
+        spans = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
+    for _ in range(20):
+        start, size = spans[rng.integers(len(spans))]
+        hole = start + 700 + int(rng.integers(max(1, size - 956)))
+        (tmp_path / "b.avi").write_bytes(data[:hole] + bytes(256) + data[hole + 256 :])
+        try:
+            read_clip(tmp_path / "b.avi", LIMITS)
+        except RejectedClip as error:
+            assert error.reason in ("damaged", "unreadable", "truncated")
+            noticed += 1
+    assert noticed >= 18
