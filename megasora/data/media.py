@@ -110,7 +110,7 @@ def sha256(media: Media) -> str:
 def check_size(media: Media, height: int, width: int, frames: int, limits: IngestConfig) -> None:
     """Raises RejectedClip if a clip exceeds the limits."""
     if height < 1 or width < 1:
-        raise RejectedClip("unreadable", f"{media} declares {height}x{width} pixels")
+        raise RejectedClip("unreadable", f"{media} declares {height}x{width} pixels: the file is cut or damaged")
     if height > limits.max_height or width > limits.max_width:
         raise RejectedClip(
             "too large",
