@@ -67,7 +67,7 @@ REMEDIES = {  # error number of the system: what to do about it
     errno.EDQUOT: "free some space, or ask for a larger quota",
     errno.EROFS: "its file system is read-only; choose another place",
     errno.EACCES: "this user may not; change its permissions, or choose another place",
-    errno.EISDIR: "give a file",
+    errno.EISDIR: "it must be a file; give another path, or move this folder away",
     errno.ENOTDIR: "a part of its path is a file; choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
 }

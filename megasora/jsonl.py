@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -34,6 +35,9 @@ class JsonlWriter:
 
     def __init__(self, path: Path):
         self.file = open(path, "ab+", buffering=0)  # noqa: SIM115
+        if not self.file.seekable():  # a FIFO
+            self.file.close()
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         end = self.file.seek(0, os.SEEK_END)
         if end and os.pread(self.file.fileno(), 1, end - 1) != b"\n":
             self.append(b"\n")

@@ -126,6 +126,15 @@ def test_the_message_for_an_unknown_key_in_a_file_names_the_file(tmp_path):
     assert message(path=path) == f"{path}: unknown key 'model.widht'; did you mean 'model.width'?"
 
 
+def test_a_dotted_key_in_a_file_is_answered_with_its_section(tmp_path):
+    for key, section in {
+        "run.steps": "run: {steps: ...}",
+        "data.token_drop.end": "data: {token_drop: {end: ...}}",
+    }.items():
+        path = write(tmp_path, f"{key}: 1\n")
+        assert message(path=path) == f"{path}: unknown key '{key}'; a file has sections, {section}"
+
+
 def test_every_key_lists_each_key_once_and_sections_hold_keys():
     keys = every_key(Config)
     assert len(keys) == len(set(keys)) and "objective.frame_conditioning.first" in keys and "run" in keys
@@ -364,6 +373,8 @@ def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
     [
         (["model.width=100", "model.heads=3"], "model.heads=3 must divide model.width=100; use 1, 2, 5"),
         (["model.width=64", "model.heads=16"], "model.width=64 / model.heads=16 = 4: the head dim must be even"),
+        (["model.width=7", "model.heads=2"], "model.heads=2 must divide model.width=7; use an even width"),
+        (["model.mlp_ratio=0.002"], "model.mlp_ratio=0.002 x model.width=384 is less than 1, the hidden features"),
         (["model.width=63", "model.heads=9"], "model.width=63 / model.heads=9 = 7: the head dim must be even"),
         (["codec.channels=769"], "codec.channels=769 must be from 3 to 3 x 4 x 8 x 8 = 768"),
         (["codec.factors=[2,4]"], "codec.factors=[2, 4] must be three whole numbers: frames, height, width"),
@@ -406,8 +417,6 @@ def test_the_message_for_a_value_that_is_not_accepted_has_the_numbers(overrides,
 def test_the_suggested_numbers_of_heads_are_accepted(heads):
     text = message(["model.width=96", f"model.heads={heads}"])
     suggested = [int(n) for n in text.split("use ")[1].split(", ")]
-    suggested = [n for n in suggested if 96 // n >= 6]
-    assert suggested
     for n in suggested:
         load(None, ["model.width=96", f"model.heads={n}"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def test_a_jsonl_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
         assert len(read_jsonl(tmp_path / "metrics.jsonl")) == step + 1
     assert read_jsonl(tmp_path / "metrics.jsonl")[2] == {"step": 2, "loss": 1 / 3, "mfu": None, "text": "a\nb — ü"}
     writer.close()
+
+
+def test_a_fifo_in_place_of_a_jsonl_file_is_an_error_that_names_it(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="not a regular file") as caught:
+        JsonlWriter(tmp_path / "metrics.jsonl")
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
 
 
 def test_a_new_jsonl_writer_appends(tmp_path):

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megasora.errors import MegaSoraError
-from megasora.files import write_text_atomic
+from megasora.files import read_regular_file, write_text_atomic
+from megasora.jsonl import parse_json
 
 HISTORY = "history.json"
+MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,19 @@ def read_history(run_dir: Path) -> History:
     """The history of a run folder, empty for a new one. Raises MegaSoraError if the file is damaged."""
     path = run_dir / HISTORY
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_regular_file(path, MAX_BYTES))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
         history = History(**values)
         if not (isinstance(history.start, str) and all(isinstance(name, str) for name in history.saved)):
             raise ValueError("start and saved are texts")
         return history
     except FileNotFoundError:
         return History()
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise MegaSoraError(
-            f"{path} cannot be read: {error}; if {run_dir} has all its checkpoints, remove this file and start again"
+            f"{path} cannot be read: {error}; if {run_dir} has all its checkpoints, remove this file and start again, "
+            "else restore them first, or choose another run.dir"
         ) from None
 
 

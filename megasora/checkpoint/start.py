@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megasora.checkpoint.damage import DamagedCheckpoint
-from megasora.checkpoint.history import History, read_history
+from megasora.checkpoint.history import HISTORY, History, read_history
 from megasora.checkpoint.manifest import step_of
 from megasora.checkpoint.store import CheckpointStore, names, read_state
 from megasora.errors import MegaSoraError
@@ -127,6 +127,12 @@ def check_never_saved(store: CheckpointStore, history: History, damaged: list[tu
         raise MegaSoraError(
             f"{store.folder} has no checkpoint, but the run has saved {', '.join(history.saved)}; mount or restore the "
             f"folder, or {again}"
+        )
+    metrics = store.run_dir / "metrics.jsonl"
+    if not (store.run_dir / HISTORY).exists() and metrics.is_file() and metrics.stat().st_size:
+        raise MegaSoraError(
+            f"{store.folder} has no checkpoint, and {store.run_dir} no {HISTORY}, but {metrics.name} has steps; mount "
+            f"or restore the folder, or {again}"
         )
     if kind == "resume":
         raise MegaSoraError(f"run.start={start}: {store.folder} has no checkpoint; leave run.start out to begin a run")

@@ -33,9 +33,10 @@ from megasora.checkpoint.manifest import (
     write_manifest,
 )
 from megasora.errors import MegaSoraError
-from megasora.files import sync, write_text_atomic
+from megasora.files import read_regular_file, sync, write_text_atomic
 
 LATEST, STATE_FILE = "latest", "state.json"
+MAX_LATEST_BYTES = 4096
 DAMAGED, SUPERSEDED = "damaged", "superseded"
 
 
@@ -111,7 +112,7 @@ class CheckpointStore:
     def read_latest(self) -> str:
         """What `latest` says; empty if it cannot be read."""
         try:
-            return (self.folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+            return read_regular_file(self.folder / LATEST, MAX_LATEST_BYTES).decode("utf-8", errors="replace").strip()
         except OSError:
             return ""
 

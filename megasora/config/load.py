@@ -79,7 +79,13 @@ def load(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] 
 def load_run_config(run_dir: str | Path) -> Config:
     """The configuration saved in a run folder; raises MegaSoraError if a version with other keys has written it."""
     path = Path(run_dir) / "config.yaml"
-    values = read_yaml(path)
+    remedy = "restore it, or move it away: a run is then resumed with the settings of its command"
+    try:
+        values = read_yaml(path)
+    except MegaSoraError as error:
+        raise MegaSoraError(f"{error}; {remedy}") from None
+    if not values:
+        raise MegaSoraError(f"{path} is empty; {remedy}")
     foreign = [key for (key, _), _ in find_renamed([values])]
     foreign += [key for key, _ in leaves(values) if key not in {*every_key(), *foreign}]
     if foreign:
@@ -182,6 +188,8 @@ def find_problems(values: Tree, prefix: str = "") -> Iterator[str]:
         if key == old and name not in known:
             near = nearest_key(key, prefix)
             hint = f"did you mean '{near}'?" if near else f"known keys: {', '.join(known)}"
+            if near == key:  # a dotted key in a file
+                hint = f"a file has sections, {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
             yield f"unknown key '{printable(key, MAX_KEY)}'; {hint}"
         elif find_section(key):
             yield from find_problems(value, key)

@@ -100,8 +100,8 @@ class ModelConfig:
     mlp_ratio: float = bounded(4.0, above(0), 64)  # hidden features of the MLP / width
     modulation: str = "block"  # block: one projection per block (DiT); shared: one, and a table per block (PixArt, Wan)
     qk_norm: str = "per_head"  # RMSNorm of q and k: per_head | across_heads (Wan) | none
-    rope_base: float = bounded(10_000.0, above(0), 10**12)
-    rope_ntk_factor: list[float] = bounded([1.0, 1.0, 1.0], above(0), 1000)  # t, h, w: new / trained clip size
+    rope_base: float = bounded(10_000.0, 1, 10**12)
+    rope_ntk_factor: list[float] = bounded([1.0, 1.0, 1.0], 0.001, 1000)  # t, h, w: new / trained clip size
     kernel_backend: str = "auto"  # auto | triton | torch; auto: triton on a GPU, torch on a CPU
     attention_backend: str = "auto"  # flash4 | flash3 | flash2 | varlen | sdpa | math; auto: the first available one
     deterministic: bool = True  # attention sums in a fixed order: runs repeat bitwise; false: faster on GPUs

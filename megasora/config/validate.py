@@ -151,7 +151,12 @@ def validate_model(model: ModelConfig) -> None:
 
 
 def validate_size(model: ModelConfig) -> None:
-    """A rough count of the weights, before any of them is allocated."""
+    """An MLP has a hidden feature; a rough count of the weights, before any of them is allocated."""
+    if model.mlp_hidden < 1:
+        raise MegaSoraError(
+            f"model.mlp_ratio={model.mlp_ratio} x model.width={model.width} is less than 1, the hidden features of an "
+            "MLP; use a larger ratio, e.g. 4"
+        )
     weights = round(model.depth * model.width**2 * (8 + 2 * model.mlp_ratio))
     if weights > MAX_WEIGHTS:
         raise MegaSoraError(
@@ -163,9 +168,10 @@ def validate_size(model: ModelConfig) -> None:
 def validate_heads(model: ModelConfig) -> None:
     width, heads = model.width, model.heads
     if width % heads:
-        legal = [n for n in range(1, width + 1) if width % n == 0 and (width // n) % 2 == 0]
+        legal = [n for n in range(1, width // MIN_HEAD_DIM + 1) if width % n == 0 and (width // n) % 2 == 0]
         near = sorted(sorted(legal, key=lambda n: abs(n - heads))[:4])
-        raise MegaSoraError(f"model.heads={heads} must divide model.width={width}; use {', '.join(map(str, near))}")
+        use = ", ".join(map(str, near)) or "an even width, a multiple of 32 for speed"
+        raise MegaSoraError(f"model.heads={heads} must divide model.width={width}; use {use}")
     if model.head_dim % 2 or model.head_dim < MIN_HEAD_DIM:
         raise MegaSoraError(
             f"model.width={width} / model.heads={heads} = {model.head_dim}: the head dim must be even, "

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from megasora.errors import CRASH, REMEDIES, MegaSoraError
-from megasora.files import write_text_atomic
+from megasora.files import read_regular_file, write_text_atomic
 from megasora.jsonl import JsonlWriter, parse_json, read_tail
 
 LAUNCHES, EXIT, LOCK = "launches.jsonl", "exit.json", ".lock"
+MAX_EXIT_BYTES = 1 << 20
 ROOT_CAUSE_SECONDS = 1.0  # a crash waits so long: most are a broken connection to a process that records the cause
 
 
@@ -145,7 +146,7 @@ def read_lock(run_dir: Path) -> dict[str, Any]:
 def read_exit(run_dir: Path) -> dict[str, Any] | None:
     """How the newest launch ended, as exit.json holds it; None if no process has recorded it."""
     try:
-        recorded = parse_json((run_dir / EXIT).read_bytes())
+        recorded = parse_json(read_regular_file(run_dir / EXIT, MAX_EXIT_BYTES))
     except (OSError, ValueError):
         return None
     if not isinstance(recorded, dict) or recorded.get("launch") not in (None, newest_launch(run_dir)):

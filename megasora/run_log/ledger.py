@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megasora.errors import MegaSoraError, printable
-from megasora.files import write_text_atomic
+from megasora.files import open_regular, write_text_atomic
 from megasora.jsonl import JsonlWriter, parse_json
 from megasora.run_log.skipped import FILE as SKIPPED_FILE
 
@@ -81,14 +81,16 @@ def ledger_files(run_dir: Path) -> list[Path]:
 
 
 def complete_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of a file as text and values, without those that a killed process left incomplete.
+    """The lines of a file as text and values, without a last one that a killed process left incomplete.
 
     Raises MegaSoraError with the number of a line that is damaged.
     """
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
-        if not text.endswith("}\n"):
-            continue
+    with open_regular(file) as opened:
+        content = opened.read().decode("utf-8", errors="replace")
+    for number, text in enumerate(content.splitlines(keepends=True), 1):
+        if not text.endswith("\n"):
+            break
         try:
             line = parse_json(text)
             if not (type(line["step"]) is int and isinstance(line["sample_ids"], list)):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import megasora
-from megasora.checkpoint.history import History, write_history
+from megasora.checkpoint.history import HISTORY, History, write_history
 from megasora.checkpoint.start import begins
 from megasora.config import Config, to_yaml
 from megasora.files import write_text_atomic
@@ -43,6 +43,8 @@ def prepare_run_folder(config: Config, step: int) -> None:
     if begins(run_dir, config.run.start):
         move_run_files(run_dir)
         write_history(run_dir, History(config.run.start))
+    elif not (run_dir / HISTORY).exists():  # before the first line of the metrics: steps without it mean a lost file
+        write_history(run_dir, History())
     truncate_ledger(run_dir, step)
     write_text_atomic(run_dir / "config.yaml", to_yaml(config))
 

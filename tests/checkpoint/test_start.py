@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -76,6 +77,17 @@ def test_the_newest_checkpoint_counts_whatever_latest_says(text, store, capsys):
     expected = "" if name == "step-00000030" else f"checkpoints: {latest} names {name}, not step-00000030\n"
     assert said == expected
     assert latest.read_text() == "step-00000030\n"
+
+
+def test_a_fifo_in_place_of_latest_or_the_history_is_not_waited_for(store, capsys):
+    for path in (store.folder / "latest", store.run_dir / HISTORY):
+        path.unlink()
+        os.mkfifo(path)
+    assert store.read_latest() == ""
+    assert "history.json cannot be read: [Errno 22] not a regular file" in error_of(store)
+    (store.run_dir / HISTORY).unlink()
+    assert resume(store) == (30, 30)
+    assert (store.folder / "latest").read_text() == "step-00000030\n"
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.json", "fragments/rank-00000.safetensors"])
@@ -165,6 +177,7 @@ def test_a_newest_checkpoint_that_is_gone_is_named_and_the_one_before_is_used(st
 
 def test_a_run_that_was_killed_before_its_first_save_begins_again(tmp_path):
     store = store_of(tmp_path)
+    write_history(tmp_path, History())  # as the run did before its first step
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert resume(store) == (0, 0)
 

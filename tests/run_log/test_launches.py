@@ -126,3 +126,8 @@ def test_a_launch_has_an_id_and_says_when_its_code_is_another_one(tmp_path):
         (first.id, "aaaa"), (second.id, "aaaa"), (third.id, "bbbb")
     ]  # fmt: skip
     assert len({first.id, second.id, third.id}) == 3
+
+
+def test_a_fifo_in_place_of_the_exit_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / EXIT)
+    assert read_exit(tmp_path) is None

@@ -41,7 +41,14 @@ def test_steps_after_the_checkpoint_are_removed_and_written_again(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ['{"step": 2, "sample_ids: [7]}', '{"step": "2", "sample_ids": []}', '{"sample_ids": []}', "[{}}", '{"\udcff": 1}'],
+    [
+        '{"step": 2, "sample_ids: [7]}',
+        '{"step": "2", "sample_ids": []}',
+        '{"sample_ids": []}',
+        '{"step": 2, xx',
+        "[{}}",
+        '{"\udcff": 1}',
+    ],
 )
 def test_a_damaged_line_is_an_error_with_its_number_and_the_file_is_unchanged(tmp_path, line):
     write(tmp_path, 0, [1])

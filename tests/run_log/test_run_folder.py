@@ -71,6 +71,34 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_no_file_changes(start, 
     assert files_of(run) == before
 
 
+def test_steps_without_checkpoints_and_history_are_of_a_run_that_has_lost_them(run):
+    shutil.rmtree(run / "checkpoints")
+    (run / "history.json").unlink()
+    before = files_of(run)
+    with pytest.raises(
+        MegaSoraError, match="has no checkpoint, and .*no history.json, but metrics.jsonl has steps; .*fresh"
+    ):
+        launch(run)
+    assert files_of(run) == before
+    assert launch(run, "run.start=fresh") == 0
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_again(tmp_path):
+    assert launch(tmp_path / "run") == 0
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert launch(tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("text", ["", "run: {steps: [", "- 1\n"])
+def test_a_damaged_configuration_of_a_run_is_named_with_a_remedy(text, run):
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(MegaSoraError, match="config.yaml .*; restore it, or move it away: ") as caught:
+        launch(run)
+    assert len(str(caught.value).splitlines()) == 1
+    (run / "config.yaml").rename(run / "old.yaml")
+    assert launch(run) == 20
+
+
 def test_a_fresh_run_moves_the_files_of_the_old_one_and_is_resumed_by_its_own_command(run):
     shutil.rmtree(run / "checkpoints")
     old = files_of(run)
