@@ -176,7 +176,11 @@ def test_an_interrupt_ends_a_command_with_130(capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("megasora.observe.status.read_status", interrupted)
-    assert main(["status", "run"]) == INTERRUPTED
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(["status", "run"]) == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "megasora: stopped\n"
 
 

@@ -20,9 +20,24 @@ from megasora.stop import STOP_SIGNALS, StopSignal
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture
+def restored_handler():
+    """restored_handler(signal): its default handler, also where the tests run under nohup or in the background."""
+    before = {}
+
+    def set_default(number):
+        handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        before[number] = signal.signal(number, handler)
+        return handler
+
+    yield set_default
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_recorded_and_does_not_end_the_process(number):
-    handler = signal.getsignal(number)
+def test_a_signal_is_recorded_and_does_not_end_the_process(number, restored_handler):
+    handler = restored_handler(number)
     with StopSignal() as stop:
         assert not stop.requested()
         os.kill(os.getpid(), number)
