@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megasora.kernels.attention_padded import aligned, deterministic_algorithms, scatter_all
-from megasora.kernels.segments import Segments, Varlen
+from megasora.kernels.segments import Segments, TokenIndex, Varlen
 from megasora.kernels.varlen_calls import Call, Shape, plan_calls
 
 aten = torch.ops.aten
@@ -174,61 +174,24 @@ def varlen_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if segments.varlen is None:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    tensors = grad_out, q, k, v, out, lse
+    calls, sum_dtype = (), k.dtype
     if kernel.divided and q.device.type != "meta":
         calls = backward_calls(segments, Shape(q.shape[1], num_processors(q.device), deterministic))
-        if calls:
-            return run_calls(kernel, calls, *tensors, deterministic)
-    dq, dk, dv = run_backward(kernel, *tensors, segments.varlen, deterministic)
-    if segments.varlen.keyless is not None:
-        dq.index_fill_(0, segments.varlen.keyless, 0.0)
-    keys = segments.varlen.keys
-    return dq, *(scatter_all([(keys, x)], like, 0.0, deterministic) for x, like in ((dk, k), (dv, v)))
-
-
-def run_backward(
-    kernel: VarlenKernel,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    varlen: Varlen,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq of the queries; dk, dv of the keys of `varlen`, in its order."""
-    inputs = (aligned(x) for x in (grad_out, q, varlen.keys.gather(k), varlen.keys.gather(v), out))
-    return kernel.backward(*inputs, lse.T.contiguous(), varlen, deterministic)
-
-
-def run_calls(
-    kernel: VarlenKernel,
-    calls: tuple[Call, ...],
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of several calls. Gradients of keys that calls or segments share are summed in fp32."""
+    if any(call.varlen.keys.has_duplicates for call in calls):  # gradients of shared keys are summed in fp32
+        sum_dtype = torch.promote_types(k.dtype, torch.float32)
     dqs, dks, dvs = [], [], []
-    for call in calls:
-        grad_part, q_part, out_part, lse_part = (call.queries.gather(x) for x in (grad_out, q, out, lse))
-        keys = call.varlen.keys
-        dq, dk, dv = run_backward(kernel, grad_part, q_part, k, v, out_part, lse_part, call.varlen, deterministic)
-        dqs.append((call.queries, dq))
-        wide = torch.promote_types(dk.dtype, torch.float32) if keys.has_duplicates else dk.dtype
-        dks.append((keys, dk.to(wide)))
-        dvs.append((keys, dv.to(wide)))
-    dq = scatter_all(dqs, q, 0.0, deterministic)
-    gradients = (
-        scatter_all(parts, like.to(parts[0][1].dtype), 0.0, deterministic).to(like.dtype)
-        for parts, like in ((dks, k), (dvs, v))
-    )
-    return dq, *gradients
+    for queries, varlen in calls or (Call(TokenIndex(len(q), 0, None, False), segments.varlen),):
+        grad_part, q_part, out_part, lse_part = (queries.gather(x) for x in (grad_out, q, out, lse))
+        k_part, v_part = varlen.keys.gather(k), varlen.keys.gather(v)
+        inputs = (aligned(x) for x in (grad_part, q_part, k_part, v_part, out_part))
+        dq, dk, dv = kernel.backward(*inputs, lse_part.T.contiguous(), varlen, deterministic)
+        if varlen.keyless is not None:
+            dq.index_fill_(0, varlen.keyless, 0.0)
+        dqs.append((queries, dq))
+        dks.append((varlen.keys, dk.to(sum_dtype)))
+        dvs.append((varlen.keys, dv.to(sum_dtype)))
+    dk, dv = (scatter_all(parts, x.to(sum_dtype), 0.0, deterministic).to(x.dtype) for parts, x in ((dks, k), (dvs, v)))
+    return scatter_all(dqs, q, 0.0, deterministic), dk, dv
 
 
 def backward_calls(segments: Segments, shape: Shape) -> tuple[Call, ...]:

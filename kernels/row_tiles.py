@@ -11,11 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasora.kernels.launch import (
-    LaunchTable,
-    jit_for_packs,
-    launch_config,
-)
+from megasora.kernels.launch import LaunchTable, jit_for_packs, launch_config
 from megasora.kernels.vector_chunks import full_chunks, load_chunks, split_width, upcast
 
 MAX_CHUNKS = 6  # of a width: their number determines the size of the compiled code

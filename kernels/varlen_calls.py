@@ -15,7 +15,6 @@ of the time, in tiles: the products of a block of queries with a block of keys.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,8 +34,7 @@ class Shape(NamedTuple):
     deterministic: bool
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Some segments of a pack, or parts of them, with their tokens gathered."""
 
     queries: TokenIndex
