@@ -19,12 +19,13 @@ from typing import Any
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.errors import MegaSoraError
 from megasora.files import open_regular, write_text_atomic
+from megasora.jsonl import parse_json
 
 MANIFEST, FORMAT = "manifest.json", 1
 MAX_JSON_BYTES = 1 << 28  # of the manifest or another JSON file of a checkpoint
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*", re.ASCII)
 FOLDER_NAME = re.compile(r"(?:[a-z]+-)?step-(\d{8,12})(?:-\d+)?", re.ASCII)  # damaged-step-00001000-2 is one, too
-PARSE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+PARSE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     path = checkpoint / MANIFEST
     try:
         data = read_limited(path)
-        values = json.loads(data)
+        values = parse_json(data)
         check_version(checkpoint, values)
         digest = values.pop("sha256")
         if data != manifest_text(values).encode():
@@ -121,7 +122,7 @@ def read_json(checkpoint: Path, manifest: Manifest, name: str) -> Any:
         data = read_limited(file)
         if hashlib.sha256(data).hexdigest() != manifest.files[name][1]:
             raise DamagedCheckpoint(file, f"is damaged: its SHA-256 differs from {MANIFEST}")
-        return json.loads(data)
+        return parse_json(data)
     except PARSE_ERRORS as error:
         raise DamagedCheckpoint(file, f"cannot be read: {describe(error)}") from None
 

@@ -26,13 +26,10 @@ def roll_back(saver: CheckpointSaver, last_step: int, every: int) -> dict[str, A
         if chosen is None:
             return None
         checkpoint, digest = chosen
-        state, problem, is_damage = saver.try_load(checkpoint.name, digest)
-        problem, is_damage = saver.agree(problem, is_damage)
-        if not problem:
+        state, damage = saver.load(checkpoint.name, digest)
+        if not damage:
             return state
-        if not is_damage:
-            raise MegaSoraError(problem)
-        saver.on_main(lambda path=checkpoint, text=problem: saver.set_aside(path, text))
+        saver.on_main(lambda path=checkpoint, text=damage: saver.set_aside(path, text))
 
 
 def choose_earlier(store: CheckpointStore, last_step: int, every: int) -> tuple[Path, str] | None:

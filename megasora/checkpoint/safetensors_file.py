@@ -20,6 +20,7 @@ from torch import Tensor
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.errors import MegaSoraError
 from megasora.files import atomic_writer
+from megasora.jsonl import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
@@ -77,7 +78,7 @@ class TensorFile:
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
                     raise ValueError(f"a header of {length} bytes")
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
             metadata = header.pop("__metadata__")
             entries, end = {}, 8 + length
             for name, tensor in header.items():
@@ -88,7 +89,7 @@ class TensorFile:
                 entries[name], end = TensorEntry(end, count), end + 4 * count
             if path.stat().st_size != end:
                 raise ValueError(f"{path.stat().st_size} bytes, {end} expected")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(path, f"cannot be read: {error}") from None
         return cls(path, metadata, entries)
 

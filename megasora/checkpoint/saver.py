@@ -98,18 +98,15 @@ class CheckpointSaver:
         while True:
             before_load()
             chosen, digest = self.on_main(lambda: self.choose(start))
-            state, problem, is_damage = None, "", False
+            state, damage = None, ""
             if chosen.checkpoint is not None:
-                state, problem, is_damage = self.try_load(chosen.checkpoint.name, digest)
-            problem, is_damage = self.agree(problem, is_damage)
-            if not problem:
+                state, damage = self.load(chosen.checkpoint.name, digest)
+            if not damage:
                 self.on_main(lambda c=chosen: self.finish(c, start))
                 return state
-            if not is_damage:
-                raise MegaSoraError(problem)
             if chosen.is_exact:
-                raise MegaSoraError(f"run.start={start}: {problem}; resume from another one, e.g. run.start=resume")
-            self.on_main(lambda c=chosen, text=problem: self.set_aside(c.checkpoint, text))
+                raise MegaSoraError(f"run.start={start}: {damage}; resume from another one, e.g. run.start=resume")
+            self.on_main(lambda c=chosen, text=damage: self.set_aside(c.checkpoint, text))
 
     def choose(self, start: str) -> tuple[Start, str]:
         """On the main process: the start and the SHA-256 of the chosen manifest; sets aside what is damaged."""
@@ -121,6 +118,17 @@ class CheckpointSaver:
         if chosen.checkpoint is None:
             return chosen, ""
         return chosen, read_manifest(chosen.checkpoint).sha256
+
+    def load(self, name: str, digest: str) -> tuple[dict[str, Any] | None, str]:
+        """Loads checkpoint `name` on all ranks; returns its state and "", or None and what is damaged on some rank.
+
+        `digest`: SHA-256 of its manifest on the main process. Raises MegaSoraError on all ranks for another problem.
+        """
+        state, problem, is_damage = self.try_load(name, digest)
+        problem, is_damage = self.agree(problem, is_damage)
+        if problem and not is_damage:
+            raise MegaSoraError(problem)
+        return (None, problem) if problem else (state, "")
 
     def try_load(self, name: str, digest: str) -> tuple[dict[str, Any] | None, str, bool]:
         """Loads checkpoint `name`, whose manifest has the SHA-256 `digest` on the main process.

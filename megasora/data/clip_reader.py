@@ -16,14 +16,9 @@ import numpy as np
 from megasora.config import IngestConfig
 from megasora.data.images import open_image
 from megasora.data.media import ByteWindow, Clip, Media, OpenClip, RejectedClip
-from megasora.data.media_formats import FIRST_BYTES, IMAGE_FORMATS, PILLOW_NAMES, VIDEO_FORMATS, format_to_open
+from megasora.data.media_formats import FIRST_BYTES, PILLOW_NAMES, format_to_open
 from megasora.data.video import open_video
 from megasora.files import open_regular
-
-
-def is_clip(path: Path) -> bool:
-    """True if the suffix is that of a supported video or image format."""
-    return path.suffix.lower() in VIDEO_FORMATS or path.suffix.lower() in IMAGE_FORMATS
 
 
 def read_clip(path: Path, limits: IngestConfig) -> Clip:
