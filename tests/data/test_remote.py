@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,19 +38,10 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def url(shards):
-    """(the folder's http address, the requests so far), from a server with ranges and listings."""
-    loop, requests, ready = asyncio.new_event_loop(), [], threading.Event()
-
-    @web.middleware
-    async def record_request(request, handler):
-        requests.append((request.path, request.headers.get("Range")))
-        return await handler(request)
-
-    app = web.Application(middlewares=[record_request])
-    app.router.add_static("/", shards.parent, show_index=True)
-    runner = web.AppRunner(app)
+@contextmanager
+def serving(app: web.Application):
+    """The http address of `app`, which a thread serves within the context."""
+    runner, loop, ready = web.AppRunner(app), asyncio.new_event_loop(), threading.Event()
 
     def serve():
         asyncio.set_event_loop(loop)
@@ -62,10 +54,25 @@ def url(shards):
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     assert ready.wait(10)
-    port = runner.addresses[0][1]
-    yield f"http://127.0.0.1:{port}/{shards.name}", requests
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def url(shards):
+    """(the folder's http address, the requests so far), from a server with ranges and listings."""
+    requests = []
+
+    @web.middleware
+    async def record_request(request, handler):
+        requests.append((request.path, request.headers.get("Range")))
+        return await handler(request)
+
+    app = web.Application(middlewares=[record_request])
+    app.router.add_static("/", shards.parent, show_index=True)
+    with serving(app) as address:
+        yield f"{address}/{shards.name}", requests
 
 
 def encode(caption):
@@ -184,25 +191,11 @@ class Server:
 @pytest.fixture(scope="module")
 def server(shards):
     """(address, the Server)."""
-    server, loop, ready = Server(shards), asyncio.new_event_loop(), threading.Event()
+    server = Server(shards)
     app = web.Application()
     app.router.add_route("*", "/{mode}/{name}", server.handle)
-    runner = web.AppRunner(app)
-
-    def serve():
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(runner.setup())
-        loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
-        ready.set()
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    assert ready.wait(10)
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}", server
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    with serving(app) as address:
+        yield address, server
 
 
 @pytest.fixture(autouse=True)

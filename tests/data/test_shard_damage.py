@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
-import json
 import os
 import re
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rewrite_shards import rewrite_clip
 
 from megasora.config import DataConfig
 from megasora.data.folder import LocalFolder
@@ -22,7 +21,6 @@ from megasora.data.manifest_writer import write_manifest
 from megasora.data.mixture import open_mixture
 from megasora.data.pack import Record
 from megasora.data.shard_damage import first_non_finite
-from megasora.data.shard_format import MANIFEST, index_bytes, index_name
 from megasora.data.shard_reader import ShardSplit
 from megasora.data.shard_writer import BlockWriter
 from megasora.data.tar import DamagedTar
@@ -48,22 +46,8 @@ def folder(tmp_path):
 
 
 def rewrite(folder: Path, change) -> None:
-    """Applies `change(bytes of the tar, row of the index)` to the faulty clip; all checksums are right afterwards."""
-    opened = ShardSplit.open(folder, "train")
-    tar, row = folder / opened.shard_name(FAULTY), opened.index.rows[FAULTY].copy()
-    data = bytearray(tar.read_bytes())
-    change(data, row)
-    tar.write_bytes(data)
-    for span in ("caption", "meta", "text", "patches", "record"):
-        start, size, _ = row[span].item()
-        row[span]["crc32"] = zlib.crc32(data[start : start + size])
-    index = folder / index_name(tar.name)
-    table = np.load(index)
-    table[table["sample_id"] == row["sample_id"]] = row
-    index.write_bytes(index_bytes(table))
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["splits"]["train"]["shards"][tar.name]["index_crc32"] = zlib.crc32(index.read_bytes())
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    """As `rewrite_clip`, the faulty clip."""
+    rewrite_clip(folder, "train", FAULTY, change)
 
 
 def put(member, at, content):

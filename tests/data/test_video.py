@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 from megasora.config import IngestConfig, load
-from megasora.data.clip_reader import is_clip, open_clip, read_clip
+from megasora.data.clip_reader import open_clip, read_clip
 from megasora.data.clip_writer import write_image, write_video
 from megasora.data.folder import open_folder
 from megasora.data.media import Media, RejectedClip, sha256
 from megasora.data.shard_reader import ShardSplit
 from megasora.data.verify import verify
 from megasora.ingest import ingest
+from megasora.ingest.file_roles import is_clip_name
 from megasora.testing.video_files import Encoding, encode_video, gradient
 
 CODEC_ERROR = 2.5  # grey levels, mean over a frame; two neighbouring frames of `gradient` are 6.7 apart
@@ -330,8 +331,8 @@ def test_a_file_name_is_never_taken_for_a_protocol(tmp_path, monkeypatch):
 
 
 def test_clips_are_recognised_by_their_suffix():
-    assert all(is_clip(Path(f"a.{s}")) for s in "mp4 m4v mov mkv webm avi png jpg jpeg webp MP4 Jpg".split())
-    assert not any(is_clip(Path(name)) for name in ("a.txt", "a.json", "a.m3u8", "mp4", "a.mp4.txt"))
+    assert all(is_clip_name(f"a.{s}") for s in "mp4 m4v mov mkv webm avi png jpg jpeg webp MP4 Jpg".split())
+    assert not any(is_clip_name(name) for name in ("a.txt", "a.json", "a.m3u8", "mp4", "a.mp4.txt"))
 
 
 # ---------------------------------------------------------------- writing

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import check_same_checkpoints, full_tensors, read_jsonl, train, train_arguments
+from rewrite_shards import rewrite_clip
 
-from megasora.data.shard_format import MANIFEST, index_bytes, index_name
-from megasora.data.shard_reader import ShardSplit
 from megasora.run_log.ledger import read_ledger, read_skipped
 from megasora.tasks import dit
 from megasora.testing.spawn import run_ranks
@@ -146,23 +144,12 @@ def test_too_many_in_a_row_end_the_run_with_the_steps_the_clips_and_a_remedy_tha
 def write_nan(shards, folder, split, clip):
     """A copy of the shards, with valid checksums, in which the first number of a clip is NaN; its sample id."""
     shutil.copytree(shards, folder, dirs_exist_ok=True)
-    opened = ShardSplit.open(folder, split)
-    tar, row = folder / opened.shard_name(clip), opened.index.rows[clip].copy()
-    data = bytearray(tar.read_bytes())
-    at = int(row["patches"]["offset"])
-    data[at : at + 2] = np.float16(np.nan).tobytes()
-    tar.write_bytes(data)
-    for span in ("patches", "record"):
-        start, size, _ = row[span].item()
-        row[span]["crc32"] = zlib.crc32(data[start : start + size])
-    index = folder / index_name(tar.name)
-    table = np.load(index)
-    table[table["sample_id"] == row["sample_id"]] = row
-    index.write_bytes(index_bytes(table))
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["splits"][split]["shards"][tar.name]["index_crc32"] = zlib.crc32(index.read_bytes())
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return int(row["sample_id"])
+
+    def change(data, row):
+        at = int(row["patches"]["offset"])
+        data[at : at + 2] = np.float16(np.nan).tobytes()
+
+    return rewrite_clip(folder, split, clip, change)
 
 
 def test_a_clip_with_nan_is_left_out_if_damage_is_tolerated_and_else_its_step(shards, tiny, tmp_path):
