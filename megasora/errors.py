@@ -12,6 +12,7 @@ code  meaning           what the batch script does
 
 import errno
 import re
+from collections.abc import Sequence
 
 DONE, CRASH, CONFIGURATION, DATA, NON_FINITE, HANG, STOPPED = 0, 1, 2, 3, 4, 5, 75
 
@@ -86,3 +87,9 @@ def printable(text: str, limit: int | None = None) -> str:
     """Text for a terminal, on one line: control characters are escaped; cut after `limit` characters."""
     more = f"... ({len(text)} characters)" if limit is not None and len(text) > limit else ""
     return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text[:limit]) + more
+
+
+def first_of(names: Sequence[object], most: int) -> str:
+    """ "7, 12 and 3 more": the first `most` names, and how many there are beyond them."""
+    more = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from megasora.errors import CRASH, HANG, STOPPED
+from megasora.errors import CRASH, HANG, STOPPED, first_of
 from megasora.run_log.launches import Launch
 
 STARTUP, NO_ANSWER = "startup", "no answer: stopped or dead"
@@ -156,8 +156,7 @@ class Watchdog:
             ranks_by_activity.setdefault(activity, []).append(rank)
         parts = []
         for activity, ranks in sorted(ranks_by_activity.items(), key=lambda item: (item[0] != NO_ANSWER, len(item[1]))):
-            more = f" and {len(ranks) - MAX_LISTED_RANKS} more" if len(ranks) > MAX_LISTED_RANKS else ""
-            parts.append(f"process {', '.join(map(str, ranks[:MAX_LISTED_RANKS]))}{more}: {activity}")
+            parts.append(f"process {first_of(ranks, MAX_LISTED_RANKS)}: {activity}")
         return "; ".join(parts)
 
     def activity_file(self, rank: int) -> Path:

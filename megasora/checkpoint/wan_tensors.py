@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megasora.checkpoint.wan_names import diffusers_names
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, first_of
 
 DTYPES = ("F32", "BF16", "F16")
 MAX_LISTED_NAMES = 6
@@ -63,6 +63,4 @@ def open_files(files: tuple[Path, ...], stack: ExitStack) -> dict[str, WanTensor
 
 
 def list_names(names: list[str]) -> str:
-    """The first names, comma-separated, and how many more there are."""
-    more = len(names) - MAX_LISTED_NAMES
-    return ", ".join(names[:MAX_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return first_of(names, MAX_LISTED_NAMES)

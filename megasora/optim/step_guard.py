@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 from megasora.config import OptimConfig
+from megasora.errors import first_of
 
 APPLY, SKIP, ROLL_BACK, ABORT = "apply", "skip", "roll back", "abort"
 NO_CLIPS, NON_FINITE, SPIKE = "no clips", "non-finite", "spike"
@@ -153,5 +154,4 @@ def describe_steps(steps: list[int]) -> str:
 
 def describe_clips(clips: list[int]) -> str:
     """ "clip 7", or "clips 7, 12 and 3 more"."""
-    more = f" and {len(clips) - MAX_NAMED} more" if len(clips) > MAX_NAMED else ""
-    return f"clip{'s' * (len(clips) > 1)} {', '.join(map(str, clips[:MAX_NAMED]))}{more}"
+    return f"clip{'s' * (len(clips) > 1)} {first_of(clips, MAX_NAMED)}"

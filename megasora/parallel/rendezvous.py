@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, first_of
 from megasora.parallel.launcher import REMEDY, Launcher
 
 PREFIX = "megasora"
@@ -92,8 +92,7 @@ def absent_ranks(store: dist.Store, size: int) -> list[int]:
 
 def list_ranks(ranks: list[int]) -> str:
     """E.g. "process 1, 5 and 7 more"."""
-    more = f" and {len(ranks) - MAX_NAMED} more" if len(ranks) > MAX_NAMED else ""
-    return f"process {', '.join(map(str, ranks[:MAX_NAMED]))}{more}"
+    return f"process {first_of(ranks, MAX_NAMED)}"
 
 
 def first_line(error: BaseException) -> str:

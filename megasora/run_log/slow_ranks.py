@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megasora.errors import first_of
 from megasora.jsonl import JsonlWriter
 from megasora.parallel.world import World
 
@@ -101,10 +102,9 @@ class SlowRanks:
     def describe(self, own: np.ndarray, others: np.ndarray) -> str:
         slowest = max(self.slow, key=lambda rank: own[rank] / others[rank])
         ratio = own[slowest] / others[slowest] if others[slowest] else float("inf")
-        names = ", ".join(f"{rank} on {self.hosts[rank]}" for rank in self.slow[:MAX_NAMED])
-        more = f" and {len(self.slow) - MAX_NAMED} more" if len(self.slow) > MAX_NAMED else ""
+        names = first_of([f"{rank} on {self.hosts[rank]}" for rank in self.slow], MAX_NAMED)
         return (
-            f"slow: process {names}{more}: {ratio:.1f}x slower than the others, {own[slowest]:.3g} s of its own per "
+            f"slow: process {names}: {ratio:.1f}x slower than the others, {own[slowest]:.3g} s of its own per "
             f"step against {others[slowest]:.3g} s (medians of {WINDOW} steps)"
         )
 
