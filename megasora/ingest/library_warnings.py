@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-END_OF_JOB = "\0"  # the line that a worker prints after each job
+END_OF_JOB = "\0"  # the line that a worker prints after its start and after each job
 MAX_LINE = 200  # characters that are kept of a line
 MAX_KINDS = 20  # that are counted apart
 OTHERS = "others"

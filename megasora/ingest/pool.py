@@ -48,6 +48,7 @@ class WorkerProcess:
     jobs: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque)  # (index, job); the first one is running
     last_message_time: float = field(default_factory=time.monotonic)  # or the time at which it was given its first job
     ready: bool = False
+    printed_start: bool = False  # whether it has printed the end of its start: what is before that is of no clip
     buffer: bytes = b""  # of an incomplete line
     printed: LibraryWarnings = field(default_factory=LibraryWarnings)  # since the end of the last job
     printed_by_job: deque[dict[str, list[Any]]] = field(default_factory=deque)  # of jobs that have ended
@@ -73,10 +74,12 @@ class WorkerProcess:
 
     def add_printed(self, line: bytes) -> None:
         text = line.decode("utf-8", "replace")
-        if text == END_OF_JOB:
+        if text == END_OF_JOB and not self.printed_start:
+            self.printed_start = True
+        elif text == END_OF_JOB:
             self.printed_by_job.append(self.printed.details())
             self.printed = LibraryWarnings()
-        elif self.ready and len(self.printed_by_job) < len(self.jobs):  # what is printed at the start is of no clip
+        elif self.printed_start and len(self.printed_by_job) < len(self.jobs):
             self.printed.add(text, job_name(self.jobs[len(self.printed_by_job)][1]))
         self.last_printed = text.strip("\0 \t\r")[:MAX_LINE] or self.last_printed
 

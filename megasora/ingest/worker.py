@@ -201,6 +201,7 @@ def main() -> None:
     try:
         worker = Worker(CodecConfig(**settings["codec"]), IngestConfig(**settings["ingest"]), settings["patch"])
         log_decoder_errors()
+        print_line(f"\n{END_OF_JOB}")
         send({"ready": True})
         with python_warnings_to(print_line):
             for line in sys.stdin:
