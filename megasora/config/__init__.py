@@ -7,6 +7,7 @@ data nor a process group. renamed.py: old keys. Nothing is read from the environ
 
 from megasora.config.load import load, load_run_config, read_yaml, to_yaml
 from megasora.config.schema import (
+    AdversarialConfig,
     CodecConfig,
     Config,
     DataConfig,
@@ -16,10 +17,12 @@ from megasora.config.schema import (
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
+    ReconstructionConfig,
     RunConfig,
     SampleConfig,
     TextConfig,
     TokenDropConfig,
+    VAEConfig,
     WandbConfig,
     differences,
     every_key,
@@ -28,6 +31,7 @@ from megasora.config.schema import (
 from megasora.config.validate import parse_size
 
 __all__ = [
+    "AdversarialConfig",
     "CodecConfig",
     "Config",
     "DataConfig",
@@ -37,10 +41,12 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ReconstructionConfig",
     "RunConfig",
     "SampleConfig",
     "TextConfig",
     "TokenDropConfig",
+    "VAEConfig",
     "WandbConfig",
     "differences",
     "every_key",

@@ -30,9 +30,58 @@ class RunConfig:
 
 @dataclass
 class CodecConfig:
-    name: str = "dct"
+    """With `path`, factors and channels are those of the codec there; leave them out."""
+
+    name: str = "dct"  # dct | vae: trained by megasora.train_codec | pretrained: wan, ..., see megasora/codec/pretrained
+    path: str = file_path("")  # of its weights: run folder of megasora.train_codec, folder, or hub name
     factors: list[int] = bounded([4, 8, 8], 1, 64)  # frames, rows, columns of pixels per latent
-    channels: int = bounded(48, 1, 100_000)  # DCT coefficients kept of 3 * product(factors), lowest frequencies first
+    channels: int = bounded(48, 1, 100_000)  # dct: coefficients kept of 3 * product(factors), lowest frequencies first
+    tile: list[int] = bounded([512, 512], 0, 1 << 16)  # rows, columns of pixels encoded or decoded at once; 0: all
+    tile_overlap: int = bounded(64, 0, 1 << 12)  # pixels that neighbouring tiles share, blended
+    chunk_frames: int = bounded(16, 1, 1 << 20)  # frames encoded or decoded at once; changes no latent
+    device: str = "auto"  # auto | cpu | cuda: of a learned codec in ingest and `megasora codec`
+
+
+@dataclass
+class VAEConfig:
+    """The network of codec.name=vae; codec.factors and codec.channels give its strides and latent channels."""
+
+    kind: str = "kl"  # kl | vq | fsq
+    time: str = "causal"  # causal: 3D convolutions | none: each frame is encoded by itself
+    patch: int = bounded(1, 1, 8)  # side of the blocks of pixels that become channels before the first convolution
+    width: int = bounded(96, 4, 4096)  # channels of the first stage
+    decoder_width: int = bounded(0, 0, 4096)  # channels of the decoder's last stage; 0: width
+    multipliers: list[int] = bounded([1, 2, 4, 4], 1, 64)  # channels of each stage / width; a stage halves the sides
+    blocks: int = bounded(2, 1, 64)  # residual blocks of a stage; the decoder has one more
+    codebook_size: int = bounded(1024, 2, 1 << 20)  # vq: number of codes
+    codebook_decay: float = bounded(0.99, 0, below(1))  # vq: of the moving averages of the codes, per step
+    dead_code_usage: float = bounded(0.01, 0, 1)  # vq: a code used less often than this fraction of the mean restarts
+    fsq_levels: list[int] = bounded([8, 8, 8, 5, 5, 5], 2, 64)  # fsq: levels of each latent channel
+
+
+@dataclass
+class AdversarialConfig:
+    """A 3D PatchGAN discriminator with hinge loss."""
+
+    weight: float = bounded(0.0, 0, 1000)  # times the adaptive weight; 0: none
+    start_step: int = bounded(50_000, 0, 10**9)  # first step with the adversarial loss
+    width: int = bounded(64, 4, 1024)  # channels of the discriminator's first layer
+    layers: int = bounded(3, 1, 8)  # of the discriminator that halve the sides
+
+
+@dataclass
+class ReconstructionConfig:
+    """The loss of megasora.train_codec: weights of its terms, each a mean over the pixels, latents or codes."""
+
+    train: str = "all"  # all | decoder: the encoder is that of codec.path and stays as it is
+    l1: float = bounded(1.0, 0, 1000)
+    gradient: float = bounded(1.0, 0, 1000)  # L1 of the differences of neighbouring pixels, at several scales
+    ssim: float = bounded(0.1, 0, 1000)  # 1 - SSIM
+    lpips: float = bounded(0.0, 0, 1000)  # needs lpips_path
+    lpips_path: str = file_path("")  # VGG16 and linear weights of LPIPS, .safetensors
+    kl: float = bounded(1e-6, 0, 1000)
+    commitment: float = bounded(0.25, 0, 1000)  # vq
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
 
 @dataclass
@@ -67,6 +116,11 @@ class DataConfig:
     reader_threads: int = bounded(4, 0, 1024)  # reader threads; 0: the prefetch thread reads the clips itself
     read_timeout_seconds: float = bounded(300.0, above(0), 10**7)  # a read of one clip that takes longer ends the run
     max_damaged_fraction: float = bounded(0.0, 0, below(1))  # tolerated fraction of damaged, skipped clips; 0: none
+    clips: str = file_path("")  # megasora.train_codec: clips as `megasora ingest` reads them
+    clips_per_pack: int = bounded(8, 1, 1 << 16)  # megasora.train_codec: clips of one micro-batch
+    crop: list[int] = bounded([0, 0, 0], 0, 1 << 20)  # megasora.train_codec: frames, rows, columns; 0: all
+    image_fraction: float = bounded(0.0, 0, 1)  # megasora.train_codec: of the videos, of which one frame is taken
+    clip_cache_mib: int = bounded(1024, 0, 1 << 24)  # megasora.train_codec: decoded clips kept in memory, per process
 
 
 @dataclass
@@ -173,6 +227,7 @@ class ParallelConfig:
     tensor: int = bounded(1, 1, 1 << 16)  # ranks that share each weight matrix and, between matrices, the tokens
     context: int = bounded(1, 1, 1 << 16)  # ranks that share the tokens of a pack
     ulysses: int = bounded(1, 1, 1 << 16)  # part of context: ranks that exchange heads; the others form the ring
+    rows: int = bounded(1, 1, 1 << 16)  # megasora.train_codec: part of context: ranks that share the rows of a frame
     pipeline: int = bounded(1, 1, 1 << 16)  # ranks that share the blocks
     schedule: str = "1f1b"  # 1f1b | interleaved | zbv (zero bubble, V-shaped)
     stages_per_rank: int = bounded(1, 1, 1024)  # interleaved: stages per pipeline rank; zbv has 2
@@ -219,6 +274,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -23,6 +23,7 @@ from megasora.config.schema import (
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
+    ReconstructionConfig,
     RunConfig,
     SampleConfig,
     TextConfig,
@@ -32,6 +33,7 @@ from megasora.config.schema import (
 from megasora.errors import MegaSoraError, printable
 
 MAX_WEIGHTS = 10**13
+PRETRAINED_CODECS = ("wan", "hunyuan", "cogvideox", "ltx", "dc_ae", "sd")  # see megasora/codec/pretrained.py
 START = re.compile(r"resume-or-fresh|resume(:step-\d{8,12})?|fresh|init:.+", re.ASCII)
 MAX_SHOWN = 60  # characters of a value in a message
 SIZE = re.compile(r"0*([1-9][0-9]{0,4})x0*([1-9][0-9]{0,4})", re.IGNORECASE)
@@ -44,6 +46,8 @@ def validate(config: Config) -> None:
     check_bounds(config)
     validate_run(config.run)
     validate_codec(config.codec)
+    validate_vae(config)
+    validate_reconstruction(config.reconstruction)
     validate_text(config.text)
     validate_data(config.data)
     validate_ingest(config.ingest)
@@ -68,13 +72,59 @@ def validate_run(run: RunConfig) -> None:
 
 
 def validate_codec(codec: CodecConfig) -> None:
-    one_of("codec.name", codec.name, ("dct",))
+    one_of("codec.name", codec.name, ("dct", "vae", *PRETRAINED_CODECS))
+    one_of("codec.device", codec.device, ("auto", "cpu", "cuda"))
     three_sizes("codec.factors", codec.factors)
+    if len(codec.tile) != 2:
+        raise MegaSoraError(f"codec.tile={codec.tile} must be two whole numbers: rows, columns of pixels")
+    if codec.name in PRETRAINED_CODECS and not codec.path:
+        raise MegaSoraError(f"codec.name={codec.name} needs codec.path, a folder or a hub name of its weights")
     most = 3 * math.prod(codec.factors)
     if codec.name == "dct" and not 3 <= codec.channels <= most:
         raise MegaSoraError(
             f"codec.channels={codec.channels} must be from 3 to 3 x {' x '.join(map(str, codec.factors))} = {most}"
         )
+
+
+def validate_vae(config: Config) -> None:
+    """The network of codec.name=vae; its strides are those of codec.factors."""
+    vae, factors, channels = config.vae, config.codec.factors, config.codec.channels
+    one_of("vae.kind", vae.kind, ("kl", "vq", "fsq"))
+    one_of("vae.time", vae.time, ("causal", "none"))
+    one_of("vae.patch", vae.patch, (1, 2, 4, 8))
+    if config.codec.name != "vae":
+        return
+    one_of("codec.factors[0]", factors[0], (1, 2, 4, 8))
+    one_of("codec.factors[1]", factors[1], (4, 8, 16, 32))
+    if factors[1] != factors[2]:
+        raise MegaSoraError(f"codec.factors={factors}: rows and columns of codec.name=vae must have one factor")
+    if vae.time == "none" and factors[0] != 1:
+        raise MegaSoraError(f"vae.time=none encodes each frame by itself: codec.factors={factors} must begin with 1")
+    if not 4 <= channels <= 128:
+        raise MegaSoraError(f"codec.channels={channels} of codec.name=vae must be from 4 to 128")
+    if config.codec.path:  # the network is that of codec.json there
+        return
+    stages = (factors[1] // vae.patch).bit_length()
+    if vae.patch > factors[1] or len(vae.multipliers) != stages:
+        raise MegaSoraError(
+            f"vae.multipliers={vae.multipliers} must have one entry per stage: codec.factors[1]={factors[1]} / "
+            f"vae.patch={vae.patch} makes {max(stages, 1)} stages, each but the last halving the sides"
+        )
+    if vae.kind == "fsq" and len(vae.fsq_levels) != channels:
+        raise MegaSoraError(
+            f"vae.fsq_levels={vae.fsq_levels} must have a number of levels for each of codec.channels={channels}"
+        )
+
+
+def validate_reconstruction(reconstruction: ReconstructionConfig) -> None:
+    one_of("reconstruction.train", reconstruction.train, ("all", "decoder"))
+    if reconstruction.lpips and not reconstruction.lpips_path:
+        raise MegaSoraError(
+            f"reconstruction.lpips={reconstruction.lpips} needs reconstruction.lpips_path, the weights of LPIPS; or "
+            "set reconstruction.lpips=0: the gradient and ssim terms need no weights"
+        )
+    if not reconstruction.l1 + reconstruction.gradient + reconstruction.ssim + reconstruction.lpips:
+        raise MegaSoraError("reconstruction: l1, gradient, ssim and lpips must not all be 0")
 
 
 def validate_text(text: TextConfig) -> None:
@@ -89,6 +139,7 @@ def validate_data(data: DataConfig) -> None:
     three_sizes("data.patch", data.patch)
     if data.patch[0] != 1:
         raise MegaSoraError(f"data.patch={data.patch}: the first must be 1; raise codec.factors[0] for longer tokens")
+    three_sizes("data.crop", data.crop)
     validate_token_drop(data.token_drop)
     validate_mixture(data)
 
