@@ -5,20 +5,20 @@ Each raises MegaSoraError with the keys, the values and the remedy.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megasora.config import Config, differences, load_run_config
 from megasora.errors import MegaSoraError
 from megasora.files import check_folder
 
-if TYPE_CHECKING:
-    from megasora.data.mixture import Mixture
-
 # what may change between two launches of one run without changing what is trained
 MUTABLE_ON_RESUME = (
-    "run.dir", "run.device", "run.threads", "data.shards", "data.mixture", "data.prefetch_steps",
-    "data.reader_threads", "data.read_timeout_seconds", "data.max_damaged_fraction",
+    "run.dir", "run.device", "run.threads", "codec.path", "codec.device", "codec.chunk_frames", "codec.tile",
+    "codec.tile_overlap", "data.shards", "data.mixture", "data.prefetch_steps",
+    "data.reader_threads", "data.read_timeout_seconds", "data.max_damaged_fraction", "data.clips",
+    "data.clip_cache_mib",
     "optim.max_skipped_steps", "optim.spike",
     "ingest", "checkpoint", "validation", "sample", "evaluation", "wandb",
     "run.start", "run.debug_parallel", "run.debug_every", "run.hang_seconds",
@@ -28,11 +28,34 @@ MUTABLE_ON_RESUME = (
 
 
 def check_run(config: Config) -> None:
-    """All checks below."""
+    """All checks of a run of megasora.train."""
+    check_task(config, "dit")
     check_run_folder(config)
     check_kernels(config)
     check_parallel(config)
     check_data(config)
+
+
+def check_codec_run(config: Config) -> None:
+    """All checks of a run of megasora.train_codec."""
+    check_task(config, "codec")
+    check_run_folder(config)
+    check_codec_parallel(config)
+    check_clips(config)
+
+
+def check_task(config: Config, task: str) -> None:
+    """The run folder, if it holds a run, holds one of this task: dit or codec."""
+    from megasora.codec.vae.folder import task_of
+
+    run, entry_points = Path(config.run.dir), {"dit": "megasora.train", "codec": "megasora.train_codec"}
+    if not (run / "run.json").is_file():
+        return
+    own = "codec" if task_of(run) == "codec" else "dit"
+    if own != task:
+        raise MegaSoraError(
+            f"run.dir={run} is a run of {entry_points[own]}, not of {entry_points[task]}; choose another run.dir"
+        )
 
 
 def check_run_folder(config: Config) -> None:
@@ -72,12 +95,18 @@ def check_kernels(config: Config) -> None:
 
 def check_parallel(config: Config) -> None:
     """The layout fits the processes and the model, and PATH of run.start=init:PATH exists."""
-    from megasora.checkpoint.manifest import MANIFEST
-    from megasora.checkpoint.start import initial_weights_to_read
     from megasora.parallel.launcher import world_size
     from megasora.parallel.layout import check_layout
 
     check_layout(config, world_size())
+    check_initial_weights(config)
+
+
+def check_initial_weights(config: Config) -> None:
+    """PATH of run.start=init:PATH exists, if it will be read."""
+    from megasora.checkpoint.manifest import MANIFEST
+    from megasora.checkpoint.start import initial_weights_to_read
+
     path = initial_weights_to_read(Path(config.run.dir), config.run.start)
     if path is not None and not path.is_file() and not (path / MANIFEST).is_file():
         raise MegaSoraError(
@@ -86,10 +115,74 @@ def check_parallel(config: Config) -> None:
         )
 
 
+def check_codec_parallel(config: Config) -> None:
+    """The layout fits the processes, and PATH of run.start=init:PATH exists."""
+    from megasora.parallel.launcher import world_size
+    from megasora.parallel.layout import check_codec_layout
+
+    check_codec_layout(config, world_size())
+    if config.reconstruction.adversarial.weight and config.parallel.zero_stage == 3:
+        raise MegaSoraError(
+            "parallel.zero_stage=3 has no whole weights for the adaptive weight of reconstruction.adversarial; use "
+            "parallel.zero_stage=1 or 2, or reconstruction.adversarial.weight=0"
+        )
+    check_initial_weights(config)
+
+
+def check_clips(config: Config) -> None:
+    """The clips exist, and are those that the run began with; so is the encoder, if the decoder alone is trained."""
+    from megasora.codec.vae.folder import find_codec_folder, read_manifest
+    from megasora.ingest.listing import listing_hash
+    from megasora.ingest.sources import find_clips
+
+    if not config.data.clips:
+        raise MegaSoraError("data.clips is not set; give the clips to train on: data.clips=data/clips")
+    clips = [clip for clip in find_clips(Path(config.data.clips)).clips if clip.split == "train"]
+    if not clips:
+        raise MegaSoraError(f"data.clips={config.data.clips} has no clip outside of its folder val, none to train on")
+    identity = {"clips": len(clips), "listing": listing_hash(clips)}
+    if config.reconstruction.train == "decoder":
+        identity["encoder"] = read_manifest(find_codec_folder(Path(config.codec.path))).encoder_sha256
+    check_same_data(config, identity)
+
+
+def resolve_network(config: Config) -> Config:
+    """The settings of a run of megasora.train_codec: with codec.path, the network is that of the codec there.
+
+    Raises MegaSoraError where they are not those of a vae, or differ from those of the codec.
+    """
+    from megasora.codec import resolve_codec
+    from megasora.codec.vae.folder import find_codec_folder, read_manifest
+
+    name, train = config.codec.name, config.reconstruction.train
+    if name != "vae":
+        raise MegaSoraError(f"codec.name={name}: megasora.train_codec trains codec.name=vae; set it")
+    if train == "decoder" and not config.codec.path:
+        raise MegaSoraError(
+            "reconstruction.train=decoder needs codec.path, the run folder of a finished megasora.train_codec run"
+        )
+    if not config.codec.path:
+        return config
+    if config.run.start.startswith("init:"):
+        raise MegaSoraError(
+            f"run.start={config.run.start} and codec.path={config.codec.path} both give initial weights; leave one out"
+        )
+    config = dataclasses.replace(config, codec=resolve_codec(config.codec))
+    own = read_manifest(find_codec_folder(Path(config.codec.path))).vae
+    for field in dataclasses.fields(own):
+        given, value = getattr(config.vae, field.name), getattr(own, field.name)
+        if given not in (value, getattr(type(own)(), field.name)):
+            raise MegaSoraError(
+                f"vae.{field.name}={given}, but the network of codec.path={config.codec.path} has {value}; leave "
+                f"vae.{field.name} out"
+            )
+    return dataclasses.replace(config, vae=own)
+
+
 def check_data(config: Config) -> None:
     """The shards exist and were ingested with the codec, patch and text encoder of this run."""
     from megasora.build import patch_dim
-    from megasora.codec import build_codec
+    from megasora.codec import codec_fingerprint
     from megasora.data.mixture import open_mixture
     from megasora.data.shard_format import check_fingerprints
     from megasora.text import build_text_encoder
@@ -101,15 +194,18 @@ def check_data(config: Config) -> None:
     clips = open_mixture(config.data, "train")
     open_mixture(config.data, "val")
     manifest, folder = clips.manifest, clips.datasets[0].folder
-    codec, encoder = build_codec(config.codec), build_text_encoder(config.text)
-    check_fingerprints(manifest, folder, codec.fingerprint, encoder.fingerprint, list(config.data.patch))
+    encoder = build_text_encoder(config.text)
+    check_fingerprints(manifest, folder, codec_fingerprint(config.codec), encoder.fingerprint, list(config.data.patch))
     if manifest.patch_dim != patch_dim(config):
         raise MegaSoraError(f"{folder} has tokens of {manifest.patch_dim} features, this run {patch_dim(config)}")
-    check_same_data(config, clips)
+    check_same_data(config, clips.identity())
 
 
-def check_same_data(config: Config, clips: Mixture) -> None:
-    """A run is resumed on the clips that it began with: its cursor is a position in a plan made of them."""
+def check_same_data(config: Config, identity: dict[str, Any]) -> None:
+    """A run is resumed on the clips that it began with: its cursor is a position in a plan made of them.
+
+    `identity`: of the clips, as the task saves it.
+    """
     from megasora.checkpoint.start import choose_start
     from megasora.checkpoint.store import CheckpointStore, read_state
 
@@ -118,9 +214,7 @@ def check_same_data(config: Config, clips: Mixture) -> None:
         return
     saved = read_state(checkpoint)["task"]["data"]
     changed = [
-        f"{key}: {shorten(saved.get(key))} -> {shorten(new)}"
-        for key, new in clips.identity().items()
-        if saved.get(key) != new
+        f"{key}: {shorten(saved.get(key))} -> {shorten(new)}" for key, new in identity.items() if saved.get(key) != new
     ]
     if changed:
         raise MegaSoraError(

@@ -1,4 +1,4 @@
-"""`megasora ingest|shards|train|status|sample|report|checkpoint|doctor`; `--help` says what each reads and writes."""
+"""`megasora ingest|shards|train|status|sample|report|checkpoint|codec|doctor`; `--help` says what each does."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_sample(commands)
     add_report(commands)
     add_checkpoint(commands)
+    add_codec(commands)
     add_command(commands, "doctor", doctor, "Names what is slow or missing on this machine, and the remedy.", DOCTOR)
     return parser
 
@@ -126,6 +127,10 @@ def add_sample(commands) -> None:
         type=number,
         help="1: none; higher follows the prompt more closely; default sample.guidance_scale",
     )
+    p.add_argument(
+        "--negative-prompt", metavar="TEXT",
+        help="what guidance moves away from; default: the null token, or sample.negative_prompt of the run",
+    )  # fmt: skip
     p.add_argument("--num-inference-steps", type=whole_number, help="solver steps; default sample.num_inference_steps")
     p.add_argument("--solver", choices=("euler", "heun"))
     add_weights_option(p)
@@ -139,17 +144,50 @@ def add_report(commands) -> None:
 def add_checkpoint(commands) -> None:
     p = add_command(commands, "checkpoint", None, "Imports, exports and verifies weights.", CHECKPOINT)
     kinds = p.add_subparsers(required=True, metavar="WHAT")
-    p = add_command(kinds, "import-wan", import_wan, "Imports weights of Wan 2.x, to train them further.", IMPORT_WAN)
+    p = add_command(kinds, "import-wan", import_wan, "Imports Wan 2.x, to train it further or to sample.", IMPORT_WAN)
     p.add_argument(
         "folder", type=path, metavar="FOLDER", help="config.json and .safetensors files, or one .safetensors file"
     )
-    p.add_argument("--out", type=path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
+    out = p.add_mutually_exclusive_group(required=True)
+    out.add_argument("--out", type=path, metavar="FILE", help=".safetensors to write; must not exist")
+    out.add_argument("--run", type=path, metavar="RUN", help="run folder to write, for megasora sample; new or empty")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="of --run: settings, e.g. codec.path=FOLDER/vae")
     p = add_command(kinds, "export", export, "Exports the weights of a run into one file.", EXPORT)
     p.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
     p.add_argument("--out", type=path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
     add_weights_option(p)
     p = add_command(kinds, "verify", verify, "Verifies the checksums of all checkpoints of a run.", VERIFY)
     p.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
+
+
+def add_codec(commands) -> None:
+    p = add_command(commands, "codec", None, "Evaluates codecs, and encodes and decodes single clips.", CODEC)
+    kinds = p.add_subparsers(required=True, metavar="WHAT")
+    p = add_command(kinds, "eval", codec_eval, "Measures how well a codec reconstructs clips.", CODEC_EVAL)
+    p.add_argument("clips", type=path, metavar="CLIPS", help="as of megasora ingest: a folder, a list, or tars")
+    p.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for eval.json and sheet.png")
+    p.add_argument("--split", choices=("train", "val", "all"), help="default: val if there is one, else all")
+    p.add_argument("--clips", type=whole_number, dest="limit", metavar="N", help="at most N clips, evenly spaced")
+    add_codec_options(p)
+    p = add_command(kinds, "encode", codec_encode, "Encodes a clip into a file of latents.", CODEC_ENCODE)
+    p.add_argument("clip", type=path, metavar="CLIP", help="a video or an image")
+    p.add_argument("--out", type=path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
+    add_codec_options(p)
+    p = add_command(kinds, "decode", codec_decode, "Decodes a file of latents into a clip.", CODEC_DECODE)
+    p.add_argument("latents", type=path, metavar="LATENTS", help="file that megasora codec encode wrote")
+    p.add_argument("--out", type=path, required=True, metavar="FILE", help=".mp4, or .png for one frame")
+    add_codec_options(p)
+    p = add_command(kinds, "export", codec_export, "Makes the codec of a codec run's newest checkpoint.", CODEC_EXPORT)
+    p.add_argument("run", type=path, metavar="RUN", help="run folder of megasora.train_codec")
+    p.add_argument("--out", type=path, metavar="FOLDER", help="a copy of RUN/codec; new, or with an older codec")
+
+
+def add_codec_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--codec", type=location, required=True, metavar="PATH",
+        help="dct, a run of megasora.train_codec, a codec folder, or with codec.name=NAME a pretrained one",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of codec.* and ingest.*")
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
@@ -211,8 +249,11 @@ IMPORT_WAN = """\
 Reads FOLDER/transformer, or FOLDER itself: config.json and the weights of a text-to-video model, with the names of
 diffusers, of the release of Wan or of ComfyUI; of these also a single .safetensors file. Writes FILE, fp32, 4 bytes
 per weight; then prints the settings of a run that starts from it, to append to `megasora train YAML`.
+--run writes a run folder in place of FILE: the weights as the checkpoint of step 0, and config.yaml with the codec
+(FOLDER/vae) and the text encoder (FOLDER/text_encoder) of the pipeline, for `megasora sample RUN`.
 
-example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
+example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors
+example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --run runs/wan"""
 
 EXPORT = """\
 Reads the newest checkpoint of a run, or the given one, and verifies its checksums. Writes FILE, fp32, 4 bytes per
@@ -226,6 +267,39 @@ whole, or which file is damaged; the exit code is 2 if one is not whole.
 
 example: megasora checkpoint verify runs/demo"""
 
+CODEC = """\
+A codec maps frames to latents and back: dct, the autoencoder of a run of megasora.train_codec, or a pretrained one.
+
+example: megasora codec eval data/clips --codec runs/vae --out runs/vae/eval"""
+
+CODEC_EVAL = """\
+Reads every clip below CLIPS at its native size, as megasora ingest does, encodes and decodes it, and compares. Prints a
+table; writes DIR/eval.json (PSNR in dB, SSIM, flicker, latent values per pixel value, mean and standard deviation of
+each latent channel, frames per CPU second) and DIR/sheet.png (originals, reconstructions and differences x 4). A clip
+that cannot be read is named and skipped.
+
+example: megasora codec eval data/clips --codec runs/vae --out runs/vae/eval --clips 20
+example: megasora codec eval data/clips --codec dct codec.channels=16 --out eval_dct
+example: megasora codec eval data/clips --codec Wan-AI/Wan2.1-T2V-1.3B-Diffusers codec.name=wan --out eval_wan"""
+
+CODEC_ENCODE = """\
+Reads CLIP, a video or an image of any size and length; writes its latents, fp32 [C, T, h, w], and what is needed to
+decode them. Sides are padded to whole latents.
+
+example: megasora codec encode in.mp4 --codec runs/vae --out z.safetensors"""
+
+CODEC_DECODE = """\
+Reads LATENTS and the codec that they were encoded with; writes FILE at the clip's native size (H.264 mp4 of even sides,
+or PNG for one frame). The decoder may have been trained further since.
+
+example: megasora codec decode z.safetensors --codec runs/vae --out back.mp4"""
+
+CODEC_EXPORT = """\
+Reads the newest checkpoint of RUN and measures mean and standard deviation of the latents; writes RUN/codec, as the end
+of a run does. The run may go on.
+
+example: megasora codec export runs/vae"""
+
 DOCTOR = """\
 Reads versions, devices and free disk; writes nothing.
 
@@ -236,9 +310,11 @@ def ingest(options: argparse.Namespace) -> int:
     from megasora.config import load
 
     config = load(options.config, options.overrides)
+    from megasora.codec import resolve_codec
     from megasora.ingest import ingest
     from megasora.ingest.parts import Part
 
+    config.codec = resolve_codec(config.codec)
     part = Part.parse(options.part) if options.part else Part.from_environment(os.environ)
     if ingest(options.clips, options.out, config, part):
         print(f"shards in {options.out}")
@@ -290,6 +366,13 @@ def report(options: argparse.Namespace) -> int:
 
 
 def import_wan(options: argparse.Namespace) -> int:
+    if options.run is not None:
+        from megasora.commands.import_wan import import_wan_to_run
+
+        import_wan_to_run(options.folder, options.run, options.overrides)
+        return 0
+    if options.overrides:
+        raise MegaSoraError(f"{options.overrides[0]}: settings are of --run; --out writes weights only")
     from megasora.commands.checkpoint import import_wan_to_file
 
     import_wan_to_file(options.folder, options.out)
@@ -307,6 +390,35 @@ def verify(options: argparse.Namespace) -> int:
     from megasora.commands.checkpoint import verify_checkpoints
 
     return CONFIGURATION if verify_checkpoints(options.checkpoint) else 0
+
+
+def codec_eval(options: argparse.Namespace) -> int:
+    from megasora.commands.codec_eval import eval_codec
+
+    eval_codec(options.clips, options.codec, options.out, options.split, options.limit, options.overrides)
+    return 0
+
+
+def codec_encode(options: argparse.Namespace) -> int:
+    from megasora.commands.codec import encode_file
+
+    encode_file(options.clip, options.codec, options.out, options.overrides)
+    return 0
+
+
+def codec_decode(options: argparse.Namespace) -> int:
+    from megasora.commands.codec import decode_file
+
+    decode_file(options.latents, options.codec, options.out, options.overrides)
+    return 0
+
+
+def codec_export(options: argparse.Namespace) -> int:
+    from megasora.commands.codec import export_run
+    from megasora.tasks.codec_export import export_codec
+
+    export_run(options.run, options.out, export_codec)
+    return 0
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -6,17 +6,20 @@ The exit codes are those of megasora/errors.py. torchrun itself exits with 1 on 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megasora.checks import check_run
+from megasora.codec import resolve_codec
 from megasora.config import Config, load
 from megasora.errors import CONFIGURATION, CRASH, DONE, STOPPED, MegaSoraError, describe
 from megasora.files import check_folder
@@ -36,32 +39,59 @@ if TYPE_CHECKING:
 MAIN_PRINTS_SECONDS = 5.0  # within which the main process has printed its error
 
 
-def main(arguments: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Training:
+    """What an entry point trains."""
+
+    help: str
+    resolve: Callable[[Config], Config]  # completes the settings, e.g. by those of a codec on disk
+    check: Callable[[Config], None]  # before torch is loaded
+    build_task: Callable[[Config, World, Mesh], Task]
+
+
+def main(arguments: list[str] | None = None, training: Training | None = None) -> int:
+    """`training`: None for that of a VideoDiT."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    training = training or DIT
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(
-                __doc__,
-                "\n\nExample: torchrun --nproc-per-node 2 -m megasora.train configs/demo.yaml run.dir=runs/demo",
-            )
+            print(training.help)
             return 0 if arguments else 2
         only_check = "--check" in arguments
         arguments = [text for text in arguments if text != "--check"]
         if not arguments:
             raise MegaSoraError("--check: give the configuration to check, e.g. configs/demo.yaml")
-        config = load(arguments[0], arguments[1:])
+        config = training.resolve(load(arguments[0], arguments[1:]))
         if only_check:
-            check_run(config)
+            training.check(config)
             print(config.run.dir)
             return DONE
     except (MegaSoraError, OSError) as error:  # e.g. no permission: the system's message names the file
         return print_error(error, getattr(error, "exit_code", CONFIGURATION))
     try:
         with StopSignal() as stop:
-            train(config, stop)
+            train(config, stop, training.build_task, training.check)
         return DONE
     except (MegaSoraError, OSError) as error:
         return print_error(error, getattr(error, "exit_code", CRASH))
+
+
+def resolve_dit(config: Config) -> Config:
+    return dataclasses.replace(config, codec=resolve_codec(config.codec))
+
+
+def build_dit_task(config: Config, world: World, mesh: Mesh) -> Task:
+    from megasora.tasks.dit import DiTTask
+
+    return DiTTask(config, world, mesh)
+
+
+DIT = Training(
+    f"{__doc__}\n\nExample: torchrun --nproc-per-node 2 -m megasora.train configs/demo.yaml run.dir=runs/demo",
+    resolve_dit,
+    check_run,
+    build_dit_task,
+)
 
 
 def print_error(error: Exception, code: int) -> int:
@@ -80,10 +110,16 @@ def print_error(error: Exception, code: int) -> int:
     return code
 
 
-def train(config: Config, stop: StopSignal, build_task: Callable[[Config, World, Mesh], Task] | None = None) -> None:
+def train(
+    config: Config,
+    stop: StopSignal,
+    build_task: Callable[[Config, World, Mesh], Task] = build_dit_task,
+    check: Callable[[Config], None] = lambda config: None,
+) -> None:
     """One process of a run, from the lock of its folder to the record of its exit.
 
-    `build_task`: what is trained; None for a VideoDiT. Raises MegaSoraError after an expected failure, as a stop.
+    `build_task`: what is trained. `check(config)`: before torch is loaded. Raises MegaSoraError after an expected
+    failure, as a stop.
     """
     launcher, run = read_launcher(os.environ), Path(config.run.dir)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -95,8 +131,7 @@ def train(config: Config, stop: StopSignal, build_task: Callable[[Config, World,
         with stop.ending("before the first step"):
             resources.enter_context(lock_run_folder(launch))
             launch.find_previous()
-            checks = () if build_task else (check_run,)
-            world = resources.enter_context(join(config, launcher, watchdog, checks))
+            world = resources.enter_context(join(config, launcher, watchdog, check))
             launch.id = world.broadcast_object(launch.id)
             earlier_code = launch.begin(world.size, source_hash()) if world.is_main else None
             world.barrier()  # from here on exit.json is of this launch
@@ -138,17 +173,14 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 @contextmanager
-def join(
-    config: Config, launcher: Launcher, watchdog: Watchdog, checks: Sequence[Callable[[Config], None]]
-) -> Iterator[World]:
+def join(config: Config, launcher: Launcher, watchdog: Watchdog, check: Callable[[Config], None]) -> Iterator[World]:
     """Makes the checks before a run, loads torch and joins the other processes."""
     check_meeting_point(launcher)
     watchdog.heartbeat("checking the run")
-    for check in checks:
-        try:
-            check(config)
-        except OSError as error:  # its message names the file
-            raise MegaSoraError(str(error)) from error
+    try:
+        check(config)
+    except OSError as error:  # its message names the file
+        raise MegaSoraError(str(error)) from error
     watchdog.heartbeat("loading torch")
     import torch
 
@@ -195,16 +227,16 @@ def train_task(
     world: World,
     watchdog: Watchdog,
     stop: StopSignal,
-    build_task: Callable[[Config, World, Mesh], Task] | None,
+    build_task: Callable[[Config, World, Mesh], Task],
 ) -> None:
     """Builds the task and trains it."""
     from megasora.parallel.mesh import build_mesh
-    from megasora.tasks.dit import DiTTask
     from megasora.trainer import Trainer
 
     watchdog.heartbeat("building the model")
-    task = (build_task or DiTTask)(config, world, build_mesh(config.parallel, world.device.type))
+    task = build_task(config, world, build_mesh(config.parallel, world.device.type))
     Trainer(config, world, task, stop.requested, watchdog.heartbeat).run()
+    task.finish(watchdog.heartbeat)
 
 
 if __name__ == "__main__":

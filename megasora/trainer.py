@@ -132,7 +132,7 @@ class Trainer:
         stopwatch.lap("optimizer")
         figures = {"step": self.step + 1, "loss": metrics.loss, "grad_norm": grad_norm, "lr": lr, **metrics.columns}
         attainable, times = self.matmul_flops_per_s, self.slow_ranks.record(stopwatch.read())
-        speed = speed_columns(times, metrics.num_tokens, totals["flops"], attainable, self.world)
+        speed = speed_columns(times, metrics.num_items, metrics.unit, totals["flops"], attainable, self.world)
         return {**figures, **skipped_columns(self.skipped), **speed}
 
     def sum_over_ranks(self, batch: Any, output: StepOutput) -> dict[str, float]:

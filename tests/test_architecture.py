@@ -18,11 +18,11 @@ LAYERS = [
     {"config", "batch", "kernels", "fragment"},
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
     {"run_log", "testing", "build", "ingest"},
-    {"parallelize", "sampling", "observe", "watchdog"},
+    {"parallelize", "parallelize_codec", "sampling", "observe", "watchdog"},
     {"tasks", "checks", "preflight", "commands"},
     {"trainer"},
     {"train"},
-    {"cli"},
+    {"cli", "train_codec"},
 ]
 BASE = {unit for layer in LAYERS[:3] for unit in layer}
 INDEPENDENT = LAYERS[3]  # units that import only base layers
@@ -128,6 +128,18 @@ def test_only_the_composition_root_imports_both_model_and_parallel():
         if knows_model(imports(p)) and any(n.startswith("megasora.parallel.") for n in imports(p))
     }
     assert both == {"parallelize.py"}
+
+
+def test_only_the_composition_root_of_the_codec_divides_clips():
+    """The network does not know of other processes, and the task gets its piece of a clip from parallelize_codec.py."""
+    modules = ("halo", "clip_split", "clip_exchange")
+    users = {
+        name_of(p)
+        for p in FILES
+        if unit_of(p) != "parallel"
+        and any(n.startswith(tuple(f"megasora.parallel.{module}." for module in modules)) for n in imports(p))
+    }
+    assert users == {"parallelize_codec.py"}
 
 
 def test_no_file_is_named_utils_or_the_like():

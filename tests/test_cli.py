@@ -51,7 +51,13 @@ HELP = {  # command -> words of its help on what is read and written, and on uni
     "sample": ["Reads the newest checkpoint", "writes FILE", "--prompt", "--image", "pixels", "frames per second"],
     "report": ["Reads the metrics", "writes RUN/report.html", "report.json"],
     "checkpoint": ["import-wan", "reads a Wan model as diffusers saves it"],
-    "checkpoint import-wan": ["Reads FOLDER/transformer", "Writes FILE", "4 bytes per weight", "prints the settings"],
+    "checkpoint import-wan": [
+        "Reads FOLDER/transformer",
+        "Writes FILE",
+        "4 bytes per weight",
+        "prints the settings",
+        "writes a run folder",
+    ],
     "doctor": ["Reads versions, devices and free disk", "writes nothing"],
 }
 
@@ -150,6 +156,7 @@ def test_sample_writes_a_video_a_sheet_and_a_sidecar_marked_as_generated(trained
     sidecar = json.loads((tmp_path / "out.json").read_text())
     settings = {"size": "16x24", "frames": 6, "fps": 8.0, "solver": "heun", "weights": "ema"}
     settings |= {"guidance_scale": 2.0, "num_inference_steps": 2, "image": ""}
+    settings |= {"unconditional": "null_token", "negative_prompt": ""}
     assert sidecar == {**provenance, **settings}
     assert str(out) in capsys.readouterr().out
 

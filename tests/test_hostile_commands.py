@@ -63,7 +63,7 @@ VERBS = {  # @: the path
     "train": ["train @", "train run.yaml run.dir=@", "train run.yaml data.shards=@", "train run.yaml run.start=init:@"],
     "run folder": ["status @", "report @", "sample @ --prompt x --out a.mp4", "checkpoint export @ --out a.b"],
     "out": ["sample folder --prompt x --out @", "checkpoint export text --out @", "checkpoint import-wan text --out @"],
-    "import": ["checkpoint import-wan @ --out w.safetensors"],
+    "import": ["checkpoint import-wan @ --out w.safetensors", "checkpoint import-wan @ --run w"],
 }  # fmt: skip
 
 

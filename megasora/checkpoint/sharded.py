@@ -99,6 +99,10 @@ class ShardedCheckpoint:
         """Shapes of the full parameters by name, sorted."""
         return {name: self.parameters[name].shape for name in sorted(self.parameters)}
 
+    def stored_kind(self, kind: str) -> str:
+        """`kind`, or weights if only these are saved: a checkpoint of imported weights has no average of them."""
+        return "weights" if self.kinds == {"weights"} else kind
+
     def add_file(self, file: TensorFile) -> None:
         try:
             metadata = json.loads(file.metadata[METADATA])

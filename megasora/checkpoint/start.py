@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.checkpoint.history import HISTORY, History, read_history
+from megasora.checkpoint.imported import IMPORTED
 from megasora.checkpoint.manifest import step_of
 from megasora.checkpoint.store import CheckpointStore, names, read_state
 from megasora.errors import MegaSoraError
@@ -63,7 +64,9 @@ def choose_start(store: CheckpointStore, start: str) -> Start:
     history, complete = read_history(store.run_dir), store.complete()
     kind, _, name = start.partition(":")
     if kind == "resume" and name and history.start != start:
-        return Start(find_exact(store, complete, name), is_exact=True)
+        exact = find_exact(store, complete, name)
+        check_trained(exact, start)
+        return Start(exact, is_exact=True)
     newest, damaged = newest_readable(complete)
     if begins(store.run_dir, start):
         if newest is not None:
@@ -75,6 +78,7 @@ def choose_start(store: CheckpointStore, start: str) -> Start:
     if newest is None:
         check_never_saved(store, history, damaged, start)
         return Start(None)
+    check_trained(newest, start)
     missing = missing_checkpoints(store, history, newest)
     if missing and newest.name not in history.saved and start != "resume":
         raise MegaSoraError(
@@ -111,6 +115,15 @@ def find_exact(store: CheckpointStore, complete: list[Path], name: str) -> Path:
     raise MegaSoraError(
         f"run.start=resume:{name}: {store.folder} has no {name}; it has {', '.join(names(complete)) or 'none'}"
     )
+
+
+def check_trained(checkpoint: Path, start: str) -> None:
+    """Raises MegaSoraError for a checkpoint of imported weights (imported.py): it has no state of a training."""
+    if IMPORTED in read_state(checkpoint):
+        raise MegaSoraError(
+            f"run.start={start}: {checkpoint} holds imported weights to sample from, and no state of a training; train "
+            f"them in another run.dir, with run.start=init:{checkpoint}"
+        )
 
 
 def check_never_saved(store: CheckpointStore, history: History, damaged: list[tuple[Path, str]], start: str) -> None:

@@ -13,8 +13,8 @@ Each tensor is read when it is written: memory holds one tensor, however large t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,13 +117,25 @@ def import_wan(
     out: Path,
     on_written: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Writes the safetensors file `out` atomically, fp32.
+    """Writes the safetensors file `out` atomically, fp32; `on_written(bytes)` is called after each tensor.
 
-    `shapes`: of all VideoDiT parameters. `initial_value`: see model/init.py. `on_written(bytes)` is called after each
-    tensor. Before anything is written, raises MegaSoraError with the names of tensors if a Wan tensor would be unused,
-    a parameter has no source, or shapes differ.
+    The other arguments and the errors are those of `open_weights`.
     """
     check_new_file(out)
+    with open_weights(wan, shapes, initial_value) as value_of:
+        write_tensors(out, shapes, value_of, {}, on_written)
+
+
+@contextmanager
+def open_weights(
+    wan: WanFolder, shapes: dict[str, torch.Size], initial_value: Callable[[str, torch.Size], Tensor]
+) -> Iterator[Callable[[str], Tensor]]:
+    """A function from the name of a VideoDiT parameter to its value, fp32, read when it is called.
+
+    `shapes`: of all VideoDiT parameters. `initial_value`: see model/init.py. Before a weight is read, raises
+    MegaSoraError with the names of tensors if a Wan tensor would be unused, a parameter has no source, or shapes
+    differ.
+    """
     with ExitStack() as stack:
         wan_tensors = open_files(wan.files, stack)
         sources = build_sources(wan)
@@ -135,7 +147,7 @@ def import_wan(
                 return source.make(*(wan_tensors[wan_name].read() for wan_name in source.names))
             return torch.zeros(shapes[name]) if name in ZERO_INIT else initial_value(name, shapes[name])
 
-        write_tensors(out, shapes, value_of, {}, on_written)
+        yield value_of
 
 
 def check_sources(sources: dict[str, Source], shapes: dict[str, torch.Size], wan_tensors: dict[str, WanTensor]) -> None:

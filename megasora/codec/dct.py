@@ -9,6 +9,8 @@ of one frame, and 1 + 4k frames become 1 + k latent frames. `dct_encoder.py` has
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -63,10 +65,24 @@ class DCTCodec:
 
     def decode(self, latents_CTHW: Tensor) -> Tensor:
         """latents [C, T, h, w] -> frames [1 + (T-1) factors[0], 3, H, W]."""
+        z = latents_CTHW.permute(1, 2, 3, 0)
+        return self.to_frames(torch.cat((z[:1] * self.is_static.to(z), z[1:])))[self.factors[0] - 1 :]
+
+    def to_frames(self, z_THWC: Tensor) -> Tensor:
+        """Latents of T blocks in time [T, h, w, C] -> frames [T factors[0], 3, H, W]."""
         pt, ph, pw = self.factors
-        _, t, h, w = latents_CTHW.shape
-        z = latents_CTHW.permute(1, 2, 3, 0) * self.scale.to(latents_CTHW)
-        z = torch.cat((z[:1] * self.is_static.to(z), z[1:]))
-        blocks = (z @ self.basis.to(z)).view(t, h, w, 3, pt, ph, pw)
-        frames = blocks.permute(0, 4, 3, 1, 5, 2, 6).reshape(t * pt, 3, h * ph, w * pw)
-        return frames[pt - 1 :]
+        t, h, w, _ = z_THWC.shape
+        blocks = (z_THWC * self.scale.to(z_THWC)) @ self.basis.to(z_THWC)
+        blocks = blocks.view(t, h, w, 3, pt, ph, pw)
+        return blocks.permute(0, 4, 3, 1, 5, 2, 6).reshape(t * pt, 3, h * ph, w * pw)
+
+    def encode_frames(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """[H, W, 3] each, uint8 or float32 in [-1, 1] -> float32 [H/ph, W/pw, C] each; frames are read as needed."""
+        return self.frame_encoder.encode(frames)
+
+    def decode_latents(self, latents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """float32 [h, w, C] each -> frames float32 [H, W, 3] each; latents are read as needed."""
+        for index, latent in enumerate(latents):
+            z = torch.from_numpy(latent)[None]
+            frames = self.to_frames(z) if index else self.to_frames(z * self.is_static)[self.factors[0] - 1 :]
+            yield from frames.permute(0, 2, 3, 1).numpy()

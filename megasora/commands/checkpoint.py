@@ -54,9 +54,10 @@ def export_to_file(checkpoint: Path, weights: str, out: Path) -> None:
     check_new_file(out)
     folder = find_checkpoint(checkpoint, report=lambda text: print(text, file=sys.stderr))
     sharded = ShardedCheckpoint(folder)
+    kind = sharded.stored_kind(CHECKPOINT_KINDS[weights])
     with byte_progress("export", num_bytes(sharded.shapes)) as advance:
-        export(sharded, CHECKPOINT_KINDS[weights], out, advance)
-    print(f"{weights} weights of {folder} in {out}")
+        export(sharded, kind, out, advance)
+    print(f"{weights if kind == CHECKPOINT_KINDS[weights] else 'imported'} weights of {folder} in {out}")
 
 
 def verify_checkpoints(path: Path) -> int:

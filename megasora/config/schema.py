@@ -75,6 +75,7 @@ class ReconstructionConfig:
 
     train: str = "all"  # all | decoder: the encoder is that of codec.path and stays as it is
     l1: float = bounded(1.0, 0, 1000)
+    mse: float = bounded(0.0, 0, 1000)  # mean squared error; alone with a small l1 it learns small objects earlier
     gradient: float = bounded(1.0, 0, 1000)  # L1 of the differences of neighbouring pixels, at several scales
     ssim: float = bounded(0.1, 0, 1000)  # 1 - SSIM
     lpips: float = bounded(0.0, 0, 1000)  # needs lpips_path
@@ -130,11 +131,12 @@ class IngestConfig:
     max_width: int = bounded(7680, 1, 1 << 16)  # pixels
     max_frames: int = bounded(7200, 1, 10**8)
     max_clip_mib: int = bounded(65_536, 1, 1 << 24)  # MiB of all decoded frames of a clip, 3 bytes per pixel
-    worker_memory_mib: int = bounded(4096, 512, 1 << 24)  # address space of a decode worker
-    decode_timeout_seconds: float = bounded(1800.0, above(0), 10**7)  # wall-clock time per clip
+    worker_memory_mib: int = bounded(4096, 512, 1 << 24)  # address space of a decode worker, not of a codec process
+    decode_timeout_seconds: float = bounded(1800.0, above(0), 10**7)  # per clip, without the network of its codec
     shard_mib: int = bounded(256, 1, 1 << 20)  # a shard is closed when it reaches this size
     clips_per_block: int = bounded(1024, 1, 10**6)  # consecutive clips per ingest block, which is written atomically
     workers: int = bounded(0, 0, 1024)  # decode workers; 0: one per core
+    codec_processes: int = bounded(0, 0, 1024)  # of a codec with weights; 0: one per GPU, without GPUs one per core
     fit_height: int = bounded(0, 0, 1 << 16)  # pixels; larger clips are scaled down, aspect ratio kept; 0: no limit
     fit_width: int = bounded(0, 0, 1 << 16)  # pixels
     max_fps: float = bounded(0.0, 0, 10_000)  # frames are skipped to bring faster clips down to this rate; 0: no limit
@@ -252,6 +254,8 @@ class SampleConfig:
     solver: str = "heun"  # euler | heun
     num_inference_steps: int = bounded(30, 1, 10_000)
     guidance_scale: float = bounded(4.0, 0, 1000)  # classifier-free guidance; 1: none
+    unconditional: str = "null_token"  # of guidance: null_token: as objective.caption_dropout trains | negative_prompt
+    negative_prompt: str = ""  # unconditional=negative_prompt: the caption to move away from; empty as for Wan
     size: str = "32x32"  # height x width, pixels
     frames: int = bounded(9, 1, 10**6)
     fps: float = bounded(12.0, above(0), 10_000)

@@ -123,8 +123,9 @@ def validate_reconstruction(reconstruction: ReconstructionConfig) -> None:
             f"reconstruction.lpips={reconstruction.lpips} needs reconstruction.lpips_path, the weights of LPIPS; or "
             "set reconstruction.lpips=0: the gradient and ssim terms need no weights"
         )
-    if not reconstruction.l1 + reconstruction.gradient + reconstruction.ssim + reconstruction.lpips:
-        raise MegaSoraError("reconstruction: l1, gradient, ssim and lpips must not all be 0")
+    terms = ("l1", "mse", "gradient", "ssim", "lpips")
+    if not any(getattr(reconstruction, term) for term in terms):
+        raise MegaSoraError(f"reconstruction: {', '.join(terms)} must not all be 0")
 
 
 def validate_text(text: TextConfig) -> None:
@@ -252,6 +253,11 @@ def validate_parallel(parallel: ParallelConfig) -> None:
 
 def validate_sample(sample: SampleConfig) -> None:
     one_of("sample.solver", sample.solver, ("euler", "heun"))
+    one_of("sample.unconditional", sample.unconditional, ("null_token", "negative_prompt"))
+    if sample.negative_prompt and sample.unconditional != "negative_prompt":
+        raise MegaSoraError(
+            "sample.negative_prompt is set, but unused: set sample.unconditional=negative_prompt as well, or leave it out"
+        )
     parse_size(sample.size, "sample.size")
 
 

@@ -52,7 +52,7 @@ def animation_clip(animation: Animation, media: Media, limits: IngestConfig, sca
             if len(timestamps) == num_frames and media.end is not None:
                 return
 
-    return OpenClip(schedule.fps, frames(), timestamps)
+    return OpenClip(schedule.fps, frames(), timestamps, num_frames)
 
 
 def times_of(animation: Animation) -> FrameTimes:

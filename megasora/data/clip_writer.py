@@ -7,6 +7,7 @@ use for files that do not declare one, BT.709 from 720 rows or 1280 columns on a
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,17 +29,30 @@ def ffmpeg_url(path: Path) -> str:
 def write_video(
     frames_FHWC: np.ndarray, fps: float, path: Path, comment: str = "", codec: str = "libx264", crf: str = CRF
 ) -> None:
-    """Writes uint8 [F, H, W, 3] frames of even height and width to an H.264 mp4 that browsers play, atomically.
+    """Writes uint8 [F, H, W, 3] frames to a file as `write_frames` does."""
+    write_frames(frames_FHWC, frames_FHWC.shape[1:3], fps, path, comment, codec, crf)
 
-    The same frames give the same bytes: the container has no dates and versions, and x264 runs without mbtree, which
-    reads past the edge of very small frames.
+
+def write_frames(
+    frames: Iterable[np.ndarray],
+    size: tuple[int, int],
+    fps: float,
+    path: Path,
+    comment: str = "",
+    codec: str = "libx264",
+    crf: str = CRF,
+) -> None:
+    """Writes uint8 [H, W, 3] frames of even height and width to an H.264 mp4 that browsers play, atomically.
+
+    `frames` are read one by one; `size`: their (height, width). The same frames give the same bytes: the container has
+    no dates and versions, and x264 runs without mbtree, which reads past the edge of very small frames.
     """
     import av
     from av.video.reformatter import VideoReformatter
 
     temporary = path.with_name(f".{path.name}.part")
     rgb, reformatter = codec == "libx264rgb", VideoReformatter()
-    matrix, tag = COLORS["RGB" if rgb else "HD" if is_hd(*frames_FHWC.shape[1:3]) else "SD"]
+    matrix, tag = COLORS["RGB" if rgb else "HD" if is_hd(*size) else "SD"]
     try:
         with av.open(
             ffmpeg_url(temporary), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
@@ -47,13 +61,13 @@ def write_video(
                 container.metadata["comment"] = comment
             rate = Fraction(fps).limit_denominator(1001)
             stream = container.add_stream(codec, rate=rate)
-            stream.height, stream.width = frames_FHWC.shape[1:3]
+            stream.height, stream.width = size
             stream.pix_fmt = "rgb24" if rgb else "yuv420p"
             stream.options = {"preset": "veryfast", "mbtree": "0", **({"qp": "0"} if rgb else {"crf": crf})}
             stream.codec_context.thread_count = 1
             stream.codec_context.time_base = 1 / rate
             declare_colors(stream.codec_context, tag, FULL_RANGE if rgb else LIMITED_RANGE)
-            for i, pixels in enumerate(frames_FHWC):
+            for i, pixels in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 if not rgb:
                     frame = reformatter.reformat(

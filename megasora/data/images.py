@@ -47,7 +47,7 @@ def open_image(window: ByteWindow, media: Media, format: str, limits: IngestConf
         if len(animation.delays) > 1:
             return animation_clip(animation, media, limits, lambda pixels: scaled(pixels, limits))
         (pixels,) = animation.pictures
-    return OpenClip(0.0, iter((scaled(pixels, limits),)), [0.0])
+    return OpenClip(0.0, iter((scaled(pixels, limits),)), [0.0], 1)
 
 
 @contextmanager

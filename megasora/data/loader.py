@@ -12,7 +12,6 @@ left out depends on the bytes of the shards alone, and on what the file system c
 
 from __future__ import annotations
 
-import queue
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ from megasora.data.buffer_pool import BufferPool
 from megasora.data.mixture import Mixture
 from megasora.data.pack import PackBuffer, Record, make_batch
 from megasora.data.packing_plan import Cursor, PackingPlan, PlannedPack, PlannedStep, assign_packs_to_ranks
-from megasora.data.prefetch import Prefetcher
+from megasora.data.read_ahead import read_ahead
 from megasora.data.reader_pool import ReaderPool
 from megasora.data.tar import DamagedTar
 from megasora.data.token_drop import draw_positions
-from megasora.errors import DataError, MegaSoraError
+from megasora.errors import MegaSoraError
 
 PLACEHOLDER_ID = -1  # sample id of the token in a pack none of whose clips could be read; it has no loss
 
@@ -95,31 +94,11 @@ class PackLoader:
 
         Raises DataError with the name of the tar if the read of a clip takes longer than `data.read_timeout_seconds`.
         """
-        timeout, readers = self.config.read_timeout_seconds, self.start_readers()
-        prefetcher = Prefetcher(self.read_steps(readers), self.config.prefetch_steps)
-        try:
-            while True:
-                try:
-                    batch = prefetcher.get(min(1.0, timeout / 4))
-                except queue.Empty:
-                    self.raise_if_hung(readers)
-                    continue
-                yield batch
-        finally:
-            prefetcher.stop()
-            readers.close()
-            if not readers.is_hung(timeout):  # a thread that hangs is abandoned
-                prefetcher.join(timeout)
-                readers.join(timeout)
-
-    def raise_if_hung(self, readers: ReaderPool) -> None:
-        longest, timeout = readers.longest_running(), self.config.read_timeout_seconds
-        if longest is not None and longest[1] > timeout:
-            clip, seconds = longest
-            raise DataError(
-                f"{self.mixture.describe_clip(clip)}: reading it has taken {seconds:.1f} s, more than "
-                f"data.read_timeout_seconds={timeout:g}; check its disk or server, or raise the limit"
-            )
+        readers, config = self.start_readers(), self.config
+        steps = self.read_steps(readers)
+        yield from read_ahead(
+            steps, readers, config.prefetch_steps, config.read_timeout_seconds, self.mixture.describe_clip
+        )
 
     def steps(self) -> Iterator[StepBatch]:
         """Yields the same steps, each read when it is requested, without a timeout."""

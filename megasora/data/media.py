@@ -66,6 +66,7 @@ class OpenClip:
     fps: float  # of the frames returned; 0 for an image and for a video of one frame
     frames: Iterator[np.ndarray]  # uint8 [H, W, 3], of one size; raises RejectedClip, at the latest after the last
     timestamps: list[float]  # of the frames returned so far, seconds from the start of the file
+    num_frames: int  # that `frames` returns
 
 
 class ByteWindow(io.RawIOBase):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from zlib_ng.zlib_ng import crc32
 
+from megasora.config import CodecConfig
 from megasora.data.folder import Folder, open_folder
 from megasora.errors import DataError, MegaSoraError, printable
 from megasora.jsonl import parse_json
@@ -30,6 +31,7 @@ FORMAT = 2
 MANIFEST = "dataset.json"
 SPLITS = ("train", "val")
 MAX_SHOWN = 60  # characters of a wrong value in a message
+CODEC_SPEED_KEYS = ("chunk_frames", "device")  # of [codec], which change no latent
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 MEMBERS = ("caption", "meta", "text", "patches")  # the files of a record, in the order of the tar
@@ -229,10 +231,23 @@ def check_fingerprints(manifest: Manifest, folder: object, codec: str, text: str
         ("data.patch", manifest.patch, patch),
     ):
         if stored != expected:
+            theirs = f": {codec_overrides(manifest)}" if key == "codec" and manifest.codec_settings else ""
             raise MegaSoraError(
-                f"{folder} was made with {key} {stored}, this run has {expected}; ingest again with the run's "
-                "settings, or use those of the shards"
+                f"{folder} was made with {key} {printable(str(stored), 200)}, this run has {expected}; ingest again "
+                f"with the run's settings, or use those of the shards{theirs}"
             )
+
+
+def codec_overrides(manifest: Manifest) -> str:
+    """The settings of the codec that made the shards, as overrides of a command."""
+    known, settings = asdict(CodecConfig()), manifest.codec_settings
+    own = {key: settings.get(key, default) for key, default in known.items() if key not in CODEC_SPEED_KEYS}
+    left_out = ("factors", "channels") if own["path"] else ("path", "tile", "tile_overlap")
+    return " ".join(
+        f"codec.{key}={printable(str(value).replace(' ', ''), 200)}"
+        for key, value in own.items()
+        if key not in left_out
+    )
 
 
 def count_clips(rows: np.ndarray) -> dict[str, Any]:

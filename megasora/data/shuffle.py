@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDER, INTERLEAVE, STEPS, GROUPS, TOKENS = range(5)  # first element of a key: what is drawn
+ORDER, INTERLEAVE, STEPS, GROUPS, TOKENS, CLIPS, CROPS = range(7)  # first element of a key: what is drawn
 
 
 def permutation(count: int, seed: int, *key: int) -> np.ndarray:

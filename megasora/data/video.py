@@ -62,7 +62,7 @@ def open_video(window: ByteWindow, media: Media, format: str, limits: IngestConf
             reject_missing(media, source.packets.missing_of_excerpt(source.stream, media.end))
         timestamps: list[float] = []
         frames = read_frames(source, schedule, chain([first], decoded), limits, timestamps)
-        yield OpenClip(schedule.fps, frames, timestamps)
+        yield OpenClip(schedule.fps, frames, timestamps, len(schedule.seconds))
 
 
 @contextmanager

@@ -10,6 +10,9 @@ output_folder.py     ingest.json, and the checks that all processes run the same
 caption_encoding.py  captions are checked and encoded before clips are decoded
 pool.py              jobs to worker processes, results in order; a crash costs one clip
 worker.py            in a worker: bytes -> frames -> filters.py -> codec -> float16.py -> patches in a file
+codec_process.py     the network of a learned codec, for workers; codec_pool.py starts and ends such processes,
+                     remote_encoder.py calls them from a worker, codec_messages.py is what goes between
+child_process.py     how workers and codec processes start and die
 results.py           EncodedClip or Rejection: what a worker returns
 summary.py           counts of rejected clips, and the report at the end
 library_warnings.py  what libraries print, counted by kind

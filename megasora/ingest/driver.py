@@ -12,20 +12,21 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megasora.codec import build_codec
-from megasora.config import Config
+from megasora.codec import codec_fingerprint, resolve_codec
+from megasora.config import CodecConfig, Config
 from megasora.data.manifest_writer import read_block, write_manifest
 from megasora.data.pack import Record
 from megasora.data.shard_format import Manifest
 from megasora.data.shard_writer import BLOCK_DIR, LOCK_DIR, BlockWriter, PatchFile
 from megasora.errors import MegaSoraError
 from megasora.ingest.caption_encoding import PreparedClip, check_captions, prepare_block
+from megasora.ingest.codec_pool import CodecPool, codec_environments
 from megasora.ingest.library_warnings import LibraryWarnings, python_warnings_to
 from megasora.ingest.listing import ClipSource, Listing
 from megasora.ingest.output_folder import (
@@ -56,16 +57,17 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
     Arguments and errors: `megasora.ingest.ingest`.
     """
     part = part or Part()
+    config = replace(config, codec=with_absolute_path(resolve_codec(config.codec)))
     listing = find_clips(source)
     clips, printed = listing.clips, LibraryWarnings()
     check_captions(clips, config)
-    codec, encoder = build_codec(config.codec), build_text_encoder(config.text)
+    codec, encoder = codec_fingerprint(config.codec), build_text_encoder(config.text)
     new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     num_blocks = -(-len(clips) // config.ingest.clips_per_block)
     is_new = False
     try:
-        is_new = claim_output(out, ingest_spec(clips, config, codec.fingerprint, encoder.fingerprint))
-        ingest_part(clips, num_blocks, out, config, encoder, part, printed)
+        is_new = claim_output(out, ingest_spec(clips, config, codec, encoder.fingerprint))
+        ingest_part(clips, num_blocks, out, config, codec, encoder, part, printed)
     except BaseException:
         if is_new and part.count == 1 and not any((out / BLOCK_DIR).glob("*.json")):  # no other part, no complete block
             discard_output(out)
@@ -83,7 +85,7 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
         raise MegaSoraError(f"none of the {len(clips)} clips in {source} could be used; the first: {first}")
     shutil.rmtree(out / PATCH_DIR, ignore_errors=True)
     manifest = write_manifest(
-        out, codec.fingerprint, encoder.fingerprint, list(config.data.patch), num_blocks, asdict(config.codec)
+        out, codec, encoder.fingerprint, list(config.data.patch), num_blocks, asdict(config.codec)
     )
     finish(out, listing, manifest, [block.details for block in blocks], printed)
     return manifest
@@ -103,11 +105,15 @@ def ingest_part(
     num_blocks: int,
     out: Path,
     config: Config,
+    codec: str,
     encoder: TextEncoder,
     part: Part,
     printed: LibraryWarnings,
 ) -> None:
-    """Writes every block of this part that is not complete yet; counts the warnings of this process in `printed`."""
+    """Writes every block of this part that is not complete yet; counts the warnings of this process in `printed`.
+
+    `codec`: its fingerprint.
+    """
     name = f"part-{part.index + 1}-of-{part.count}"
     with (
         locked(out / LOCK_DIR / name, f"part {part} of {out}"),
@@ -117,8 +123,29 @@ def ingest_part(
         if incomplete:
             # fails here if the encoder cannot be loaded; encode_captions would reject the captions instead
             encoder.encode([""])
-            with python_warnings_to(printed.add):
-                ingest_blocks(clips, incomplete, out, patch_dir, config, encoder, part)
+            with python_warnings_to(printed.add), open_pool(config, codec, printed.add) as pool:
+                ingest_blocks(clips, incomplete, out, patch_dir, config, encoder, pool, part)
+
+
+def with_absolute_path(codec: CodecConfig) -> CodecConfig:
+    """`codec` with a path that holds from any folder, for the manifest. A path that is no file is a hub name."""
+    return replace(codec, path=str(Path(codec.path).absolute())) if codec.path and Path(codec.path).exists() else codec
+
+
+@contextmanager
+def open_pool(config: Config, codec: str, receive: Callable[[str], None]) -> Iterator[WorkerPool]:
+    """The decode workers, and the codec processes of a codec that has weights.
+
+    `codec`: its fingerprint; `receive`: called with what codec processes print.
+    """
+    settings = worker_settings(config.codec, config.ingest, config.data.patch)
+    num_workers = config.ingest.workers or num_cores()
+    with ExitStack() as stack:
+        codecs = None
+        if config.codec.path:
+            environments = codec_environments(config.codec, config.ingest, min(num_workers, num_cores()))
+            codecs = stack.enter_context(CodecPool(config.codec, config.ingest, codec, environments, receive))
+        yield stack.enter_context(WorkerPool(settings, num_workers, codecs))
 
 
 def ingest_blocks(
@@ -128,6 +155,7 @@ def ingest_blocks(
     patch_dir: Path,
     config: Config,
     encoder: TextEncoder,
+    pool: WorkerPool,
     part: Part,
 ) -> None:
     size = config.ingest.clips_per_block
@@ -138,11 +166,7 @@ def ingest_blocks(
             for clip in prepare_block(ids, clips, patch_dir, config, encoder):
                 yield clip, clip.rejection or encode_job(clip.source.media, clip.patch_path)
 
-    settings = worker_settings(config.codec, config.ingest, config.data.patch)
-    with (
-        WorkerPool(settings, config.ingest.workers or num_cores()) as pool,
-        progress_bar(sum(map(len, sample_ids.values())), part) as advance,
-    ):
+    with progress_bar(sum(map(len, sample_ids.values())), part) as advance:
         results = pool.run(jobs())
         for block, ids in sample_ids.items():
             with BlockWriter(out, block, config.ingest.shard_mib << 20) as writer:

@@ -29,7 +29,7 @@ SPEC_FILE, REPORT = "ingest.json", "report"
 MAX_SPEC_BYTES = 1 << 26
 PATCH_DIR = ".patches"
 # keys of [ingest] that change the speed of an ingest and not its shards
-SPEED_ONLY_KEYS = ("workers", "worker_memory_mib", "decode_timeout_seconds")
+SPEED_ONLY_KEYS = ("workers", "codec_processes", "worker_memory_mib", "decode_timeout_seconds")
 # keys of ingest.json as messages name them; the others are keys of the configuration
 KEY_NAMES = {
     "num_clips": "clips", "listing_sha256": "names, sizes or captions of the clips",

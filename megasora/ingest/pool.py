@@ -5,17 +5,17 @@
 A worker holds the job it runs and the next one, so it does not idle while the parent writes. A worker that crashes,
 hangs or exceeds its memory limit costs the clip of its current job, which is rejected with the reason; the worker is
 replaced and its next job is given to the replacement. Results are lines of JSON, so nothing that a decoder outputs is
-executed. What a worker prints is not shown: it is counted, with the result of the job that it ran.
+executed. What a worker prints is not shown: it is counted, with the result of the job that it ran. For a learned codec,
+each worker is connected to a codec process; the end of one of these ends the ingest.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
-import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megasora.errors import MegaSoraError
+from megasora.ingest.child_process import describe_exit, exit_code_of, start_process
+from megasora.ingest.codec_pool import CodecPool, CodecProcess
 from megasora.ingest.library_warnings import END_OF_JOB, MAX_LINE, LibraryWarnings
 from megasora.ingest.results import Rejection, Result, from_message
 
@@ -37,7 +39,6 @@ ENVIRONMENT = {  # of a worker: one thread, and an allocator that reuses the mem
     **{name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")},
     **{name: str(1 << 30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")},
 }
-WORKER_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from megasora.ingest.worker import main; main()"
 
 
 @dataclass
@@ -47,6 +48,8 @@ class WorkerProcess:
     process: subprocess.Popen
     jobs: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque)  # (index, job); the first one is running
     last_message_time: float = field(default_factory=time.monotonic)  # or the time at which it was given its first job
+    waits_since: float | None = None  # for an answer of its codec process: this is no time of the decoder
+    codec_index: int = 0  # of its codec process
     ready: bool = False
     printed_start: bool = False  # whether it has printed the end of its start: what is before that is of no clip
     buffer: bytes = b""  # of an incomplete line
@@ -93,12 +96,14 @@ class WorkerPool:
     """`with WorkerPool(...) as pool: for clip, result, printed in pool.run(jobs)`. Jobs and results are those of
     `worker.py`, `printed` is of `LibraryWarnings.details`."""
 
-    def __init__(self, settings: dict[str, Any], num_workers: int):
-        """`settings`: from `worker_settings`."""
-        self.settings, self.num_workers = settings, num_workers
+    def __init__(self, settings: dict[str, Any], num_workers: int, codecs: CodecPool | None = None):
+        """`settings`: from `worker_settings`; `codecs`: for a learned codec, entered."""
+        self.settings, self.num_workers, self.codecs = settings, num_workers, codecs
         self.timeout_seconds: float = settings["ingest"]["decode_timeout_seconds"]
         self.workers: list[WorkerProcess] = []
         self.selector = selectors.DefaultSelector()
+        if codecs:
+            codecs.register(self.selector)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -151,20 +156,20 @@ class WorkerPool:
         return least_busy if len(least_busy.jobs) < JOBS_PER_WORKER else None
 
     def start_worker(self) -> WorkerProcess:
-        path = [os.path.abspath(folder) for folder in sys.path]
-        process = subprocess.Popen(
-            [sys.executable, "-c", WORKER_CODE, json.dumps(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **ENVIRONMENT},
-        )
-        os.set_blocking(process.stderr.fileno(), False)
-        worker = WorkerProcess(process)
+        settings, streams, connection, codec_index = self.settings, {}, None, 0
+        if self.codecs:
+            connected = [worker.codec_index for worker in self.workers]
+            connection, codec_index = self.codecs.connect(connected)
+            settings = {**settings, "codec_socket": connection.fileno()}
+            streams = {"pass_fds": [connection.fileno()]}
+        process = start_process("worker", ENVIRONMENT, stdin=subprocess.PIPE, **streams)
+        if connection:
+            connection.close()
+        worker = WorkerProcess(process, codec_index=codec_index)
         self.workers.append(worker)
         self.selector.register(process.stdout, selectors.EVENT_READ, worker)
         self.selector.register(process.stderr, selectors.EVENT_READ, worker)
-        worker.send(self.settings)
+        worker.send(settings)
         return worker
 
     def assign(self, worker: WorkerProcess, index: int, job: dict[str, Any]) -> None:
@@ -177,9 +182,13 @@ class WorkerPool:
         """Waits for a message, an exit or a timeout; returns the outcomes that are new, by the index of their job."""
         outcomes: dict[int, Outcome] = {}
         busy = [worker for worker in self.workers if worker.jobs]
-        wait = max(0.0, min(self.deadline(worker) for worker in busy) - time.monotonic())
+        deadline = min(self.deadline(worker) for worker in busy)
+        wait = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         for key, _ in self.selector.select(wait):
             worker = key.data
+            if isinstance(worker, CodecProcess):
+                self.codecs.read(worker, key.fileobj, self.selector)
+                continue
             if worker not in self.workers:
                 continue
             if key.fileobj is worker.process.stderr:
@@ -199,10 +208,20 @@ class WorkerPool:
         return outcomes
 
     def deadline(self, worker: WorkerProcess) -> float:
+        if worker.waits_since is not None:
+            return math.inf  # the codec process checks its own time
         return worker.last_message_time + (self.timeout_seconds if worker.ready else START_TIMEOUT_SECONDS)
 
     def handle_message(self, worker: WorkerProcess, message: dict[str, Any]) -> dict[int, Outcome]:
-        worker.last_message_time = time.monotonic()
+        now = time.monotonic()
+        if "waits" in message:
+            if worker.waits_since is not None:
+                worker.last_message_time += now - worker.waits_since
+            worker.waits_since = now if message["waits"] else None
+            return {}
+        worker.last_message_time = now
+        if "codec_ended" in message:
+            self.codecs.raise_why()
         if "error" in message:
             raise MegaSoraError(message["error"])
         if "ready" in message:
@@ -244,11 +263,7 @@ class WorkerPool:
         for stream in (worker.process.stdout, worker.process.stderr):
             with suppress(KeyError):  # stderr was closed first
                 self.selector.unregister(stream)
-        try:
-            exit_code = worker.process.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            exit_code = worker.process.wait()
+        exit_code = exit_code_of(worker.process, timeout_seconds)
         worker.read_printed()
         with suppress(BrokenPipeError):
             worker.process.stdin.close()
@@ -260,11 +275,3 @@ class WorkerPool:
 def job_name(job: dict[str, Any]) -> str:
     """The file, and the member of a tar, that a job reads."""
     return f"{job['path']}{': ' + job['name'] if job['name'] else ''}"
-
-
-def describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    with suppress(ValueError):
-        return signal.Signals(-code).name
-    return f"signal {-code}"

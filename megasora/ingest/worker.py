@@ -3,23 +3,24 @@
     job (a line of JSON) --> bytes -> frames -> filters -> latents -> float16 patches --> file, result (a line of JSON)
 
 It decodes untrusted files. So its memory is limited, it is killed with its parent, and a crash costs one clip only. It
-imports numpy and av but not torch, which makes it start in 0.2 s with 50 MB. Frames, latents and patches are streamed
-one latent frame at a time, so memory does not grow with the length of a clip.
+imports numpy and av but not torch, which makes it start in 0.2 s with 50 MB; the network of a learned codec is in a
+codec process (codec_process.py). Frames, latents and patches are streamed, a few at a time, so memory does not grow
+with the length of a clip.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
 import resource
-import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -28,16 +29,17 @@ from megasora.config import CodecConfig, IngestConfig
 from megasora.data.clip_reader import open_clip
 from megasora.data.media import Media, RejectedClip, sha256
 from megasora.errors import MegaSoraError
+from megasora.ingest.child_process import die_with_parent
 from megasora.ingest.duplicates import frame_hash
 from megasora.ingest.filters import FrameStats, Thumbnails, check_duration, load_score_functions
 from megasora.ingest.float16 import Float16Converter
 from megasora.ingest.library_warnings import END_OF_JOB, log_decoder_errors, print_line, python_warnings_to
+from megasora.ingest.remote_encoder import CodecProcessEnded, RemoteEncoder
 from megasora.ingest.results import EncodedClip, FoundScenes, Rejection, Result, to_message
 from megasora.ingest.scenes import SceneDetector, color_cells
 
 MAX_CACHED_HASHES = 64
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # of the disk written to, not of the clip
-PR_SET_PDEATHSIG = 1
 
 
 def worker_settings(codec: CodecConfig, limits: IngestConfig, patch: list[int]) -> dict[str, Any]:
@@ -55,11 +57,19 @@ def scene_job(media: Media, threshold: float, min_seconds: float) -> dict[str, A
     return {**encode_job(media, Path()), "find_scenes": [threshold, min_seconds]}
 
 
+class StreamEncoder(Protocol):
+    """DCTEncoder or RemoteEncoder."""
+
+    factors: tuple[int, int, int]
+
+    def encode(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]: ...
+
+
 class Worker:
     """Runs jobs, one at a time, in this process."""
 
-    def __init__(self, codec: CodecConfig, limits: IngestConfig, patch: list[int]):
-        self.encoder, self.limits, self.patch = build_frame_encoder(codec), limits, tuple(patch[1:])
+    def __init__(self, encoder: StreamEncoder, limits: IngestConfig, patch: list[int]):
+        self.encoder, self.limits, self.patch = encoder, limits, tuple(patch[1:])
         self.to_float16 = Float16Converter()
         self.score_functions = load_score_functions(limits.scores)
         self.file_hashes: dict[tuple, str] = {}
@@ -75,6 +85,10 @@ class Worker:
                 return self.encode(media, file)
         except RejectedClip as error:
             return Rejection(error.filter_name, error.reason, str(error))
+        except CodecProcessEnded:
+            raise
+        except MegaSoraError as error:
+            raise MegaSoraError(f"{media}: {error}") from None
         except MemoryError:
             memory = f"ingest.worker_memory_mib={self.limits.worker_memory_mib}"
             message = f"{media} needs more memory than {memory} to decode"
@@ -109,14 +123,15 @@ class Worker:
         _, ph, pw = self.encoder.factors
         multiple = (ph * self.patch[0], pw * self.patch[1])
         t = 0
-        for latent in self.encoder.encode(pad_frames(frames, multiple)):
-            try:
-                patches, (h, w) = patchify_frame(self.to_float16(latent), self.patch)
-            except OverflowError as error:
-                message = f"{name}: latent frame {t + 1}: {error}; look at its pixels and the codec"
-                raise RejectedClip("not finite", message, "codec") from None
-            file.write(patches)
-            t += 1
+        with closing(self.encoder.encode(pad_frames(frames, multiple))) as latents:
+            for latent in latents:
+                try:
+                    patches, (h, w) = patchify_frame(self.to_float16(latent), self.patch)
+                except OverflowError as error:
+                    message = f"{name}: latent frame {t + 1}: {error}; look at its pixels and the codec"
+                    raise RejectedClip("not finite", message, "codec") from None
+                file.write(patches)
+                t += 1
         return [t, h, w], patches.shape[1]
 
     def find_scenes(self, media: Media, threshold: float, min_seconds: float) -> FoundScenes:
@@ -174,14 +189,12 @@ def patchify_frame(latent_HWC: np.ndarray, patch: tuple[int, int]) -> tuple[np.n
     return np.ascontiguousarray(x).reshape(h * w, -1), (h, w)
 
 
-def apply_process_limits(parent: int, memory_mib: int) -> None:
-    """Limits the memory of this process, has it killed with its parent, and leaves Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def build_encoder(settings: dict[str, Any], waits: Callable[[bool], None]) -> StreamEncoder:
+    """The encoder of this worker: that of a codec process, if the pool has given it a socket."""
+    codec = CodecConfig(**settings["codec"])
+    if "codec_socket" in settings:
+        return RemoteEncoder(socket.socket(fileno=settings["codec_socket"]), codec.factors, waits)
+    return build_frame_encoder(codec)
 
 
 def main() -> None:
@@ -192,14 +205,16 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what libraries print must not be read as a result
     settings = json.loads(sys.stdin.readline())
-    apply_process_limits(settings["parent"], settings["ingest"]["worker_memory_mib"])
+    limits = IngestConfig(**settings["ingest"])
+    die_with_parent(settings["parent"])
+    resource.setrlimit(resource.RLIMIT_AS, (limits.worker_memory_mib << 20, limits.worker_memory_mib << 20))
 
     def send(message: dict[str, Any]) -> None:
         output.write(json.dumps(message) + "\n")
         output.flush()
 
     try:
-        worker = Worker(CodecConfig(**settings["codec"]), IngestConfig(**settings["ingest"]), settings["patch"])
+        worker = Worker(build_encoder(settings, lambda waits: send({"waits": waits})), limits, settings["patch"])
         log_decoder_errors()
         print_line(f"\n{END_OF_JOB}")
         send({"ready": True})
@@ -209,6 +224,8 @@ def main() -> None:
                 sys.stdout.flush()
                 print_line(f"\n{END_OF_JOB}")
                 send(result)
+    except CodecProcessEnded:
+        send({"codec_ended": True})
     except (MegaSoraError, OSError) as error:
         send({"error": str(error)})
     except BrokenPipeError:

@@ -40,8 +40,14 @@ def bin_color(index: int, count: int) -> str:
     return f"color-mix(in oklch, var(--clean), var(--noise) {100 * index / max(count - 1, 1):.0f}%)"
 
 
-def chart(title: str, description: str, legend: Iterable[tuple[str, str]], draw: Callable[[Axes], None]) -> str:
-    """HTML of a figure: title, description, legend of (CSS colour, text), and what `draw` draws.
+def chart(
+    title: str,
+    description: str,
+    legend: Iterable[tuple[str, str]],
+    draw: Callable[[Axes], None],
+    x_label: str = "step",
+) -> str:
+    """HTML of a figure: title, description, legend of (CSS colour, text), and what `draw` draws over whole numbers.
 
     All text except that at the axes is HTML, so that it stays legible when the chart is scaled down.
     """
@@ -50,11 +56,11 @@ def chart(title: str, description: str, legend: Iterable[tuple[str, str]], draw:
         f'<figure class="card chart"><figcaption><h3>{escape(title)}</h3><p>{escape(description)}</p>'
         f'<ul class="legend">{keys}</ul></figcaption>'
         f'<div class="plot" role="img" aria-label="{escape(title)}: {escape(description)}">'
-        f"{inline_svg(render_svg(title, draw))}</div></figure>"
+        f"{inline_svg(render_svg(title, draw, x_label))}</div></figure>"
     )
 
 
-def render_svg(hash_salt: str, draw: Callable[[Axes], None]) -> str:
+def render_svg(hash_salt: str, draw: Callable[[Axes], None], x_label: str) -> str:
     """The SVG file that matplotlib writes; `hash_salt` makes its ids reproducible."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -68,15 +74,15 @@ def render_svg(hash_salt: str, draw: Callable[[Axes], None]) -> str:
         axes = figure.add_axes(axes_box)
         axes.margins(x=0.02)
         draw(axes)
-        style_axes(axes)
+        style_axes(axes, x_label)
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=no_metadata)
     return file.getvalue()
 
 
-def style_axes(axes: Axes) -> None:
-    """Steps on the x axis, a horizontal grid, and no frame except the x axis."""
+def style_axes(axes: Axes, x_label: str) -> None:
+    """Whole numbers on the x axis, a horizontal grid, and no frame except the x axis."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.patch.set_visible(False)
@@ -94,7 +100,7 @@ def style_axes(axes: Axes) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value, 4)))
-    axes.set_xlabel("step", color=placeholder_color("muted"), labelpad=2)
+    axes.set_xlabel(x_label, color=placeholder_color("muted"), labelpad=2)
 
 
 def inline_svg(svg: str) -> str:
@@ -141,15 +147,24 @@ def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> 
     axes.plot(steps, values, color=color, linewidth=1.7, marker=marker, markersize=3.5)
 
 
-def set_y_range(axes: Axes, noisy: np.ndarray, full: Iterable[np.ndarray] = (), from_zero: bool = False) -> None:
-    """Sets the range to the middle 99 % of `noisy` and all of `full`; logarithmic if it spans a factor of 20."""
+def set_y_range(
+    axes: Axes,
+    noisy: np.ndarray,
+    full: Iterable[np.ndarray] = (),
+    from_zero: bool = False,
+    least_of_high: float = 0.0,
+    may_be_log: bool = True,
+) -> None:
+    """Sets the range to the middle 99 % of `noisy` and all of `full`, from at least `least_of_high` times the highest
+    value on; logarithmic if it spans a factor of 20 and `may_be_log`."""
     noisy = noisy[np.isfinite(noisy)]
     values = np.concatenate([np.quantile(noisy, (0.005, 0.995)) if len(noisy) else noisy, *full])
     values = values[np.isfinite(values)]
     if not len(values):
         return
-    low, high = (0.0 if from_zero else values.min()), values.max()
-    if low > 0 and high > 20 * low:
+    high = values.max()
+    low = 0.0 if from_zero else max(values.min(), least_of_high * high) if least_of_high else values.min()
+    if may_be_log and low > 0 and high > 20 * low:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(lambda *_: "")
         axes.set_ylim(low / 1.2, high * 1.2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from megasora.codec import build_codec
+from megasora.codec import build_codec, codec_fingerprint
 from megasora.config import CodecConfig, DataConfig
+from megasora.config.validate import check_bounds, validate_codec
 from megasora.data.folder import open_folder
 from megasora.data.patches import frames_to_uint8, unpatchify
 from megasora.data.shard_format import SPLITS, Manifest, read_manifest
@@ -17,6 +18,9 @@ from megasora.data.shard_reader import ShardSplit
 from megasora.data.verify import num_bytes, verify
 from megasora.errors import MegaSoraError, printable
 from megasora.observe.byte_progress import byte_progress
+
+if TYPE_CHECKING:
+    from megasora.codec import Codec
 
 HISTOGRAM_BINS = 12
 MAX_DECODED_PIXELS = 1 << 25  # over all frames of a clip: 16 frames of 1080p
@@ -98,20 +102,39 @@ def verify_shards(folder: str | Path) -> int:
             faults += 1
             offset = "" if fault.offset is None else f" byte {fault.offset}:"
             print(printable(f"{fault.file}:{offset} {fault.problem}"))
-    if manifest.codec_settings and (rebuilt := rebuild_codec(manifest).fingerprint) != manifest.codec_fingerprint:
-        faults += 1
-        print(printable(f"dataset.json: says codec {manifest.codec_fingerprint}, its settings make {rebuilt}"))
+    if manifest.codec_settings:
+        config = codec_config(manifest)
+        try:
+            rebuilt = codec_fingerprint(config)
+            if rebuilt != manifest.codec_fingerprint:
+                faults += 1
+                print(printable(f"dataset.json: says codec {manifest.codec_fingerprint}, its settings make {rebuilt}"))
+        except MegaSoraError as error:
+            if not config.path:
+                raise
+            print(printable(f"not compared with its codec, {manifest.codec_fingerprint}: {error}"))
     clips = sum(counts["clips"] for counts in manifest.splits.values())
     result = {0: "no faults", 1: "1 fault"}.get(faults, f"{faults:,} faults")
     print(f"{clips:,} clips, {num_bytes(manifest):,} bytes: {result}")
     return faults
 
 
-def rebuild_codec(manifest: Manifest):
-    """The codec that made the shards. Raises MegaSoraError if this version does not know its settings."""
+def rebuild_codec(manifest: Manifest) -> Codec:
+    """The codec that made the shards. Raises MegaSoraError if it is not there, or unknown to this version."""
     try:
-        return build_codec(CodecConfig(**manifest.codec_settings))
-    except TypeError as error:
+        return build_codec(codec_config(manifest))
+    except MegaSoraError as error:
+        raise MegaSoraError(f"the codec of these shards, {manifest.codec_fingerprint}: {error}") from None
+
+
+def codec_config(manifest: Manifest) -> CodecConfig:
+    """The settings of the codec that made the shards. Raises MegaSoraError if this version does not know them."""
+    try:
+        config = CodecConfig(**manifest.codec_settings)
+        check_bounds(config)
+        validate_codec(config)
+        return config
+    except (TypeError, ValueError, MegaSoraError) as error:
         raise MegaSoraError(f"the codec of these shards is unknown to this version: {error}") from None
 
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Page(NamedTuple):
+    """What the page of one kind of run has between its head and its configuration."""
+
+    figures: dict[str, Any]  # report.json
+    tiles: list[list[str]]  # rows of headline figures, HTML
+    sections: list[str]  # HTML, "" for one that has nothing to show
+    module: str  # python -m MODULE trains such a run
+    data: str  # where its data came from, HTML
 
 
 def escape(value: Any) -> str:

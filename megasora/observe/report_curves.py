@@ -29,24 +29,32 @@ MAX_TIME_INTERVALS = 160  # points of the stacked chart
 
 
 def loss_section(run: RunData) -> str:
-    charts = loss_chart(run) + timestep_loss_chart(run)
+    charts = loss_chart(run, "Mean squared error of the predicted velocity.") + timestep_loss_chart(run)
     return section("loss", "Loss", f'<div class="charts">{charts}</div>')
 
 
-def loss_chart(run: RunData) -> str:
-    loss, steps = run.metrics["loss"], validation_steps(run)
-    validation = np.array([to_float(line.get("loss")) for line in run.validations])
+def loss_chart(run: RunData, description: str) -> str:
+    return training_chart("Training and validation loss", description, run, "loss")
+
+
+def training_chart(
+    title: str, description: str, run: RunData, key: str, scale: float = 1.0, may_be_log: bool = True
+) -> str:
+    """Chart of a figure that steps and validations have, times `scale`; "" if no value is finite."""
+    values, steps, validation = scale * run.metrics[key], validation_steps(run), scale * validation_figures(run, key)
+    if not np.isfinite(values).any() and not np.isfinite(validation).any():
+        return ""
 
     def draw(axes: Axes) -> None:
-        draw_smoothed(axes, run.steps, loss)
+        draw_smoothed(axes, run.steps, values)
         draw_line(axes, steps, validation, placeholder_color("second"))
-        set_y_range(axes, loss, [smooth(loss, smoothing_window(loss)), validation])
+        smoothed = smooth(values, smoothing_window(values))
+        set_y_range(axes, values, [smoothed, validation], may_be_log=may_be_log)
 
-    legend = [("var(--accent)", f"training, {describe_smoothing(loss)}")]
-    if len(steps):
+    legend = [("var(--accent)", f"training, {describe_smoothing(values)}")]
+    if np.isfinite(validation).any():
         legend.append(("var(--second)", f"validation, {pluralize(len(steps), 'time')}"))
-    description = "Mean squared error of the predicted velocity. Faint: every step."
-    return chart("Training and validation loss", description, legend, draw)
+    return chart(title, f"{description} Faint: every step.", legend, draw)
 
 
 def timestep_loss_chart(run: RunData) -> str:
@@ -74,14 +82,20 @@ def validation_steps(run: RunData) -> np.ndarray:
     return np.array([line["step"] for line in run.validations])
 
 
+def validation_figures(run: RunData, key: str) -> np.ndarray:
+    """float [validations]; NaN where a validation has no such figure."""
+    return np.array([to_float(line.get(key)) for line in run.validations])
+
+
 def speed_section(run: RunData) -> str:
-    m = run.metrics
     description = "Tokens of clips, without padding, of all processes. Faint: every step."
-    charts = smoothed_chart("Throughput", description, "tokens per second", run, m["tokens_per_second"])
-    charts += step_time_chart(run)
+    charts = smoothed_chart("Throughput", description, "tokens per second", run, run.metrics["tokens_per_second"])
+    return section("speed", "Speed", f'<div class="charts">{charts}{step_time_chart(run)}{mfu_chart(run)}</div>')
+
+
+def mfu_chart(run: RunData) -> str:
     description = "Model FLOPs utilization: the model's FLOPs in % of the GPUs' peak."
-    charts += smoothed_chart("MFU", description, "MFU", run, 100 * m["mfu"])
-    return section("speed", "Speed", f'<div class="charts">{charts}</div>')
+    return smoothed_chart("MFU", description, "MFU", run, 100 * run.metrics["mfu"])
 
 
 def step_time_chart(run: RunData) -> str:

@@ -15,15 +15,18 @@ from megasora.errors import MegaSoraError, printable
 from megasora.files import read_regular_file
 from megasora.jsonl import parse_json
 from megasora.observe.formatting import NBSP, pluralize
-from megasora.observe.json_kinds import is_kind, keep_kinds
+from megasora.observe.json_kinds import MAX_NUMBER, is_kind, keep_kinds
 
 ATTRIBUTES = ("color", "direction", "shape", "background")  # what the detector recognizes in a clip
 STEP_PHASES = ("data", "forward", "backward", "optimizer")  # metrics time_data, ..., in the order of a step
 METRICS = ["loss", "grad_norm", "lr", "tokens_per_second", "padding_fraction", "mfu", "peak_memory_gib"]
 METRICS += ["time_step", *(f"time_{phase}" for phase in STEP_PHASES)]
+# of a run of megasora.train_codec: the terms of its loss, and what a step tells of the codec
+LOSS_TERMS = ("l1", "mse", "gradient", "ssim", "lpips", "kl", "commitment", "adversarial", "discriminator")
+METRICS += [*LOSS_TERMS, "psnr", "perplexity", "clips_per_second"]
 MAX_LINE, MAX_OBJECT = 1 << 20, 64 << 20  # bytes
 # what the page shows of files that a person may have edited; values of other kinds are left out
-RUN_INFO = {"created": str, "machine": str, "device": str, "megasora": str, "torch": str}
+RUN_INFO = {"task": str, "created": str, "machine": str, "device": str, "megasora": str, "torch": str}
 RUN_INFO |= {"world_size": int, "parameters": int, "layout": dict}
 EVALUATION = {"prompts": list, "frames": int, "num_inference_steps": int, "solver": str, "step": int}
 EVALUATION |= {"guidance_scale": float, "seconds": float}
@@ -204,11 +207,8 @@ def sample_details(settings: dict[str, Any], size: tuple[int, int] | None) -> st
 
 
 def to_float(value: Any) -> float:
-    """A float; NaN for null, a missing value and anything else that is not a number, or not one of a float."""
-    try:
-        return float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:
-        return math.nan
+    """A float; NaN for null, a missing value and anything else that is not a number, or too large a one."""
+    return float(value) if isinstance(value, int | float) and abs(value) < MAX_NUMBER else math.nan
 
 
 def text_or_none(value: Any) -> str | None:

@@ -29,7 +29,16 @@ RECORDED = {"code": int, "reason": str, "rank": int}  # in exit.json
 MAX_TIME = 1e10  # of a launch, seconds
 LAUNCH = {"time": float, "processes": int, "host": str, "pid": int, "job": str, "requeues": int, "previous_exit": dict}
 SLOW_RANKS = {"time": float, "ranks": list, "hosts": list, "seconds": list, "others": list}
-FIGURES = ("loss", "grad_norm", "tokens_per_second", "mfu", "time_step")
+# key of metrics.jsonl -> row of the table and its text; of those that the last step of this kind of run has
+FIGURES = {
+    "loss": ("loss", "{:.4f}"),
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "perplexity": ("perplexity", "{:,.1f}"),
+    "grad_norm": ("gradient norm", "{:.4f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "clips_per_second": ("clips/s", "{:,.1f}"),
+    "mfu": ("MFU", "{:.1%}"),
+}
 EXIT_NAMES = {
     DONE: "done", CRASH: "crashed", CONFIGURATION: "invalid configuration", DATA: "damaged data",
     NON_FINITE: "non-finite losses or spikes", HANG: "hung", STOPPED: "stopped on request",
@@ -40,8 +49,9 @@ EXIT_NAMES = {
 class Status:
     """State of a run.
 
-    `state`: one line. `alive`: it trains or starts. `figures`: FIGURES of the last step. `launches`: (time, where,
-    how it ended), oldest first. `slow`: the ranks that are slower than the others, or "".
+    `state`: one line. `alive`: it trains or starts. `figures`: those FIGURES that the last step has, None where it
+    has no value. `step_seconds`: of the last step. `launches`: (time, where, how it ended), oldest first. `slow`: the
+    ranks that are slower than the others, or "".
     """
 
     state: str
@@ -49,6 +59,7 @@ class Status:
     step: int
     steps: int | None
     figures: dict[str, float | None]
+    step_seconds: float
     checkpoint: str
     launches: list[tuple[float, str, str]]
     slow: str
@@ -63,8 +74,10 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     if not launches and not metrics:
         raise MegaSoraError(f"{run_dir} has no {LAUNCHES}: nothing was started here yet; train first, see README.md")
     launches = [{"time": 0.0} | keep_kinds(launch, LAUNCH) for launch in launches]
-    last_step = keep_kinds(metrics[-1], {"step": int} | dict.fromkeys(FIGURES, float)) if metrics else {}
-    state, alive = current_state(run_dir, launches, float(last_step.get("time_step") or 0), now)
+    line = metrics[-1] if metrics else {}
+    last_step = keep_kinds(line, {"step": int, "time_step": float} | dict.fromkeys(FIGURES, float))
+    step_seconds = float(last_step.get("time_step", 0.0))
+    state, alive = current_state(run_dir, launches, step_seconds, now)
     ends = [describe_exit(launch.get("previous_exit")) for launch in launches[1:]] + [state]
     latest = run_dir / "checkpoints" / LATEST
     return Status(
@@ -72,7 +85,8 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
         alive=alive,
         step=int(last_step.get("step", 0)),
         steps=configured_steps(run_dir),
-        figures={key: last_step.get(key) for key in FIGURES},
+        figures={key: last_step.get(key) for key in FIGURES if key in line},
+        step_seconds=step_seconds,
         checkpoint=f"{latest.read_text().strip()}, {ago(now - latest.stat().st_mtime)}" if latest.is_file() else "none",
         launches=[(launch["time"], describe_launch(launch), end) for launch, end in zip(launches, ends, strict=False)],
         slow=describe_slow_ranks(read_tail(run_dir / "slow_ranks.jsonl"), launches) if alive else "",
@@ -159,20 +173,14 @@ def build_table(run_dir: Path, status: Status) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    f = status.figures
     progress = f"{status.step}" + (f" of {status.steps} ({status.step / status.steps:.0%})" if status.steps else "")
-    if status.alive and status.steps and f["time_step"]:
-        progress += f", about {format_duration((status.steps - status.step) * f['time_step'])} left"
-    rows = {
-        "state": status.state,
-        "step": progress,
-        "loss": "-" if f["loss"] is None else f"{f['loss']:.4f}",
-        "gradient norm": "-" if f["grad_norm"] is None else f"{f['grad_norm']:.4f}",
-        "tokens/s": "-" if f["tokens_per_second"] is None else f"{f['tokens_per_second']:,.0f}",
-        "MFU": "-" if f["mfu"] is None else f"{f['mfu']:.1%}",
-        "checkpoint": status.checkpoint,
-        "restarts": str(max(0, len(status.launches) - 1)),
-    }
+    if status.alive and status.steps and status.step_seconds:
+        progress += f", about {format_duration((status.steps - status.step) * status.step_seconds)} left"
+    rows = {"state": status.state, "step": progress}
+    for key, value in status.figures.items():
+        name, text = FIGURES[key]
+        rows[name] = "-" if value is None else text.format(value)
+    rows |= {"checkpoint": status.checkpoint, "restarts": str(max(0, len(status.launches) - 1))}
     if status.slow:
         rows["slow"] = status.slow
     for start, where, end in status.launches[-SHOWN_LAUNCHES:]:

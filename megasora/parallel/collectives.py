@@ -57,6 +57,14 @@ def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     return wait(all_reduce_async(x.detach().clone(), axis))
 
 
+def all_reduce_min(x: Tensor, axis: Axis) -> Tensor:
+    """The minimum of x over an axis, element by element, in a new tensor."""
+    lowest = x.detach().clone()
+    if axis.is_split:
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=axis.group)
+    return lowest
+
+
 def local_chunk(x: Tensor, axis: Axis) -> Tensor:
     """This rank's chunk of x along its first dim; a view."""
     return x.chunk(axis.size)[axis.rank] if axis.is_split else x

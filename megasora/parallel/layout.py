@@ -12,26 +12,17 @@ from megasora.parallel.pipeline import check_microbatches, num_stages
 def check_layout(config: Config, processes: int) -> None:
     """Raises MegaSoraError if `processes`, the model or the packs of a step cannot be divided as `parallel` says."""
     p = config.parallel
-    for key in ("tensor", "context", "ulysses", "pipeline", "stages_per_rank"):
-        if getattr(p, key) < 1:
-            raise MegaSoraError(f"parallel.{key}={getattr(p, key)} must be at least 1")
-    product = p.pipeline * p.context * p.tensor
-    if processes % product:
+    check_sizes(config)
+    if p.rows > 1:
         raise MegaSoraError(
-            f"parallel.pipeline={p.pipeline} x parallel.context={p.context} x parallel.tensor={p.tensor} = {product} "
-            f"must divide the {processes} processes; start {nearest_multiples(product, processes)} processes or change "
-            "one of them"
+            f"parallel.rows={p.rows} divides the frames of a codec and is for megasora.train_codec; use 1, and "
+            "parallel.context or parallel.ulysses for a DiT"
         )
+    data = data_axis_size(config, processes)
     check_tensor_axis(config)
     check_context_axis(config)
     check_pipeline_axis(config)
-    data = processes // product
-    packs = config.data.packs_per_step
-    if packs % data:
-        raise MegaSoraError(
-            f"data.packs_per_step={packs} must be a multiple of the {data} data-parallel ranks ({processes} processes "
-            f"/ {product}); use {nearest_multiples(data, packs)}"
-        )
+    packs = check_packs(config, data, processes)
     if p.pipeline > 1:
         check_microbatches(p.schedule, p.pipeline, packs, data)
     if p.zero_stage > 1 and p.pipeline > 1:
@@ -39,6 +30,81 @@ def check_layout(config: Config, processes: int) -> None:
             f"parallel.zero_stage={p.zero_stage} cannot be combined with parallel.pipeline={p.pipeline}: a pipeline "
             "reduces gradients once, after all packs of a step; use parallel.zero_stage=1 or parallel.pipeline=1"
         )
+
+
+def check_codec_layout(config: Config, processes: int) -> None:
+    """The same for a codec: `context` divides the clips in time, and in rows where `rows` is a part of it."""
+    check_sizes(config)
+    p = config.parallel
+    for key, what in (
+        ("tensor", "matrices"),
+        ("pipeline", "blocks"),
+        ("ulysses", "heads"),
+        ("stages_per_rank", "blocks"),
+    ):
+        if getattr(p, key) != 1:
+            raise MegaSoraError(
+                f"parallel.{key}={getattr(p, key)} divides the {what} of a DiT and is not for megasora.train_codec; "
+                "use 1, and parallel.context and parallel.rows to divide long or large clips"
+            )
+    if p.context % p.rows:
+        raise MegaSoraError(
+            f"parallel.rows={p.rows} must divide parallel.context={p.context}; use "
+            f"{nearest_divisors(p.context, p.rows)}; 1 divides clips in time only"
+        )
+    check_packs(config, data_axis_size(config, processes), processes)
+    check_crop(config)
+
+
+def check_crop(config: Config) -> None:
+    """Crops have at least one latent frame for each rank that shares them in time, and one latent row for each rank
+    that shares their rows: shorter clips are computed by one rank, and here none would be longer."""
+    p, (ft, fh, _) = config.parallel, config.codec.factors
+    frames, height, _ = config.data.crop
+    time = p.context // p.rows
+    latent_frames, latent_rows = 1 + -(-(frames - 1) // ft), -(-height // fh)
+    if frames and latent_frames < time:
+        raise MegaSoraError(
+            f"data.crop={config.data.crop} makes clips of {latent_frames} latent frames, fewer than the "
+            f"parallel.context={p.context} / parallel.rows={p.rows} = {time} ranks that would share them; use at least "
+            f"{2 + (time - 2) * ft} frames, or fewer ranks"
+        )
+    if height and latent_rows < p.rows:
+        raise MegaSoraError(
+            f"data.crop={config.data.crop} makes clips of {latent_rows} latent rows, fewer than the "
+            f"parallel.rows={p.rows} ranks that would share them; use at least {(p.rows - 1) * fh + 1} rows, or fewer "
+            "ranks"
+        )
+
+
+def check_sizes(config: Config) -> None:
+    for key in ("tensor", "context", "ulysses", "rows", "pipeline", "stages_per_rank"):
+        if getattr(config.parallel, key) < 1:
+            raise MegaSoraError(f"parallel.{key}={getattr(config.parallel, key)} must be at least 1")
+
+
+def data_axis_size(config: Config, processes: int) -> int:
+    """The number of data-parallel ranks."""
+    p = config.parallel
+    product = p.pipeline * p.context * p.tensor
+    if processes % product:
+        raise MegaSoraError(
+            f"parallel.pipeline={p.pipeline} x parallel.context={p.context} x parallel.tensor={p.tensor} = {product} "
+            f"must divide the {processes} processes; start {nearest_multiples(product, processes)} processes or change "
+            "one of them"
+        )
+    return processes // product
+
+
+def check_packs(config: Config, data: int, processes: int) -> int:
+    """The packs of a step, a multiple of the data axis."""
+    packs = config.data.packs_per_step
+    if packs % data:
+        raise MegaSoraError(
+            f"data.packs_per_step={packs} must be a multiple of the {data} data-parallel ranks ({processes} processes "
+            f"/ {processes // data}); use {nearest_multiples(data, packs)}"
+        )
+    return packs
 
 
 def check_tensor_axis(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 Tensor is the innermost axis: its ranks exchange the most data and are neighbours on one node. Pipeline is outermost:
 its ranks exchange the least. The context axis is itself ring x ulysses, with ulysses inside. The mesh is built once and
-passed as an argument; nothing else creates a process group.
+passed as an argument; nothing else creates a process group. For a codec, context is time x rows: the same two axes.
 """
 
 from __future__ import annotations
@@ -54,6 +54,16 @@ class Mesh:
     data_context: Axis
     model: Axis
 
+    @property
+    def time(self) -> Axis:
+        """Of a codec: the ranks that share the frames of a clip."""
+        return self.ring
+
+    @property
+    def rows(self) -> Axis:
+        """Of a codec: the ranks that share the rows of a frame."""
+        return self.ulysses
+
     def axis(self, name: str) -> Axis:
         """The axis of this name, e.g. one of `Placement.partial_axes`."""
         return getattr(self, name)
@@ -64,9 +74,10 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
 
     The size of the data axis is the number of processes / (pipeline x context x tensor).
     """
-    ring = config.context // config.ulysses
+    ulysses = config.ulysses * config.rows  # one of them is 1
+    ring = config.context // ulysses
     data = dist.get_world_size() // (config.pipeline * config.context * config.tensor)
-    sizes = (config.pipeline, data, ring, config.ulysses, config.tensor)
+    sizes = (config.pipeline, data, ring, ulysses, config.tensor)
     device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
     axes = {name: build_axis(name, device_mesh[name]) for name in AXES}
     for name, parts in FLATTENED_AXES.items():

@@ -1,8 +1,8 @@
 """ZeRO by DeepSpeed: optimizer states (stage 1), gradients (2) and weights (3) are partitioned over data x context.
 
-Input: this rank's pipeline stages and the packs of a step. Effect: one AdamW step, the same in every layout up to the
-order of floating-point sums. It has two halves, gradients and update, so that a step can be left out. DeepSpeed
-averages gradients over data x context; the loss is therefore multiplied by the number of those ranks. Parameters whose
+Input: a model, or this rank's pipeline stages of one, and the packs of a step. Effect: one AdamW step, the same in
+every layout up to the order of floating-point sums. It has two halves, gradients and update, so that a step can be left
+out. DeepSpeed averages gradients over data x context; the loss is therefore multiplied by the number of those ranks. Parameters whose
 gradient is partial on the tensor or pipeline axis have their own parameter groups: ZeRO partitions them identically on
 all ranks of the axis, and the reduced gradients that a rank has of them (all in bf16 stage 1, else its partition) are
 summed over that axis before the optimizer step.
@@ -14,12 +14,12 @@ saved from these views and loaded into them, whatever layout saved them. Call `s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megasora.batch import VideoBatch
 from megasora.config import Config, OptimConfig
 from megasora.fragment import Fragment
 from megasora.parallel.collectives import all_reduce_sum
@@ -39,8 +39,9 @@ class ZeroEngine:
     """The local model stages in a DeepSpeed engine. A step is `forward_backward`, then `optimizer_step` or
     `discard_grads`; `predict` runs a forward pass without gradients. All ranks must call the same.
 
-    stages             {stage number: module}; one, without a pipeline
-    placements         of all parameters of the stages, by name
+    stages             {stage number: module}; one, without a pipeline. A module is called with a pack. Parameters that
+                       need no gradient are left out of training, fragments and counts
+    placements         of all trained parameters of the stages, by name
     uses_weight_decay  (name, parameter) -> whether weight decay applies
     dtype              the model's: float32 or bfloat16; master weights, moments and gradient sums are fp32
     attention          of the model, over the context axis; None if it is not split
@@ -61,7 +62,8 @@ class ZeroEngine:
         self.pipeline: Pipeline | None = None  # set by `parallelize` where the pipeline axis is split
         self.module = next(iter(stages.values())) if len(stages) == 1 else nn.ModuleList(stages.values())
         self.module.to(world.device)
-        self.parameters = {name: p for stage in stages.values() for name, p in stage.named_parameters()}
+        named = [pair for stage in stages.values() for pair in stage.named_parameters()]
+        self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.names = {parameter: name for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             set_counted_in_norm(parameter, self.is_primary_replica(name))
@@ -78,7 +80,7 @@ class ZeroEngine:
 
     def forward_backward(
         self,
-        packs: list[VideoBatch],
+        packs: list[Any],
         loss: Loss,
         lap: Callable[[str], None] = lambda phase: None,
     ) -> float:
@@ -118,8 +120,8 @@ class ZeroEngine:
         """Leaves the step of `forward_backward` out: weights, moments and Adam's step counts stay as they are."""
         self.zero.discard_grads()
 
-    def predict(self, packs: list[VideoBatch]) -> list[Tensor] | None:
-        """Predictions [L, P] of the last stage in evaluation mode; None on ranks of other stages."""
+    def predict(self, packs: list[Any]) -> list[Any] | None:
+        """Predictions of the last stage in evaluation mode; None on ranks of other stages."""
         self.module.eval()
         with torch.no_grad():
             if self.pipeline is not None:

@@ -36,14 +36,15 @@ def measure_matmul_flops_per_s(device: torch.device, size: int = 8192) -> float:
 
 
 def speed_columns(
-    times: dict[str, float], num_tokens: int, flops: float, matmul_flops_per_s: float | None, world: World
+    times: dict[str, float], num_items: int, unit: str, flops: float, matmul_flops_per_s: float | None, world: World
 ) -> dict[str, Any]:
     """What metrics.jsonl has of the speed and memory of a step; `times`: seconds by name, with `step`, of this rank.
 
-    `num_tokens`, `flops`: of the step on all ranks. `matmul_flops_per_s`: of one device, None if it was not measured.
+    `num_items`, of `unit`, and `flops`: of the step on all ranks. `matmul_flops_per_s`: of one device, None if it was
+    not measured.
     """
     return {
-        "tokens_per_second": num_tokens / times["step"],
+        f"{unit}_per_second": num_items / times["step"],
         **{f"time_{name}": round(seconds, 5) for name, seconds in times.items()},
         "mfu": flops / times["step"] / (matmul_flops_per_s * world.size) if matmul_flops_per_s else None,
         "peak_memory_gib": round(peak_memory(world.device) / 2**30, 3),

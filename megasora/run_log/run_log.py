@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,16 @@ from megasora.run_log.wandb_log import WandbLog
 # of a run, without the logs of its launches
 RUN_FILES = (
     "config.yaml", "run.json", "metrics.jsonl", "validation.jsonl", "damaged.jsonl", "skipped.jsonl", "ledger",
-    "samples", "report.html", "report.json",
+    "samples", "reconstructions", "codec", "eval", "report.html", "report.json",
 )  # fmt: skip
+# what the task has of these is on the progress line, or on that of a validation
+STEP_FIGURES = {
+    "loss": "loss {:.4f}", "psnr": "psnr {:.2f} dB", "tokens_per_second": "{:,.0f} tokens/s",
+    "clips_per_second": "{:,.1f} clips/s",
+}  # fmt: skip
+VALIDATION_FIGURES = {
+    "loss": "loss {:.4f}", "psnr": "psnr {:.2f} dB", "ssim": "ssim {:.4f}", "flicker": "flicker {:.4f}",
+}  # fmt: skip
 
 
 def prepare_run_folder(config: Config, step: int) -> None:
@@ -105,7 +114,8 @@ class RunLog:
         layout = f"{processes} process{'es' * (processes > 1)}{f' ({axes})' if axes else ''} on {device}"
         size = info["parameters"]
         model = f"{size / 1e6:.2f}M parameters" if size >= 10_000 else f"{size} parameters"
-        self.print(f"{model}, {info['clips']:,} clips, {info['tokens_per_step']:,} tokens per step, {layout}")
+        step = [f"{count:,} {key.replace('_', ' ')}" for key, count in info.items() if key.endswith("_per_step")]
+        self.print(", ".join([model, f"{info['clips']:,} clips", *step, layout]))
 
     def print_start(self, step: int, saved_settings: dict[str, Any], settings: dict[str, Any]) -> None:
         """The range of steps, and how the layout differs from that which has saved the checkpoint of `step`."""
@@ -127,8 +137,7 @@ class RunLog:
             metrics = finite_or_none(metrics)
             self.metrics.write(metrics)
             self.wandb.write(step, metrics)
-            loss, speed = describe_loss(metrics["loss"]), f"{metrics['tokens_per_second']:,.0f} tokens/s"
-            self.progress.update(step, f"loss {loss}  {speed}")
+            self.progress.update(step, describe_figures(metrics, STEP_FIGURES, "  "))
             self.print_wandb_warning()
 
     def log_skipped(self, line: dict[str, Any]) -> None:
@@ -142,8 +151,9 @@ class RunLog:
         if self.is_main and result is not None:
             result = finite_or_none(result)
             self.validation.write({"step": step, **result})
-            self.wandb.write(step, {"validation_loss": result["loss"]})
-            self.print(f"step {step}: validation loss {describe_loss(result['loss'])}")
+            figures = {key: value for key, value in result.items() if not isinstance(value, list | dict)}
+            self.wandb.write(step, {f"validation_{key}": value for key, value in figures.items()})
+            self.print(f"step {step}: validation {describe_figures(figures, VALIDATION_FIGURES, ', ')}")
             if clips := result.get("non_finite_clips"):
                 self.print(f"step {step}: the validation loss is not finite in {describe_clips(clips)}")
 
@@ -158,6 +168,7 @@ class RunLog:
             self.progress.print(self.printed_warning)
 
 
-def describe_loss(loss: float | None) -> str:
-    """`loss`: None if there is none, or it is not finite."""
-    return "-" if loss is None else f"{loss:.4f}"
+def describe_figures(values: dict[str, Any], formats: dict[str, str], separator: str) -> str:
+    """The values that `formats` has a text for; "-" in place of None: there is none, or it is not finite."""
+    texts = [(text, values[key]) for key, text in formats.items() if key in values]
+    return separator.join(re.sub("{.*}", "-", text) if value is None else text.format(value) for text, value in texts)

@@ -37,6 +37,8 @@ def sample_to_file(options: argparse.Namespace) -> None:
     sample = override_sample_config(
         pipeline.config, guidance_scale=options.guidance_scale, num_inference_steps=options.num_inference_steps,
         solver=options.solver, frames=options.frames, fps=options.fps, size=options.size,
+        negative_prompt=options.negative_prompt,
+        unconditional=None if options.negative_prompt is None else "negative_prompt",
     )  # fmt: skip
     if options.out.suffix == ".png" and options.frames is None:
         sample.frames = 1
@@ -75,6 +77,10 @@ def check_settings(sample: SampleConfig, out: Path, seed: int) -> None:
             f"--num-inference-steps {steps} must be at least 1, --fps {sample.fps} from {MIN_FPS} to {MAX_FPS}, "
             f"--guidance-scale {scale} finite and not negative"
         )
+    try:
+        sample.negative_prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MegaSoraError(f"--negative-prompt is not UTF-8 text: {error}") from None
     if not 0 <= seed < 1 << 63:
         raise MegaSoraError(f"--seed {seed} must be from 0 to below 2^63")
 
@@ -92,6 +98,7 @@ def write_sample(video: np.ndarray, sample: SampleConfig, options: argparse.Name
     settings = json.loads(provenance) | {
         "size": sample.size, "frames": sample.frames, "fps": sample.fps, "guidance_scale": sample.guidance_scale,
         "solver": sample.solver, "num_inference_steps": sample.num_inference_steps, "weights": options.weights,
+        "unconditional": sample.unconditional, "negative_prompt": sample.negative_prompt,
         "image": str(options.image or ""),
     }  # fmt: skip
     write_text_atomic(options.out.with_suffix(".json"), json.dumps(settings, indent=1) + "\n")

@@ -23,10 +23,14 @@ from megasora.diffusion.timesteps import shift_factor
 
 @dataclass(frozen=True)
 class Prompt:
-    """Grid, caption and size of a clip to sample. `clean` = (head, tail) latent frames of its patches are kept."""
+    """Grid, caption and size of a clip to sample. `clean` = (head, tail) latent frames of its patches are kept.
+
+    `negative_SE`: the encoded caption that guidance moves away from; None: the null token.
+    """
 
     record: Record
     clean: tuple[int, int] = (0, 0)
+    negative_SE: Tensor | None = None
 
 
 @torch.no_grad()
@@ -72,18 +76,25 @@ def generate(
 
 
 def build_batch(prompts: list[Prompt], is_guided: bool) -> VideoBatch:
-    """A pack of all prompts, on the CPU; `is_guided`: followed by all of them again, with hidden captions.
+    """A pack of all prompts, on the CPU; `is_guided`: followed by all of them again, with hidden or negative captions.
 
     `timesteps_R` is 1 at rows to sample and 0 at clean ones.
     """
-    doubled = [*prompts, *prompts] if is_guided else prompts
+    doubled = [*prompts, *(unconditional(prompt) for prompt in prompts)] if is_guided else prompts
     batch = make_batch([p.record for p in doubled], sum(len(p.record.patches_LP) for p in doubled))
     drop_text_G = batch.drop_text_G.clone()
-    drop_text_G[len(prompts) :] = True
+    drop_text_G[len(prompts) :] = torch.tensor([p.negative_SE is None for p in doubled[len(prompts) :]])
     cu_rows, timesteps_R, segment_R = build_rows(batch, torch.ones(len(doubled)), [p.clean for p in doubled])
     return dataclasses.replace(
         batch, drop_text_G=drop_text_G, cu_rows=cu_rows, timesteps_R=timesteps_R.float(), row_segment_R=segment_R
     )
+
+
+def unconditional(prompt: Prompt) -> Prompt:
+    """The prompt with its negative caption, if it has one."""
+    if prompt.negative_SE is None:
+        return prompt
+    return dataclasses.replace(prompt, record=dataclasses.replace(prompt.record, text_SE=prompt.negative_SE))
 
 
 def draw_noise(batch: VideoBatch, cu: Tensor, seed: int) -> Tensor:

@@ -20,10 +20,13 @@ from megasora.codec import build_codec
 from megasora.config import Config, SampleConfig, load_run_config, token_pixels
 from megasora.data.pack import Record
 from megasora.data.patches import frames_to_float, frames_to_uint8, patchify, unpatchify
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, printable
+from megasora.files import read_regular_file
+from megasora.jsonl import parse_json
 from megasora.sampling.generate import Prompt, generate
 from megasora.text import build_text_encoder
 
+MAX_RUN_INFO_BYTES = 1 << 20
 CHECKPOINT_KINDS = {"ema": "ema", "raw": "weights"}  # values of --weights -> kinds in a checkpoint
 
 
@@ -63,11 +66,14 @@ class SamplingPipeline:
         step = step_of(folder.name)
         config.model.kernel_backend = config.model.attention_backend = "auto"  # this machine may differ from training's
         model = build_model(config, patch_dim(config))
-        checkpoint, kind = ShardedCheckpoint(folder), CHECKPOINT_KINDS[weights]
+        checkpoint = ShardedCheckpoint(folder)
+        kind = checkpoint.stored_kind(CHECKPOINT_KINDS[weights])
         model.load_state_dict({name: checkpoint.full_tensor(kind, name) for name in checkpoint.shapes})
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(config, model, run_dir.resolve().name, step, torch.device(device))
+        pipeline = cls(config, model, run_dir.resolve().name, step, torch.device(device))
+        check_codec(run_dir, config, pipeline.codec.fingerprint)
+        return pipeline
 
     def check(self, request: Request) -> None:
         """Raises MegaSoraError if the model cannot sample this request."""
@@ -99,7 +105,8 @@ class SamplingPipeline:
         """uint8 [F, H, W, 3] of each request, sampled in one pack. Calls `progress` after each model call."""
         for request in requests:
             self.check(request)
-        prompts = [self.build_prompt(request) for request in requests]
+        negative_SE = self.encode_negative_prompt(sample)
+        prompts = [dataclasses.replace(self.build_prompt(request), negative_SE=negative_SE) for request in requests]
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
         with autocast:
             patches = generate(self.model, prompts, self.config.objective, sample, seed, self.device, progress)
@@ -109,6 +116,12 @@ class SamplingPipeline:
             frames = self.codec.decode(unpatchify(tokens.float(), prompt.record.grid, patch))
             videos.append(frames_to_uint8(frames)[: request.frames].numpy())
         return videos
+
+    def encode_negative_prompt(self, sample: SampleConfig) -> torch.Tensor | None:
+        """[S, E]; None if guidance uses the null token, or there is none."""
+        if sample.unconditional == "null_token" or sample.guidance_scale == 1:
+            return None
+        return self.encoder.encode([sample.negative_prompt])[0]
 
     def build_prompt(self, request: Request) -> Prompt:
         _, ph, pw = token_pixels(self.config)
@@ -128,6 +141,23 @@ class SamplingPipeline:
         """JSON text for the metadata of a file: that it is generated, and by which run."""
         return json.dumps(
             {"ai_generated": True, "by": "MegaSora", "run": self.run, "step": self.step, "prompt": prompt, "seed": seed}
+        )
+
+
+def check_codec(run_dir: Path, config: Config, fingerprint: str) -> None:
+    """Raises MegaSoraError if a run was trained on latents of another codec than this one, as its run.json says.
+
+    A decoder that was trained further since is accepted, and so are other tiles.
+    """
+    try:
+        trained_with = parse_json(read_regular_file(run_dir / "run.json", MAX_RUN_INFO_BYTES))["codec"]
+    except (OSError, ValueError, TypeError, KeyError):  # of another version
+        return
+    if str(trained_with).partition("-tile")[0] != fingerprint.partition("-tile")[0]:
+        place = f"codec.path={config.codec.path}" if config.codec.path else "its codec"
+        raise MegaSoraError(
+            f"{run_dir} was trained on latents of {printable(str(trained_with), 200)}, {place} is now {fingerprint}; "
+            "put the codec of the training back"
         )
 
 

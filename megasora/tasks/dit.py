@@ -77,6 +77,7 @@ class DiTTask:
             "clips": len(self.train_clips),
             "validation_clips": len(self.val_clips),
             "tokens_per_step": self.config.data.tokens_per_pack * self.config.data.packs_per_step,
+            "codec": self.train_clips.manifest.codec_fingerprint,
         }
 
     # ------------------------------------------------------------------ checkpoints
@@ -206,6 +207,9 @@ class DiTTask:
             self.val_clips, count, self.config, self.objective, self.engine, self.encode_caption, self.share,
             self.mesh.data, self.world,
         )  # fmt: skip
+
+    def finish(self, heartbeat: Callable[[str], None]) -> None:
+        """Nothing: the checkpoints are what the run is for."""
 
 
 def non_finite_clips_of(shares: list[VideoBatch], errors_L: dict[int, Tensor]) -> list[int]:

@@ -33,8 +33,9 @@ class StepMetrics(NamedTuple):
     """What `Task.step_metrics` returns: figures of the step over all ranks."""
 
     loss: float | None  # None if the step has no clips
-    num_tokens: int  # tokens trained on, for tokens_per_second
+    num_items: int  # tokens or clips trained on, for the speed
     columns: dict[str, Any]  # further columns of metrics.jsonl
+    unit: str = "tokens"  # what `num_items` counts: tokens | clips; the column is tokens_per_second or clips_per_second
 
 
 class Task(Protocol):
@@ -43,8 +44,8 @@ class Task(Protocol):
     num_parameters: int  # of the full model
 
     def run_info(self) -> dict[str, Any]:
-        """What run.json says of the model and the data. Required: `tokens_per_step`, `clips` and `layout`, the sizes of
-        the axes by name."""
+        """What run.json says of the model and the data. Required: `tokens_per_step` or `clips_per_step`, `clips`, and
+        `layout`, the sizes of the axes by name. `task`: the kind of run, whose page `megasora report` writes."""
 
     def fragments(self) -> list[Fragment]:
         """This rank's live fp32 weights and moments: what a checkpoint saves and loads, and the EMA averages.
@@ -92,3 +93,7 @@ class Task(Protocol):
 
     def validate(self) -> dict[str, Any] | None:
         """Validation figures, with the key `loss`, on the main process; None on others, and if no data is held out."""
+
+    def finish(self, heartbeat: Callable[[str], None]) -> None:
+        """Call on all ranks after the last step, also where a complete run is started again: writes what the run is
+        for, unless it is there. `heartbeat(activity)`: for the watchdog, before each part."""

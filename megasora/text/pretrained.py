@@ -51,7 +51,7 @@ class PretrainedEncoder:
         self.name, self.path, self.max_tokens, self.pad = config.name, config.path, config.max_tokens, config.pad
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.transformers = import_transformers(config.name)
-        self.folder = find_folder(config.path)
+        self.folder, self.tokenizer_folder = pipeline_folders(find_folder(config.path))
         self.model_type, self.weights_config = read_config(self.folder, config)
         self.model_class = getattr(self.transformers, ENCODERS[config.name][self.model_type])
         self.weights = find_weights(self.folder, config.path)
@@ -82,7 +82,7 @@ class PretrainedEncoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return self.load(self.transformers.AutoTokenizer.from_pretrained)
+        return self.load(self.transformers.AutoTokenizer.from_pretrained, folder=self.tokenizer_folder)
 
     @cached_property
     def encoder(self) -> nn.Module:
@@ -94,9 +94,9 @@ class PretrainedEncoder:
             )
         return model.eval().requires_grad_(False).to(self.device)
 
-    def load(self, from_pretrained: Any, **options: Any) -> Any:
+    def load(self, from_pretrained: Any, folder: Path | None = None, **options: Any) -> Any:
         try:
-            return from_pretrained(self.folder, local_files_only=True, **options)
+            return from_pretrained(folder or self.folder, local_files_only=True, **options)
         except Exception as error:  # each library raises its own exceptions on damaged files
             raise load_error(self.path, error) from None
 
@@ -169,6 +169,12 @@ def find_folder(path: str) -> Path:
     except Exception as error:  # no such folder or repository, no network, no permission
         raise load_error(path, error) from None
     return folder
+
+
+def pipeline_folders(folder: Path) -> tuple[Path, Path]:
+    """The folders of the encoder and of its tokenizer: `folder` for both, or two folders of a pipeline of diffusers."""
+    encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
+    return (encoder, tokenizer) if encoder.is_dir() and tokenizer.is_dir() else (folder, folder)
 
 
 def read_config(folder: Path, config: TextConfig) -> tuple[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import is_running
 
-from megasora.codec import build_codec
+from megasora.codec import build_codec, build_frame_encoder
 from megasora.config import CodecConfig, IngestConfig
 from megasora.data.clip_reader import read_clip
 from megasora.data.clip_writer import write_image, write_video
@@ -54,7 +54,9 @@ def noise(frames: int, height: int, width: int) -> np.ndarray:
 def test_a_worker_writes_the_patches_that_the_codec_gives_for_the_whole_clip(patch, size, tmp_path):
     write_video(noise(*size), 12, tmp_path / "a.mp4")
     config = CodecConfig(channels=24)
-    result = Worker(config, IngestConfig(), patch).run_job(encode_job(Media(tmp_path / "a.mp4"), tmp_path / "patches"))
+    result = Worker(build_frame_encoder(config), IngestConfig(), patch).run_job(
+        encode_job(Media(tmp_path / "a.mp4"), tmp_path / "patches")
+    )
     frames = frames_to_float(torch.from_numpy(read_clip(tmp_path / "a.mp4", IngestConfig()).frames_FHWC))
     frames = pad_frames(frames, (8 * patch[1], 8 * patch[2]))
     expected, grid = patchify(build_codec(config).encode(frames), tuple(patch))
@@ -68,7 +70,7 @@ def test_a_worker_writes_the_patches_that_the_codec_gives_for_the_whole_clip(pat
 @pytest.mark.parametrize("value", [np.nan, np.inf, -65520.0])
 def test_latents_that_are_not_finite_in_float16_reject_their_clip(value, tmp_path):
     write_image(np.full((16, 16, 3), 7, np.uint8), tmp_path / "a.png")
-    worker = Worker(CodecConfig(), IngestConfig(), [1, 1, 1])
+    worker = Worker(build_frame_encoder(CodecConfig()), IngestConfig(), [1, 1, 1])
     valid = worker.run_job(encode_job(Media(tmp_path / "a.png"), tmp_path / "patches"))
     encode = worker.encoder.encode
 

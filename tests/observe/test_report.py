@@ -14,9 +14,11 @@ import pytest
 
 from megasora import config
 from megasora.errors import MegaSoraError
-from megasora.observe import report, report_samples, run_data
+from megasora.observe import report, report_dit, report_samples, run_data
 from megasora.observe.curves import decimate, smooth
+from megasora.observe.figures import compute_figures
 from megasora.observe.formatting import NBSP
+from megasora.observe.page_elements import Page
 from megasora.observe.report import write_report
 
 HTML_INJECTION = '<script>alert("red")</script> & a "circle"'
@@ -224,7 +226,7 @@ def test_page_names_the_folders_of_a_mixture_with_their_weights(run_dir, tmp_pat
         (["data.mixture=[a]", "data.mixture_weights=[3]"], "the shards in <code>a</code>, made"),
     ):
         saved.write_text(config.to_yaml(config.load(None, settings)), encoding="utf-8")
-        assert expected in report.reproduce_section(run_data.read_run_data(tmp_path / "run"))
+        assert expected in report_dit.describe_data(run_data.read_run_data(tmp_path / "run"))
 
 
 def test_notes_say_what_was_skipped_or_repeated(page):
@@ -346,10 +348,12 @@ def outcome(folder: Path) -> str:
     """`page` or the error of the report; any other exception fails the test."""
     try:
         run = run_data.read_run_data(folder)
-        figures = report.compute_figures(run)
+        figures = compute_figures(run)
         json.dumps(figures, allow_nan=False)
-        for part in (report.run_info_items(run), report.figure_tiles(run, figures), report.reproduce_section(run)):
-            assert "<b>" not in part.replace('<b style="left', "")
+        tiles = [*report_dit.training_tiles(run, figures), *report_dit.accuracy_tiles(run, figures)]
+        page = Page(figures, [tiles], [], "megasora.train", report_dit.describe_data(run))
+        parts = (report.run_info_items(run), report.figure_tiles(page.tiles), report.reproduce_section(run, page))
+        assert "<b>" not in "".join(parts).replace('<b style="left', "")
         report_samples.describe_evaluation(run)
         for attribute in run_data.ATTRIBUTES:
             report_samples.confusion_table(run.evaluated_samples, attribute)

@@ -4,7 +4,8 @@
 
 A stage has residual blocks of one width; between two stages the sides are halved (Downsample) or doubled (Upsample),
 in the last ones also time. The patch of the first convolution holds the remaining strides. Images are clips of one
-frame. The latents are those of `quantizers.py`; the network knows only their number of channels.
+frame. The path through the shortcuts is linear from pixels to latents and back: there is no norm before the last
+convolutions, with which training took several times as many steps. The latents are those of `quantizers.py`; the network knows only their number of channels.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megasora.codec.vae.boundary import Boundary, ClipBoundary
 from megasora.codec.vae.layers import (
     CausalConv3d,
-    ChannelNorm,
     Downsample,
     ResidualBlock,
     Upsample,
@@ -61,13 +60,13 @@ class Encoder(nn.Module):
             if index < len(plan.stages):
                 layers.append(Downsample(width, widths[index + 1], plan.stages[index]))
         self.layers = nn.ModuleList(layers)
-        self.norm_out, self.conv_out = ChannelNorm(widths[-1]), CausalConv3d(widths[-1], out_channels, kernel)
+        self.conv_out = CausalConv3d(widths[-1], out_channels, kernel)
 
     def forward(self, frames: Tensor, boundary: Boundary) -> Tensor:
         x = self.conv_in(space_to_depth(frames, self.patch, boundary.starts_clip), boundary)
         for layer in self.layers:
             x = layer(x, boundary)
-        return self.conv_out(F.silu(self.norm_out(x)), boundary)
+        return self.conv_out(x, boundary)
 
 
 class Decoder(nn.Module):
@@ -85,14 +84,13 @@ class Decoder(nn.Module):
             if index < len(stages):
                 layers.append(Upsample(width, widths[index + 1], stages[index]))
         self.layers = nn.ModuleList(layers)
-        self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], COLORS * plan.patch[0] * plan.patch[1] ** 2, kernel)
 
     def forward(self, latents: Tensor, boundary: Boundary) -> Tensor:
         x = self.conv_in(latents, boundary)
         for layer in self.layers:
             x = layer(x, boundary)
-        return depth_to_space(self.conv_out(F.silu(self.norm_out(x)), boundary), self.patch, boundary.starts_clip)
+        return depth_to_space(self.conv_out(x, boundary), self.patch, boundary.starts_clip)
 
 
 def kernel_of(vae: VAEConfig) -> tuple[int, int]:
@@ -137,10 +135,10 @@ class VideoVAE(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, draw) -> None:
-    """Initialises all parameters. `draw(name, shape)`: a standard normal tensor, keyed by the name.
+    """Initialises all parameters, and the codes of vq. `draw(name, shape)`: a standard normal tensor, keyed by name.
 
-    Convolutions keep the variance of their input; the last one of each residual block and `proj` start small, so that a
-    block starts near the identity.
+    Convolutions divide the variance of their input by three, as PyTorch's own initialisation does, so that the
+    shortcuts are what the network begins with.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -148,6 +146,7 @@ def init_weights(model: nn.Module, draw) -> None:
         elif parameter.ndim == 1:
             parameter.fill_(1.0)
         else:
-            fan_in = parameter[0].numel()
-            small = name.endswith(("conv2.weight",))
-            parameter.copy_(draw(name, parameter.shape) * fan_in**-0.5 * (0.1 if small else 1.0))
+            parameter.copy_(draw(name, parameter.shape) * (3 * parameter[0].numel()) ** -0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("codebook.codes"):
+            buffer.copy_(draw(name, buffer.shape))

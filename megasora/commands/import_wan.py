@@ -1,0 +1,144 @@
+"""`megasora checkpoint import-wan FOLDER --run RUN`: a run folder of a Wan model, for `megasora sample RUN`.
+
+    FOLDER/transformer    -> RUN/checkpoints/step-00000000, see checkpoint/wan.py and checkpoint/imported.py
+    FOLDER/vae            -> codec.name=wan, codec.path=FOLDER     in RUN/config.yaml; both are read when sampling
+    FOLDER/text_encoder   -> text.path=FOLDER, tokenizer of FOLDER/tokenizer
+
+Samples are then those of WanPipeline of diffusers with Euler steps: guidance moves away from the encoded negative
+prompt, by default the empty one, because Wan has no null token. Timesteps are shifted by the flow_shift of
+FOLDER/scheduler for a clip of the default size, and as everywhere in MegaSora less for a smaller one.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from megasora.checkpoint.imported import save_imported
+from megasora.checkpoint.store import CheckpointStore
+from megasora.checkpoint.wan import open_weights
+from megasora.checkpoint.wan_folder import WanFolder, read_wan
+from megasora.codec import resolve_codec
+from megasora.commands.checkpoint import num_bytes, parameter_shapes
+from megasora.config import Config, load, to_yaml, token_pixels
+from megasora.errors import MegaSoraError
+from megasora.files import check_folder, read_regular_file, write_text_atomic
+from megasora.jsonl import parse_json
+from megasora.model.init import initial_value
+from megasora.observe.byte_progress import byte_progress
+from megasora.text import build_text_encoder
+
+SIZES = {  # pixels of a latent's side -> the size, frames, fps and flow_shift that the model is made for
+    8: ((480, 832), 81, 16, 3.0),  # Wan 2.1
+    16: ((704, 1280), 121, 24, 5.0),  # Wan 2.2 TI2V
+}
+SAMPLE = (  # as in WanPipeline of diffusers
+    "sample.solver=euler", "sample.num_inference_steps=50", "sample.guidance_scale=5",
+    "sample.unconditional=negative_prompt",
+)  # fmt: skip
+SCHEDULER, SHIFT_KEYS = "scheduler/scheduler_config.json", ("flow_shift", "shift")
+MAX_JSON_BYTES = 1 << 20
+
+
+def import_wan_to_run(place: Path, run: Path, overrides: list[str]) -> None:
+    """Writes the run folder `run`, whole or not at all. `overrides`: key=value settings of its config.yaml.
+
+    Raises MegaSoraError if `run` is not empty, or the codec or text encoder is missing or does not fit the weights.
+    """
+    check_new_folder(run)
+    wan = read_wan(place)
+    config = run_config(place, wan, [*overrides, f"run.dir={quote(str(run))}"])
+    check_fit(wan, config)
+    shapes = parameter_shapes(wan)
+    staging = run.absolute().with_name(f".{run.absolute().name}.part")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        store = CheckpointStore(staging / "checkpoints")
+        with open_weights(wan, shapes, partial(initial_value, seed=config.run.seed)) as value_of:
+            with byte_progress("import", num_bytes(shapes)) as advance:
+                save_imported(store, shapes, value_of, f"Wan, {place}", advance)
+        write_text_atomic(staging / "config.yaml", to_yaml(config))
+        with suppress(FileNotFoundError):
+            run.rmdir()  # it is empty
+        os.replace(staging, run)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{run}: sample a video of {config.sample.size} pixels and {config.sample.frames} frames with")
+    print(shlex.join(["megasora", "sample", str(run), "--prompt", "a red circle moves right", "--out", "out.mp4"]))
+
+
+def check_new_folder(run: Path) -> None:
+    check_folder(run, f"--run {run}")
+    if run.is_dir() and any(run.iterdir()):
+        raise MegaSoraError(f"--run {run} is not empty; give a new folder, e.g. runs/wan")
+
+
+def run_config(place: Path, wan: WanFolder, overrides: list[str]) -> Config:
+    """The configuration for config.yaml: of the weights, of the pipeline that they are part of, and `overrides`."""
+    own = [*wan.settings(), "codec.name=wan", *pipeline_settings(pipeline_folder(place))]
+    config = load(None, [*own, *overrides])
+    config.codec = resolve_codec(config.codec)
+    config = load(None, [*own, *sample_settings(place, config), *overrides])
+    config.codec = resolve_codec(config.codec)
+    return config
+
+
+def pipeline_folder(place: Path) -> Path:
+    """The folder of the pipeline whose transformer is `place`: a folder, perhaps transformer/ itself, or a file."""
+    folder = place.parent if place.is_file() else place
+    return folder if (folder / "transformer").is_dir() else folder.absolute().parent
+
+
+def pipeline_settings(pipeline: Path) -> list[str]:
+    found = {"codec.path": ("vae",), "text.path": ("text_encoder", "tokenizer")}
+    return [
+        f"{key}={quote(str(pipeline.absolute()))}"
+        for key, folders in found.items()
+        if all((pipeline / name).is_dir() for name in folders)
+    ]
+
+
+def quote(text: str) -> str:
+    """Letters of a setting, whatever they are."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def sample_settings(place: Path, config: Config) -> list[str]:
+    """Settings of `sample`, and of `objective` for the shift of its timesteps. `config`: with the codec."""
+    (height, width), frames, fps, shift = SIZES.get(config.codec.factors[1], SIZES[8])
+    ft, fh, fw = token_pixels(config)
+    tokens = (1 + (frames - 1) // ft) * (height // fh) * (width // fw)
+    return [
+        *SAMPLE, f"sample.size={height}x{width}", f"sample.frames={frames}", f"sample.fps={fps}",
+        f"objective.shift={read_shift(pipeline_folder(place)) or shift}", f"objective.shift_tokens={tokens}",
+    ]  # fmt: skip
+
+
+def read_shift(pipeline: Path) -> float | None:
+    """The shift of the timesteps in the scheduler's file; None if there is none, or it does not say."""
+    try:
+        values = parse_json(read_regular_file(pipeline / SCHEDULER, MAX_JSON_BYTES))
+    except (OSError, ValueError):
+        return None
+    numbers = [values.get(key) for key in SHIFT_KEYS] if isinstance(values, dict) else []
+    return next((float(x) for x in numbers if isinstance(x, int | float) and 0 < x < 1000), None)
+
+
+def check_fit(wan: WanFolder, config: Config) -> None:
+    """Raises MegaSoraError if the codec or the text encoder is not the one that the weights were trained with."""
+    if config.codec.channels != wan.channels:
+        raise MegaSoraError(
+            f"codec.path={config.codec.path} has {config.codec.channels} latent channels, the transformer "
+            f"{wan.channels}; give the autoencoder of the same model: codec.path=FOLDER/vae"
+        )
+    features = build_text_encoder(config.text).text_dim
+    if features != wan.text_dim:
+        raise MegaSoraError(
+            f"text.path={config.text.path} has {features} features, the transformer reads {wan.text_dim}; give the "
+            "text encoder of the same model: text.path=FOLDER of the pipeline"
+        )
