@@ -15,7 +15,7 @@ KILLS := 0
 
 help:
 	@echo "make install     make .venv and install MegaSora in it, editable (every other target does this first)"
-	@echo "make demo        clips -> shards -> training on 2 processes -> a video -> runs/demo/report.html, in 10 minutes"
+	@echo "make demo        clips -> codec -> shards -> training on 2 processes -> a video -> runs/demo/report.html, in 10 minutes"
 	@echo "make demo-long   the same clips, trained longer: runs/demo-long, in 45 minutes"
 	@echo "make test        the test suite, one process per core, at most 4; GPU tests skip where there is no GPU"
 	@echo "make faults      kills, stops, hangs, damaged files, full disks: docs/faults.md -> runs/faults/, in 15 minutes;"
@@ -37,8 +37,8 @@ $(INSTALLED): setup.py constraints.txt
 	"$$python" tools/install.py --venv $(VENV)
 	@touch $@
 
-# The demo: the five commands of the README. Each makes one file or folder, so that what is complete is not done again;
-# to redo from some step on, delete what it made: data/clips, data/shards, runs/demo, runs/demo/sample.mp4,
+# The demo: the six commands of the README. Each makes one file or folder, so that what is complete is not done again;
+# to redo from some step on, delete what it made: data/clips, runs/vae, data/shards, runs/demo, runs/demo/sample.mp4,
 # runs/demo/report.html. Training that was interrupted resumes from its last checkpoint.
 
 demo: runs/demo/report.html
@@ -54,9 +54,15 @@ data/clips: | $(INSTALLED)
 	$(BIN)/python tools/make_clips.py --out data/.clips
 	@mv data/.clips $@
 
-data/shards/dataset.json: | data/clips
+runs/vae/.trained: configs/vae_demo.yaml | data/clips
+	@echo "==> training the codec runs/vae on 2 processes"
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m megasora.train_codec configs/vae_demo.yaml \
+	  run.dir=runs/vae data.clips=data/clips
+	@touch $@
+
+data/shards/dataset.json: runs/vae/.trained | data/clips
 	@echo "==> ingesting data/clips into data/shards"
-	$(BIN)/megasora ingest data/clips --out data/shards
+	$(BIN)/megasora ingest data/clips --out data/shards --config configs/demo.yaml
 
 $(RUNS:=/.trained): runs/%/.trained: data/shards/dataset.json configs/$$(subst -,_,$$*).yaml
 	@echo "==> training runs/$* on 2 processes"

@@ -27,9 +27,11 @@ from megasora.errors import MegaSoraError
 from megasora.model.attention import AcrossHeadsNorm
 from megasora.model.dit import VideoDiT
 from megasora.model.init import initial_value
+from megasora.optim.muon import orthogonalize
 from megasora.parallel.collectives import CopyToTensorParallel, GatherTokens, ScatterTokens, all_reduce_sum
 from megasora.parallel.context_attention import ContextAttention
 from megasora.parallel.mesh import Axis, Mesh
+from megasora.parallel.muon import MuonRule
 from megasora.parallel.pipeline import AccumulateGrads, Pipeline, num_stages, stage_numbers
 from megasora.parallel.share import share_length
 from megasora.parallel.tensor import ColumnParallelLinear, RowParallelLinear
@@ -57,6 +59,10 @@ PARTIAL_GRADIENT = (
 CONDITIONING = ("timestep", "native", "text", "null_text", "pooled_text", "shared_modulation")
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_WEIGHT_DECAY = ("patch_in.*", "patch_out.*", "*.table")  # and all vectors: their scale matters
+# Matrices that keep AdamW's steps with optim.name=muon: first and last layers, embeddings, tables.
+NO_MUON = (
+    "patch_in.*", "patch_out.*", "*.table", "timestep.*", "native.*", "text.byte.*", "text.place.*", "text.up.*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,10 @@ class LocalModel:
 def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
     """The configured model, ready to train on this rank. All ranks must call it."""
     local, dtype = build_local_model(config, world.device, mesh), compute_dtype(config, world.device)
-    engine = ZeroEngine(local.stages, local.placements, uses_weight_decay, config, world, mesh, dtype, local.attention)
+    engine = ZeroEngine(
+        local.stages, local.placements, uses_weight_decay, config, world, mesh, dtype, local.attention,
+        muon_rule(config, num_matrices),
+    )  # fmt: skip
     if mesh.pipeline.is_split:
         accumulate_grads = engine.zero.accumulate_grads
         engine.pipeline = build_pipeline(local.stages, config, mesh, world.device, dtype, accumulate_grads)
@@ -226,6 +235,22 @@ def tie_conditioning(stages: list[VideoDiT]) -> None:
 def uses_weight_decay(name: str, parameter: Tensor) -> bool:
     """Whether AdamW decays the parameter: matrices, except NO_WEIGHT_DECAY."""
     return parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in NO_WEIGHT_DECAY)
+
+
+def num_matrices(name: str, parameter: Tensor) -> int:
+    """How many matrices a parameter is for Muon, one below the other; 0: it has AdamW's steps."""
+    if parameter.ndim < 2 or any(fnmatch(name, pattern) for pattern in NO_MUON):
+        return 0
+    if fnmatch(name, "text.blocks.*.qkv.weight"):
+        return 3
+    layer = name.removesuffix(".weight")
+    options = next((value for pattern, value in COLUMN_PARALLEL.items() if fnmatch(layer, pattern)), {})
+    return options.get("num_chunks", 1)
+
+
+def muon_rule(config: Config, num_matrices: Callable[[str, Tensor], int]) -> MuonRule | None:
+    """For a ZeroEngine: None unless optim.name=muon."""
+    return MuonRule(num_matrices, orthogonalize) if config.optim.name == "muon" else None
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

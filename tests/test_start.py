@@ -98,7 +98,7 @@ def test_variables_left_in_the_environment_are_one_line_with_the_remedy(
     variables, message = WRONG[case]
     environment(variables)
     monkeypatch.setattr("megasora.train.MAIN_PRINTS_SECONDS", 0.0)
-    assert main([str(ROOT / "configs" / "demo.yaml"), f"run.dir={tmp_path / 'run'}"]) == CONFIGURATION
+    assert main([str(ROOT / "configs" / "dit_s.yaml"), f"run.dir={tmp_path / 'run'}"]) == CONFIGURATION
     said = capsys.readouterr().err
     assert said.startswith(f"megasora: error: {message}") and said.count("\n") == 1
     assert "start the processes with torchrun" in said and "unset RANK WORLD_SIZE" in said
@@ -154,10 +154,10 @@ def test_a_launch_that_is_refused_leaves_no_folder(environment, tmp_path, capsys
     environment({})
     (tmp_path / "runs").mkdir()
     run = tmp_path / "runs" / "a" / "b" / "run"
-    assert main([str(ROOT / "configs" / "demo.yaml"), f"run.dir={run}", "data.shards=/nowhere"]) == CONFIGURATION
+    assert main([str(ROOT / "configs" / "dit_s.yaml"), f"run.dir={run}", "data.shards=/nowhere"]) == CONFIGURATION
     assert "no dataset.json in /nowhere" in capsys.readouterr().err
     assert not list((tmp_path / "runs").iterdir())
-    assert main([str(ROOT / "configs" / "demo.yaml"), "run.dir=/proc/no/run"]) == CONFIGURATION
+    assert main([str(ROOT / "configs" / "dit_s.yaml"), "run.dir=/proc/no/run"]) == CONFIGURATION
     assert capsys.readouterr().err.startswith("megasora: error: run.dir=/proc/no/run cannot be written: ")
 
 
@@ -268,7 +268,7 @@ def test_a_run_folder_that_does_not_answer_does_not_hang_the_watchdog(moment, tm
 TORCH_IS_LOADED = """
 import sys
 from megasora.train import main
-code = main(["configs/demo.yaml", *sys.argv[1:]])
+code = main(["configs/dit_s.yaml", *sys.argv[1:]])
 print("torch" in sys.modules)
 sys.exit(code)
 """

@@ -32,7 +32,7 @@ class RunConfig:
 class CodecConfig:
     """With `path`, factors and channels are those of the codec there; leave them out."""
 
-    name: str = "dct"  # dct | vae: trained by megasora.train_codec | pretrained: wan, ..., see megasora/codec/pretrained
+    name: str = "dct"  # dct | vae: of megasora.train_codec | pretrained: wan, ..., see megasora/codec/pretrained
     path: str = file_path("")  # of its weights: run folder of megasora.train_codec, folder, or hub name
     factors: list[int] = bounded([4, 8, 8], 1, 64)  # frames, rows, columns of pixels per latent
     channels: int = bounded(48, 1, 100_000)  # dct: coefficients kept of 3 * product(factors), lowest frequencies first
@@ -210,9 +210,11 @@ class SpikeConfig:
 
 @dataclass
 class OptimConfig:
+    name: str = "adamw"  # adamw | muon, whose matrices have orthogonalised steps, all other parameters AdamW's
     lr: float = bounded(1e-4, above(0), 100)  # peak learning rate
-    betas: list[float] = bounded([0.9, 0.99], 0, below(1))
-    eps: float = bounded(1e-8, above(0), 1)
+    muon_momentum: float = bounded(0.95, 0, below(1))  # of its matrices
+    betas: list[float] = bounded([0.9, 0.99], 0, below(1))  # adamw
+    eps: float = bounded(1e-8, above(0), 1)  # adamw
     weight_decay: float = bounded(0.01, 0, 100)
     warmup_steps: int = bounded(1000, 0, 10**9)  # linear from 0 to lr
     min_lr_ratio: float = bounded(0.05, 0, 1)  # lr at the end of the cosine / lr

@@ -242,6 +242,7 @@ def validate_frame_conditioning(conditioning: FrameConditioningConfig) -> None:
 
 
 def validate_optim(optim: OptimConfig) -> None:
+    one_of("optim.name", optim.name, ("adamw", "muon"))
     if len(optim.betas) != 2:
         raise MegaSoraError(f"optim.betas={optim.betas} must be two numbers")
 
@@ -256,7 +257,7 @@ def validate_sample(sample: SampleConfig) -> None:
     one_of("sample.unconditional", sample.unconditional, ("null_token", "negative_prompt"))
     if sample.negative_prompt and sample.unconditional != "negative_prompt":
         raise MegaSoraError(
-            "sample.negative_prompt is set, but unused: set sample.unconditional=negative_prompt as well, or leave it out"
+            "sample.negative_prompt is set, but unused: also set sample.unconditional=negative_prompt, or leave it out"
         )
     parse_size(sample.size, "sample.size")
 

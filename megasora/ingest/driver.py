@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ def run_ingest(source: Path, out: Path, config: Config, part: Part | None = None
         raise MegaSoraError(f"none of the {len(clips)} clips in {source} could be used; the first: {first}")
     shutil.rmtree(out / PATCH_DIR, ignore_errors=True)
     manifest = write_manifest(
-        out, codec, encoder.fingerprint, list(config.data.patch), num_blocks, asdict(config.codec)
+        out, codec, encoder.fingerprint, list(config.data.patch), num_blocks, codec_settings(config.codec)
     )
     finish(out, listing, manifest, [block.details for block in blocks], printed)
     return manifest
@@ -130,6 +130,12 @@ def ingest_part(
 def with_absolute_path(codec: CodecConfig) -> CodecConfig:
     """`codec` with a path that holds from any folder, for the manifest. A path that is no file is a hub name."""
     return replace(codec, path=str(Path(codec.path).absolute())) if codec.path and Path(codec.path).exists() else codec
+
+
+def codec_settings(codec: CodecConfig) -> dict[str, Any]:
+    """The settings for the manifest: those that change latents, and where the weights are."""
+    keys = ("name", "factors", "channels", *(("path", "tile", "tile_overlap") if codec.path else ()))
+    return {key: getattr(codec, key) for key in keys}
 
 
 @contextmanager

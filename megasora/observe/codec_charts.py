@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEAST_TERM = 1e-3  # of the largest: what adds less to the loss is not drawn
-TERM_COLORS = dict(
-    zip(LOSS_TERMS, ("accent", "good", "second", "optimizer", "data", "backward", "backward", "other", "muted"), strict=True)
-)
+COLORS = ("accent", "good", "second", "optimizer", "data", "backward", "backward", "other", "muted")
+TERM_COLORS = dict(zip(LOSS_TERMS, COLORS, strict=True))
 DISCRIMINATOR = ("adversarial", "discriminator")
 
 

@@ -18,18 +18,18 @@ from megasora.config import Config
 from megasora.parallel.mesh import Mesh
 
 MAX_BUCKET_ELEMENTS = 500_000_000  # gradients that stages 2 and 3 reduce in one message
-UNWANTED = re.compile("accelerator to CPU|OVERFLOW! Skipping step")  # messages; a skipped step is logged by the trainer
+UNWANTED = re.compile("accelerator to CPU|OVERFLOW! Skipping step|untested optimizer")  # messages
 
 
 def build_deepspeed_engine(
-    module: nn.Module, adam: torch.optim.AdamW, config: Config, mesh: Mesh, dtype: torch.dtype
+    module: nn.Module, optimizer: torch.optim.AdamW, config: Config, mesh: Mesh, dtype: torch.dtype
 ) -> Any:
-    """A DeepSpeedEngine that trains `module`, on its device, with `adam`; both are changed. All ranks must call it."""
+    """A DeepSpeedEngine that trains `module`, on its device, with `optimizer`; changes both. All ranks must call it."""
     deepspeed = import_deepspeed()
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use for each group
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adam,
+            optimizer=optimizer,
             config=deepspeed_config(module, config, mesh, dtype),
             dist_init_required=False,
             mpu=DeepSpeedMPU(mesh) if mesh.model.is_split else None,
@@ -53,6 +53,7 @@ def deepspeed_config(module: nn.Module, config: Config, mesh: Mesh, dtype: torch
             "overlap_comm": next(module.parameters()).is_cuda and not has_pipeline,
             "contiguous_gradients": not has_pipeline,
         },
+        "zero_allow_untested_optimizer": True,  # MuonAdamW
         "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": not has_pipeline},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # otherwise bf16, which loses up to a third of a sum over 1,024 ranks

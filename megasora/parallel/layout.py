@@ -23,6 +23,7 @@ def check_layout(config: Config, processes: int) -> None:
     check_context_axis(config)
     check_pipeline_axis(config)
     packs = check_packs(config, data, processes)
+    check_optimizer(config)
     if p.pipeline > 1:
         check_microbatches(p.schedule, p.pipeline, packs, data)
     if p.zero_stage > 1 and p.pipeline > 1:
@@ -53,6 +54,7 @@ def check_codec_layout(config: Config, processes: int) -> None:
             f"{nearest_divisors(p.context, p.rows)}; 1 divides clips in time only"
         )
     check_packs(config, data_axis_size(config, processes), processes)
+    check_optimizer(config)
     check_crop(config)
 
 
@@ -105,6 +107,23 @@ def check_packs(config: Config, data: int, processes: int) -> int:
             f"/ {processes // data}); use {nearest_multiples(data, packs)}"
         )
     return packs
+
+
+def check_optimizer(config: Config) -> None:
+    """Muon needs whole matrices: it gathers what ZeRO 1 and 2 divide, but not what the tensor axis or ZeRO 3 does."""
+    p = config.parallel
+    if config.optim.name != "muon":
+        return
+    if p.tensor > 1:
+        raise MegaSoraError(
+            f"optim.name=muon needs whole matrices, and parallel.tensor={p.tensor} divides each over {p.tensor} ranks; "
+            "use parallel.tensor=1 with parallel.context or parallel.pipeline, or optim.name=adamw"
+        )
+    if p.zero_stage == 3:
+        raise MegaSoraError(
+            "optim.name=muon needs whole matrices, and parallel.zero_stage=3 divides each over the data and context "
+            "ranks; use parallel.zero_stage=1 or 2, or optim.name=adamw"
+        )
 
 
 def check_tensor_axis(config: Config) -> None:

@@ -1,11 +1,11 @@
 """ZeRO by DeepSpeed: optimizer states (stage 1), gradients (2) and weights (3) are partitioned over data x context.
 
-Input: a model, or this rank's pipeline stages of one, and the packs of a step. Effect: one AdamW step, the same in
+Input: a model, or this rank's pipeline stages of one, and the packs of a step. Effect: one optimizer step, the same in
 every layout up to the order of floating-point sums. It has two halves, gradients and update, so that a step can be left
-out. DeepSpeed averages gradients over data x context; the loss is therefore multiplied by the number of those ranks. Parameters whose
-gradient is partial on the tensor or pipeline axis have their own parameter groups: ZeRO partitions them identically on
-all ranks of the axis, and the reduced gradients that a rank has of them (all in bf16 stage 1, else its partition) are
-summed over that axis before the optimizer step.
+out. DeepSpeed averages gradients over data x context; the loss is therefore multiplied by the number of those ranks.
+Parameters whose gradient is partial on the tensor or pipeline axis have their own parameter groups: ZeRO partitions
+them identically on all ranks of the axis, and the reduced gradients that a rank has of them (all in bf16 stage 1, else
+its partition) are summed over that axis before the optimizer step.
 
 What a rank owns is returned as fragments: live views of its fp32 master weights and of Adam's moments. Checkpoints are
 saved from these views and loaded into them, whatever layout saved them. Call `sync_after_load` after loading.
@@ -27,6 +27,7 @@ from megasora.parallel.context_attention import ContextAttention
 from megasora.parallel.deepspeed_engine import build_deepspeed_engine
 from megasora.parallel.deepspeed_optimizers import build_zero_adapter, set_counted_in_norm
 from megasora.parallel.mesh import Axis, Mesh
+from megasora.parallel.muon import MatrixExchange, MatrixGroup, MuonAdamW, MuonRule
 from megasora.parallel.pipeline import Loss, Pipeline
 from megasora.parallel.world import World
 from megasora.placement import Placement
@@ -45,6 +46,7 @@ class ZeroEngine:
     uses_weight_decay  (name, parameter) -> whether weight decay applies
     dtype              the model's: float32 or bfloat16; master weights, moments and gradient sums are fp32
     attention          of the model, over the context axis; None if it is not split
+    muon               which parameters have Muon's steps, and how; None: all have AdamW's
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ZeroEngine:
         mesh: Mesh,
         dtype: torch.dtype,
         attention: ContextAttention | None = None,
+        muon: MuonRule | None = None,
     ):
         self.world, self.mesh, self.placements, self.attention = world, mesh, placements, attention
         self.pipeline: Pipeline | None = None  # set by `parallelize` where the pipeline axis is split
@@ -67,14 +70,27 @@ class ZeroEngine:
         self.names = {parameter: name for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             set_counted_in_norm(parameter, self.is_primary_replica(name))
-        groups = parameter_groups(self.parameters, placements, uses_weight_decay)
+        num_matrices = {name: muon.num_matrices(name, p) if muon else 0 for name, p in self.parameters.items()}
+        groups = parameter_groups(self.parameters, placements, uses_weight_decay, num_matrices)
         check_same_groups(list(groups), mesh.model)
-        self.adam = build_adamw(groups, config.optim, world.device)
-        self.deepspeed = build_deepspeed_engine(self.module, self.adam, config, mesh, dtype)
+        self.optimizer = build_optimizer(groups, config.optim, world.device, muon)
+        self.deepspeed = build_deepspeed_engine(self.module, self.optimizer, config, mesh, dtype)
         stage = config.parallel.zero_stage
         self.zero = build_zero_adapter(self.deepspeed, stage, dtype, mesh.data_context.rank)
-        init_adam_state(self.adam, self.zero.master_partitions)
+        self.set_matrices(groups, num_matrices)
+        largest = max((p.numel() for name, p in self.parameters.items() if num_matrices[name]), default=0)
+        self.zeros = torch.zeros(largest, device=world.device)  # the second moments of all of Muon's parameters
+        init_optimizer_state(self.optimizer, self.zero.master_partitions)
         self.num_packs = config.data.packs_per_step // mesh.data.size  # of a step, on this data rank
+
+    def set_matrices(self, groups: dict[tuple, list[nn.Parameter]], num_matrices: dict[str, int]) -> None:
+        """Tells the optimizer of which matrices the partitions of Muon's groups consist."""
+        for (is_muon, *_), parameters, master in zip(groups, groups.values(), self.zero.master_partitions, strict=True):
+            if is_muon:
+                owned = [self.zero.owned_range(parameter) for parameter in parameters]
+                exchange = MatrixExchange([p.shape for p in parameters], owned, self.mesh.data_context)
+                counts = [num_matrices[self.names[parameters[index]]] for index in exchange.indices]
+                self.optimizer.matrices[master] = MatrixGroup(exchange, counts)
 
     # ------------------------------------------------------------------ a step
 
@@ -111,8 +127,8 @@ class ZeroEngine:
         return self.zero.grad_norm()
 
     def optimizer_step(self, lr: float) -> None:
-        """One AdamW update with the clipped gradients of `forward_backward`."""
-        for group in self.adam.param_groups:
+        """One update with the clipped gradients of `forward_backward`."""
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.zero.step()
 
@@ -143,14 +159,17 @@ class ZeroEngine:
     # ------------------------------------------------------------------ weights
 
     def fragments(self) -> list[Fragment]:
-        """What this rank owns of each parameter: master weights ("weights") and moments, changed by every step."""
+        """What this rank owns of each parameter: master weights ("weights") and moments, changed by every step. Muon's
+        parameters have no second moment: zeros."""
         fragments, axis = [], self.mesh.tensor
         for name, parameter in self.parameters.items():
             owned = self.zero.owned_range(parameter)
             if owned is not None:
                 master, placement = self.zero.master_partitions[owned.partition], self.placements[name]
-                flat = {"weights": master.detach(), **{kind: self.adam.state[master][kind] for kind in ADAM_MOMENTS}}
-                values = {kind: tensor[owned.offset : owned.offset + owned.count] for kind, tensor in flat.items()}
+                state, part = self.optimizer.state[master], slice(owned.offset, owned.offset + owned.count)
+                values = {"weights": master.detach()[part]}
+                for kind in ADAM_MOMENTS:
+                    values[kind] = state[kind][part] if kind in state else self.zeros[: owned.count]
                 shape = placement.full_shape(self.zero.local_shape(parameter), axis.size)
                 fragments.append(Fragment(name, shape, placement, axis.rank, axis.size, owned.start, values))
         return fragments
@@ -160,7 +179,7 @@ class ZeroEngine:
         """Call on all ranks after loading a checkpoint into the fragments: sets Adam's step count to `updates`, the
         optimizer steps that it has had, and copies the master weights to the compute weights."""
         for master in self.zero.master_partitions:
-            self.adam.state[master]["step"].fill_(updates)
+            self.optimizer.state[master]["step"].fill_(updates)
         self.zero.copy_masters_to_weights()
 
     def compute_weights(self) -> dict[str, Tensor]:
@@ -178,12 +197,15 @@ class ZeroEngine:
 
 
 def parameter_groups(
-    parameters: dict[str, nn.Parameter], placements: dict[str, Placement], uses_weight_decay: UsesWeightDecay
-) -> dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]]:
-    """Parameters by (weight decay or not, axes over which their gradients are partial)."""
-    groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
+    parameters: dict[str, nn.Parameter],
+    placements: dict[str, Placement],
+    uses_weight_decay: UsesWeightDecay,
+    num_matrices: dict[str, int],
+) -> dict[tuple[bool, bool, tuple[str, ...]], list[nn.Parameter]]:
+    """Parameters by (Muon or not, weight decay or not, axes over which their gradients are partial)."""
+    groups: dict[tuple[bool, bool, tuple[str, ...]], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        key = uses_weight_decay(name, parameter), placements[name].partial_axes
+        key = num_matrices[name] > 0, uses_weight_decay(name, parameter), placements[name].partial_axes
         groups.setdefault(key, []).append(parameter)
     return dict(sorted(groups.items(), reverse=True))
 
@@ -197,27 +219,29 @@ def check_same_groups(keys: list[tuple], axis: Axis) -> None:
         raise RuntimeError(f"ranks of the pipeline and tensor axes have different parameter groups: {by_rank}")
 
 
-def build_adamw(
-    groups: dict[tuple, list[nn.Parameter]], config: OptimConfig, device: torch.device
+def build_optimizer(
+    groups: dict[tuple, list[nn.Parameter]], config: OptimConfig, device: torch.device, muon: MuonRule | None
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`. DeepSpeed replaces its parameters by flat fp32 master partitions."""
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if has_decay else 0.0}
-            for (has_decay, _), parameters in groups.items()
-        ],
-        lr=config.lr,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        fused=device.type == "cuda",
-    )
+    """The optimizer of `parameter_groups`. DeepSpeed replaces its parameters by flat fp32 master partitions."""
+    param_groups = [
+        {"params": parameters, "weight_decay": config.weight_decay if has_decay else 0.0}
+        for (_, has_decay, _), parameters in groups.items()
+    ]
+    adamw = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "fused": device.type == "cuda"}
+    if muon is None:
+        return torch.optim.AdamW(param_groups, **adamw)
+    return MuonAdamW(param_groups, muon.orthogonalize, config.muon_momentum, **adamw)
 
 
-def init_adam_state(adam: torch.optim.AdamW, master_partitions: list[Tensor]) -> None:
-    """The state that AdamW would create in its first step, so that a checkpoint can be loaded before it."""
+def init_optimizer_state(optimizer: torch.optim.AdamW, master_partitions: list[Tensor]) -> None:
+    """The state that the first step would create, so that a checkpoint can be loaded before it."""
     for master in master_partitions:
-        step_device = master.device if adam.defaults["fused"] else "cpu"
-        adam.state[master] = {
+        step_device = master.device if optimizer.defaults["fused"] else "cpu"
+        has_matrices = isinstance(optimizer, MuonAdamW) and master in optimizer.matrices
+        optimizer.state[master] = {
             "step": torch.zeros((), device=step_device),
-            **{kind: torch.zeros_like(master, requires_grad=False) for kind in ADAM_MOMENTS},
+            **{
+                kind: torch.zeros_like(master, requires_grad=False)
+                for kind in (ADAM_MOMENTS[:1] if has_matrices else ADAM_MOMENTS)
+            },
         }

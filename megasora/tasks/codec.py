@@ -34,7 +34,7 @@ from megasora.parallel.mesh import Mesh
 from megasora.parallel.replica_check import check_replicas
 from megasora.parallel.world import World
 from megasora.parallel.zero import ADAM_MOMENTS, ZeroEngine
-from megasora.parallelize import compute_dtype
+from megasora.parallelize import compute_dtype, muon_rule
 from megasora.parallelize_codec import ContextParallelCodec
 from megasora.placement import Placement
 from megasora.tasks.codec_adversarial import PREFIX, Adversary
@@ -61,7 +61,8 @@ class CodecTask:
         self.work = WorkBuilder(context, network.channels, dtype, world.device)
         self.model = PackReconstruction(network, config.reconstruction.train == "all")
         placements = {name: Placement() for name, _ in self.model.named_parameters()}
-        self.engine = ZeroEngine({0: self.model}, placements, uses_weight_decay, config, world, mesh, dtype)
+        muon = muon_rule(config, num_matrices)
+        self.engine = ZeroEngine({0: self.model}, placements, uses_weight_decay, config, world, mesh, dtype, muon=muon)
         self.codebook = getattr(self.model.quantizer, "codebook", None) if self.model.trains_encoder else None
         self.buffers = dict(self.model.named_buffers()) if self.codebook is not None else {}
         self.adversary = None
@@ -240,5 +241,11 @@ class CodecTask:
 
 
 def uses_weight_decay(name: str, parameter: Tensor) -> bool:
-    """Whether AdamW decays the parameter: the kernels of convolutions."""
+    """Whether the optimizer decays the parameter: the kernels of convolutions."""
     return parameter.ndim > 1
+
+
+def num_matrices(name: str, parameter: Tensor) -> int:
+    """How many matrices a parameter is for Muon: the kernels of convolutions are one, except the first and the last of
+    encoder and decoder, which keep AdamW's steps; 0: AdamW."""
+    return int(parameter.ndim > 1 and name.split(".")[-2] not in ("conv_in", "conv_out"))

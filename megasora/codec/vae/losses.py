@@ -44,7 +44,7 @@ def frame_terms(recon: Tensor, target: Tensor, lpips: LPIPS | None = None) -> di
 
 
 def reconstruction_loss(terms: dict[str, Tensor], weights: ReconstructionConfig) -> Tensor:
-    """The weighted sum of the terms of each frame, [B, T]: l1, mse, gradient, 1 - SSIM, and LPIPS where it is a term."""
+    """The weighted sum of the terms of each frame, [B, T]: l1, mse, gradient, 1 - SSIM, LPIPS where it is a term."""
     loss = weights.l1 * terms["l1"] + weights.mse * terms["mse"]
     loss = loss + weights.gradient * terms["gradient"] + weights.ssim * (1 - terms["ssim"])
     return loss + weights.lpips * terms["lpips"] if "lpips" in terms else loss

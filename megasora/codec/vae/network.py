@@ -5,7 +5,8 @@
 A stage has residual blocks of one width; between two stages the sides are halved (Downsample) or doubled (Upsample),
 in the last ones also time. The patch of the first convolution holds the remaining strides. Images are clips of one
 frame. The path through the shortcuts is linear from pixels to latents and back: there is no norm before the last
-convolutions, with which training took several times as many steps. The latents are those of `quantizers.py`; the network knows only their number of channels.
+convolutions, with which training took several times as many steps. The latents are those of `quantizers.py`; the
+network knows only their number of channels.
 """
 
 from __future__ import annotations

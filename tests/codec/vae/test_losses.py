@@ -51,7 +51,8 @@ def test_terms_are_those_of_each_frame():
             frame, target = x[b : b + 1, :, t], y[b : b + 1, :, t]
             expected = {
                 "l1": (frame - target).abs().mean()[None], "mse": (frame - target).square().mean()[None],
-                "gradient": gradient_error(frame - target), "ssim": ssim(frame, target, stride=2), "psnr": psnr(frame, target).detach(),
+                "gradient": gradient_error(frame - target), "ssim": ssim(frame, target, stride=2),
+                "psnr": psnr(frame, target).detach(),
             }  # fmt: skip
             for name, values in terms.items():
                 torch.testing.assert_close(values[b, t], expected[name][0], rtol=1e-12, atol=0)

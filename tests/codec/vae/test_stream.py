@@ -6,20 +6,28 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from megasora.codec.vae.boundary import ClipBoundary
 from megasora.codec.vae.layers import CausalConv3d
-from megasora.codec.vae.network import VideoVAE, init_weights
+from megasora.codec.vae.network import VideoVAE
 from megasora.codec.vae.stream import ChunkBoundary, ChunkCoder, decode_stream, encode_stream, groups
 from megasora.config import VAEConfig
 
 FT, FS = (1, 2, 4, 8), (4, 8, 16, 32)
 
 
+def draw_weights(model: nn.Module, seed: int = 0) -> None:
+    """Weights that keep the variance, whatever the initial values of training are."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.5
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale + (parameter.ndim == 1)
+
+
 def make_vae(vae: VAEConfig, factors: list[int], channels: int = 4, seed: int = 0) -> VideoVAE:
     model = VideoVAE(vae, factors, channels).eval()
-    generator = torch.Generator().manual_seed(seed)
-    init_weights(model, lambda name, shape: torch.randn(shape, generator=generator))
+    draw_weights(model, seed)
     return model
 
 
@@ -45,6 +53,11 @@ def random_frames(count: int, height: int, width: int, seed: int = 0) -> torch.T
     return torch.rand(3, count, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
+def assert_equal(x: torch.Tensor, reference: torch.Tensor) -> None:
+    """Up to 1e-5 of the largest value."""
+    torch.testing.assert_close(x, reference, rtol=0, atol=1e-5 * reference.abs().max().item())
+
+
 def encode(vae: VideoVAE, frames: torch.Tensor, chunk_frames: int) -> torch.Tensor:
     coder = ChunkCoder(vae.encode)
     return torch.cat(list(encode_stream(coder, frames.unbind(1), vae.factors[0], chunk_frames)), dim=1)
@@ -67,10 +80,10 @@ def test_any_chunk_gives_the_latents_and_frames_of_the_whole_clip(ft, fs):
             expected = vae.encode(frames[None])[0]
             decoded = vae.decode(expected[None])[0]
         assert expected.shape[1] == latent_frames and decoded.shape == frames.shape
-        assert expected.std() > 0.02 and decoded.std() > 0.02
+        assert expected.std() > 0.1 and decoded.std() > 0.1
         for chunk_frames in {1, ft * draw.randint(1, 3), frames.shape[1] + 1}:
-            torch.testing.assert_close(encode(vae, frames, chunk_frames), expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(decode(vae, expected, chunk_frames), decoded, rtol=1e-5, atol=1e-5)
+            assert_equal(encode(vae, frames, chunk_frames), expected)
+            assert_equal(decode(vae, expected, chunk_frames), decoded)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 12])
@@ -81,7 +94,7 @@ def test_the_last_frame_is_repeated_to_fill_its_latent_frame(count, chunk_frames
     filled = torch.cat([frames, frames[:, -1:].expand(-1, (1 - count) % 4, -1, -1)], dim=1)
     with torch.no_grad():
         expected = vae.encode(filled[None])[0]
-    torch.testing.assert_close(encode(vae, frames, chunk_frames), expected, rtol=1e-5, atol=1e-5)
+    assert_equal(encode(vae, frames, chunk_frames), expected)
 
 
 def test_latents_may_come_in_pieces_of_any_length():
@@ -91,7 +104,7 @@ def test_latents_may_come_in_pieces_of_any_length():
         expected = vae.decode(latents[None])[0]
     pieces = latents.split([2, 1, 4], dim=1)
     decoded = torch.cat(list(decode_stream(ChunkCoder(vae.decode), pieces, 4, 8)), dim=1)
-    torch.testing.assert_close(decoded, expected, rtol=1e-5, atol=1e-5)
+    assert_equal(decoded, expected)
 
 
 def test_the_first_chunk_has_one_more_than_the_others():
@@ -106,13 +119,13 @@ def test_the_first_chunk_has_one_more_than_the_others():
 def test_a_chunk_of_fewer_frames_than_the_kernel_looks_back(kernel):
     """One convolution, chunks of one frame: the frames kept come from several chunks."""
     layer = CausalConv3d(2, 3, kernel)
-    init_weights(layer, lambda name, shape: torch.ones(shape).cumsum(-1))
+    draw_weights(layer)
     x = torch.randn(1, 2, 6, 4, 5, generator=torch.Generator().manual_seed(0))
     boundary, results = ChunkBoundary(), []
     for chunk in x.split([1, 1, 3, 1], dim=2):
         results.append(layer(chunk, boundary).detach())
         boundary.next_chunk()
-    torch.testing.assert_close(torch.cat(results, dim=2), layer(x, ClipBoundary()).detach(), rtol=1e-5, atol=1e-5)
+    assert_equal(torch.cat(results, dim=2), layer(x, ClipBoundary()).detach())
 
 
 def test_two_clips_do_not_share_frames():
