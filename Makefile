@@ -20,7 +20,7 @@ help:
 	@echo "make test        the test suite, one process per core, at most 4; GPU tests skip where there is no GPU"
 	@echo "make faults      kills, stops, hangs, damaged files, full disks: docs/faults.md -> runs/faults/, in 15 minutes;"
 	@echo "                 KILLS=200 adds 200 kills at random instants, an hour more; SEED=7 takes another plan"
-	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data -> benchmarks/results/, 12 minutes"
+	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data, codec -> benchmarks/results/, 25 minutes"
 	@echo "make gpu         on a machine with a GPU: kernel tests, attention, benchmarks, training, profile, resume, in 9 minutes"
 	@echo "                 -> benchmarks/results/gpu/; PYTHON=python3 takes a python that has PyTorch for CUDA, and installs"
 	@echo "                 nothing; REHEARSE=1 runs it tiny on a CPU"
@@ -95,6 +95,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory --out benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.json
 	$(BIN)/python -m benchmarks.data --out benchmarks/results/data.json
+	$(BIN)/python -m benchmarks.codec --out benchmarks/results/codec.json
 
 gpu: $(if $(filter $(BIN)/python,$(PYTHON)),$(INSTALLED))
 	PYTHON="$(PYTHON)" REHEARSE="$(REHEARSE)" tools/gpu/run.sh

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import context_balance, memory, step
+from benchmarks import codec, context_balance, memory, step
 from megasora.batch import ContextSplit
 from megasora.config import load
 from megasora.parallel.context_split import (
@@ -158,3 +158,15 @@ def test_a_split_that_loses_tokens_raises_an_error(monkeypatch):
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="with the lossy split"):
         step.measure(config, 2, 0, 1)
+
+
+# ---- codec
+
+
+def test_codec_measures_each_way_to_encode_the_same_clip(tmp_path, monkeypatch):
+    monkeypatch.setattr(codec, "in_own_process", lambda function, *arguments: function(*arguments))
+    sizes = ["--clip", "9", "48", "64", "--long", "96", "128", "--seconds", "1", "2", "--overlap-size", "200", "264"]
+    record = recorded(codec.main, tmp_path, *sizes, "--overlaps", "0", "168", "--trials", "1")
+    assert [row["codec"].split(",")[0] for row in record["speed"]] == ["dct", "dct", "vae"]
+    assert {row["direction"] for row in record["pieces"]} == {"encode", "decode"}
+    assert all(row["cpu_seconds"] > 0 for row in record["pieces"])

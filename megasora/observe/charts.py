@@ -20,7 +20,7 @@ from megasora.observe.run_data import STEP_PHASES, RunData
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CSS_COLORS = ("ink", "muted", "line", "accent", "second", *STEP_PHASES, "other")  # variables of report.html
+CSS_COLORS = ("ink", "muted", "line", "accent", "second", "good", *STEP_PHASES, "other")  # variables of report.html
 WIDTH, HEIGHT = 420, 224  # units of the SVG, about px
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 6, 34  # margins around the axes
 

@@ -18,7 +18,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x + x^3 + x^5, chosen for a steep
 ITERATIONS = 5
 SCALE = 0.2  # root mean square of an element of AdamW's steps / lr
 MIN_NORM = 1e-15  # of a matrix; one of zeros stays zero
-MAX_BATCH_ELEMENTS = 1 << 24  # of the matrices that are multiplied together; bounds the memory
+MAX_BATCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # of matrices computed together: for the cache, for the memory
 
 
 def newton_schulz(x_BMN: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def orthogonalize(updates: Sequence[Tensor], num_matrices: Sequence[int]) -> Non
         x = x.mT if x.shape[1] > x.shape[2] else x
         batches.setdefault((x.shape[1], x.shape[2]), []).extend(x.unbind())
     for (rows, columns), matrices in batches.items():
-        size = max(1, MAX_BATCH_ELEMENTS // (rows * columns))
+        size = max(1, MAX_BATCH_ELEMENTS[matrices[0].device.type] // (rows * columns))
         for first in range(0, len(matrices), size):
             batch = matrices[first : first + size]
             x_BMN = torch.stack(batch)

@@ -1,7 +1,7 @@
 """Training of a codec: a video autoencoder that reconstructs clips.
 
     ClipBatch  --build_pack-->  frames in [-1, 1], noise, targets  --forward_backward-->  losses, gradients
-               --optimizer_step-->  AdamW step, codebook
+               --optimizer_step-->  step of AdamW or Muon, codebook
 
 Crops and noise are keyed by (seed, step or epoch, sample id), and the loss is one sum over the pixels of all ranks,
 divided once by their number. So neither the layout nor a resume changes a run, up to the order of sums.

@@ -1,7 +1,7 @@
 """Pretraining of a VideoDiT: flow matching on packs of clips.
 
     StepBatch  --add_noise-->  noised shares, target velocities, weights  --forward_backward-->  losses, gradients
-               --optimizer_step-->  AdamW step
+               --optimizer_step-->  step of AdamW or Muon
 
 The objective's random numbers are keyed by (seed, step, sample id), and the loss is one sum over the tokens of all
 ranks, divided once by their number. So neither the layout nor a resume changes a run, up to the order of sums.

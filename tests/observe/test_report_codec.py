@@ -17,7 +17,7 @@ import pytest
 from megasora import config
 from megasora.cli import main
 from megasora.errors import MegaSoraError
-from megasora.observe import codec_run_data, report, report_codec, run_data
+from megasora.observe import charts, codec_charts, codec_run_data, report, report_codec, run_data
 from megasora.observe.codec_run_data import PICTURE_NAME, read_pictures
 from megasora.observe.formatting import NBSP
 from megasora.observe.report import write_report
@@ -293,3 +293,7 @@ def test_a_fresh_run_moves_what_a_codec_run_has_written():
 
 def test_every_kind_of_run_has_a_page():
     assert report.PAGES["codec"] is report_codec.codec_page and len(report.PAGES) == 2
+
+
+def test_every_term_of_the_loss_has_a_colour_of_the_page():
+    assert set(codec_charts.TERM_COLORS.values()) <= set(charts.CSS_COLORS)

@@ -130,22 +130,42 @@ def check_same_run(run: Path, other: Path, steps: int = STEPS) -> None:
             assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-6), key
 
 
-LAYOUTS = {
-    "two ranks": (2, []),
-    "two ranks, ZeRO-2": (2, ["parallel.zero_stage=2", "data.reader_threads=0"]),
-    "two ranks, ZeRO-3": (2, ["parallel.zero_stage=3"]),
-    "clips split in time": (2, ["parallel.context=2"]),
-    "clips split in rows": (2, ["parallel.context=2", "parallel.rows=2"]),
-    "clips split in time, ZeRO-3": (2, ["parallel.context=2", "parallel.zero_stage=3"]),
+LAYOUTS = {  # of two ranks
+    "data": [],
+    "data, ZeRO-2": ["parallel.zero_stage=2", "data.reader_threads=0"],
+    "data, ZeRO-3": ["parallel.zero_stage=3"],
+    "clips split in time": ["parallel.context=2"],
+    "clips split in rows": ["parallel.context=2", "parallel.rows=2"],
+    "clips split in time, ZeRO-3": ["parallel.context=2", "parallel.zero_stage=3"],
+}
+LEARNING = ["run.steps=60", "checkpoint.every=100", "validation.every=60", "optim.ema_decay=0", "optim.lr=1e-2"]
+KINDS = {
+    "kl": LEARNING,
+    "vq": [*LEARNING, "vae.kind=vq", "vae.codebook_size=16"],
+    "fsq": [*LEARNING, "vae.kind=fsq", "vae.fsq_levels=[8,8,5,5]"],
+    "none": [*LEARNING, "vae.time=none", "codec.factors=[1,8,8]"],
 }
 
 
+@pytest.fixture(scope="module")
+def two_rank_runs(codec_clips, tmp_path_factory):
+    """A function from a name in LAYOUTS or KINDS to its run, and the error that ended it on each rank. The same two
+    processes train all of them."""
+    folder, settings = tmp_path_factory.mktemp("two_ranks"), LAYOUTS | KINDS
+    arguments = [arguments_of(folder / name, codec_clips, *own) for name, own in settings.items()]
+    ends = run_ranks(train_codecs, 2, arguments, timeout=600)
+    return lambda name: (folder / name, [rank[list(settings).index(name)] for rank in ends])
+
+
+def train_codecs(runs: list[list[str]]) -> list[str | None]:
+    return [train_codec(arguments) for arguments in runs]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_layouts_train_as_one_process(layout, codec_run, codec_clips, tmp_path):
-    processes, settings = LAYOUTS[layout]
-    ends = run_ranks(train_codec, processes, arguments_of(tmp_path / "run", codec_clips, *settings))
-    assert ends == [None] * processes
-    check_same_run(codec_run, tmp_path / "run")
+def test_all_layouts_train_as_one_process(layout, codec_run, two_rank_runs):
+    run, ends = two_rank_runs(layout)
+    assert ends == [None, None]
+    check_same_run(codec_run, run)
 
 
 def test_a_stopped_run_resumes_bit_for_bit(codec_run, codec_clips, tmp_path):
@@ -161,22 +181,13 @@ def test_a_stopped_run_resumes_bit_for_bit(codec_run, codec_clips, tmp_path):
     assert (codec_run / "codec" / "codec.json").read_text() == (run / "codec" / "codec.json").read_text()
 
 
-KINDS = {
-    "kl": ["run.steps=60"],
-    "vq": ["run.steps=60", "vae.kind=vq", "vae.codebook_size=16"],
-    "fsq": ["run.steps=60", "vae.kind=fsq", "vae.fsq_levels=[8,8,5,5]"],
-    "none": ["run.steps=60", "vae.time=none", "codec.factors=[1,8,8]"],
-}
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_network_learns_and_its_codec_reconstructs(kind, codec_clips, tmp_path):
+def test_each_kind_of_network_learns_and_its_codec_reconstructs(kind, two_rank_runs):
     from megasora.codec import build_codec
     from megasora.config import CodecConfig
 
-    run, settings = tmp_path / "run", [*KINDS[kind], "checkpoint.every=100", "validation.every=60"]
-    settings.append("optim.ema_decay=0")
-    assert run_ranks(train_codec, 2, arguments_of(run, codec_clips, *settings, "optim.lr=1e-2")) == [None, None]
+    run, ends = two_rank_runs(kind)
+    assert ends == [None, None]
     metrics, (first, last) = read_jsonl(run), read_jsonl(run, "validation.jsonl")
     assert last["psnr"] > first["psnr"] + 4
     assert ("perplexity" in metrics[-1]) == (kind in ("vq", "fsq"))

@@ -14,6 +14,7 @@ from megasora.codec.metrics import psnr_of, ssim
 from megasora.codec.vae.lpips import LPIPS
 from megasora.config import ReconstructionConfig
 
+RECONSTRUCTION_TERMS = ("l1", "mse", "gradient", "ssim", "lpips")  # keys of reconstruction, with the weights
 SSIM_STRIDE = 2  # pixels between the windows: half the time, while each pixel is in about 30 of them
 SCALES = 3  # of the gradient term: full size, a half, a quarter
 
@@ -44,10 +45,12 @@ def frame_terms(recon: Tensor, target: Tensor, lpips: LPIPS | None = None) -> di
 
 
 def reconstruction_loss(terms: dict[str, Tensor], weights: ReconstructionConfig) -> Tensor:
-    """The weighted sum of the terms of each frame, [B, T]: l1, mse, gradient, 1 - SSIM, LPIPS where it is a term."""
-    loss = weights.l1 * terms["l1"] + weights.mse * terms["mse"]
-    loss = loss + weights.gradient * terms["gradient"] + weights.ssim * (1 - terms["ssim"])
-    return loss + weights.lpips * terms["lpips"] if "lpips" in terms else loss
+    """The weighted sum of the terms of each frame, [B, T]; `ssim` enters as 1 - SSIM.
+
+    Terms without a weight are left out, so that the backward pass does not compute their gradient.
+    """
+    names = [name for name in RECONSTRUCTION_TERMS if getattr(weights, name) and name in terms]
+    return sum(getattr(weights, name) * (1 - terms[name] if name == "ssim" else terms[name]) for name in names)
 
 
 def gradient_error(error: Tensor) -> Tensor:

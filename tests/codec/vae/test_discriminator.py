@@ -61,7 +61,7 @@ def test_a_frame_by_itself_has_logits_that_no_other_frame_changes():
 def test_all_blocks_but_the_first_normalise_over_channels():
     model, x = build(), random_clips(1, 3, 5, 8, 8)
     boundary, scaled = ClipBoundary(), []
-    for factor in (1, 1000):
+    for factor in (100, 100_000):  # so large that the epsilon of the norm does not count
         for block in model.blocks:
             block.conv.bias.data.zero_()
         outputs = [factor * x]
@@ -91,7 +91,7 @@ def test_hinge_losses_have_known_values():
 def test_it_learns_to_tell_sharp_clips_from_blurred_ones():
     model = build(2, (2, 4, 4), width=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.5, 0.9))
-    for step in range(25):
+    for step in range(40):
         real = random_clips(4, 3, 3, 8, 8, seed=step).sign() * 0.8
         loss = discriminator_loss(model(real), model(blur(real))).mean()
         optimizer.zero_grad()

@@ -94,11 +94,11 @@ def test_equal_frames_have_no_loss_and_a_finite_gradient():
 
 def test_weights_multiply_their_terms():
     x, y = clips(1, 3, 1, 6, 6), clips(1, 3, 1, 6, 6, seed=1)
-    terms = frame_terms(x, y) | {"lpips": torch.tensor([[0.25]])}
+    terms = frame_terms(x, y) | {"lpips": x.new_tensor([[0.25]])}
     for name, value in (("l1", terms["l1"]), ("mse", terms["mse"]), ("gradient", terms["gradient"]),
                         ("ssim", 1 - terms["ssim"]), ("lpips", terms["lpips"])):  # fmt: skip
         only = ReconstructionConfig(**{"l1": 0, "gradient": 0, "ssim": 0, "lpips": 0} | {name: 2.5})
-        torch.testing.assert_close(reconstruction_loss(terms, only), 2.5 * value.to(x.dtype))
+        torch.testing.assert_close(reconstruction_loss(terms, only), 2.5 * value)
 
 
 def test_terms_of_bf16_clips_are_computed_in_fp32():

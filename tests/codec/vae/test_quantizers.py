@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megasora.codec.vae.quantizers import build_quantizer, perplexity
+from megasora.codec.vae.quantizers import INITIAL_LOGVAR, build_quantizer, perplexity
 from megasora.config import VAEConfig
 from megasora.errors import MegaSoraError
 
@@ -25,7 +25,7 @@ def test_kl_is_the_divergence_from_the_standard_normal():
     moments, noise = 2 * normal(2, 8, 3, 2, 2), normal(2, 4, 3, 2, 2, seed=1)
     latents = build_quantizer(VAEConfig(), 4)(moments, noise)
     mean, logvar = moments.chunk(2, 1)
-    posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
+    posterior = torch.distributions.Normal(mean, ((logvar + INITIAL_LOGVAR) / 2).exp())
     standard = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
     expected = torch.distributions.kl_divergence(posterior, standard).sum()
     torch.testing.assert_close(latents.penalty_sum, expected)
