@@ -83,7 +83,9 @@ def add_ingest(commands) -> None:
     )
     p.add_argument("--part", metavar="I/N", help="the I-th of N parts, e.g. 1/8; default: from torchrun or Slurm")
     p.add_argument("--config", type=path, metavar="YAML", help="configuration of the run that the shards are for")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. ingest.missing_caption=skip")
+    p.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings, e.g. ingest.missing_caption=skip"
+    )
 
 
 def add_shards(commands) -> None:
@@ -100,7 +102,7 @@ def add_shards(commands) -> None:
 def add_train(commands) -> None:
     p = add_command(commands, "train", train, "Trains or resumes a run in this process.", TRAIN)
     p.add_argument("config", metavar="YAML")
-    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     p.add_argument("--check", action="store_true", help="only make the checks before a run; prints run.dir")
 
 
@@ -151,7 +153,9 @@ def add_checkpoint(commands) -> None:
     out = p.add_mutually_exclusive_group(required=True)
     out.add_argument("--out", type=path, metavar="FILE", help=".safetensors to write; must not exist")
     out.add_argument("--run", type=path, metavar="RUN", help="run folder to write, for megasora sample; new or empty")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="of --run: settings, e.g. codec.path=FOLDER/vae")
+    p.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of --run: settings, e.g. codec.path=FOLDER/vae"
+    )
     p = add_command(kinds, "export", export, "Exports the weights of a run into one file.", EXPORT)
     p.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
     p.add_argument("--out", type=path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
@@ -187,7 +191,9 @@ def add_codec_options(parser: argparse.ArgumentParser) -> None:
         "--codec", type=location, required=True, metavar="PATH",
         help="dct, a run of megasora.train_codec, a codec folder, or with codec.name=NAME a pretrained one",
     )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of codec.* and ingest.*")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings of codec.* and ingest.*"
+    )
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:

@@ -331,7 +331,7 @@ def test_latents_that_are_damaged_or_not_finite_are_an_error(folder, latents, tm
         (["eval", "{source}", "--codec", "{codec}", "--out", "{tmp}/e", "codec.name=wam"], "did you mean wan"),
         (["encode", "{source}/train/a.mp4", "--codec", "dct", "--out", "{tmp}/z"], "must end in .safetensors"),
         (["encode", "{source}/train/a.txt", "--codec", "dct", "--out", "{tmp}/z.safetensors"], "a.txt is not a clip"),
-        (["encode", "{tmp}/no.mp4", "--codec", "dct", "--out", "{tmp}/z.safetensors"], "No such file"),
+        (["encode", "{tmp}/no.mp4", "--codec", "dct", "--out", "{tmp}/z.safetensors"], "no.mp4 does not exist"),
         (["decode", "{z}", "--codec", "{codec}", "--out", "{tmp}/back.gif"], "must end in .mp4, or .png"),
         (["decode", "{z}", "--codec", "{codec}", "--out", "{tmp}/back.png"], "an image is .png, a video .mp4"),
         (["decode", "{z}", "--codec", "{codec}", "--out", "{tmp}/no/back.mp4"], "there is no folder"),

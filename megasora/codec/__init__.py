@@ -75,9 +75,9 @@ def build_codec(config: CodecConfig) -> Codec:
 
         check_path(config)
         return VAECodec(config)
-    from megasora.codec.pretrained import build_pretrained
+    from megasora.codec.pretrained import PretrainedCodec
 
-    return build_pretrained(config)
+    return PretrainedCodec(config)
 
 
 def codec_fingerprint(config: CodecConfig) -> str:

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megasora.codec.fingerprint import tile_suffix
 from megasora.codec.pretrained_calls import Calls, FrameByFrame, WanStream, WholeClip, enable_tiling
-from megasora.codec.pretrained_folder import find_weights, hash_files, pretrained_shape, read_folder
+from megasora.codec.pretrained_folder import find_weights, hash_files, read_folder
 from megasora.codec.vae.codec import codec_device, to_tensor
 from megasora.config import CodecConfig
 from megasora.errors import MegaSoraError, first_of, printable
 
-__all__ = ["PretrainedCodec", "build_pretrained", "pretrained_shape"]
 MAX_SHOWN = 3  # names of weights in a message
 
 
@@ -71,10 +71,9 @@ class PretrainedCodec:
     @cached_property
     def fingerprint(self) -> str:
         """Two codecs with the same fingerprint give the same latents. It reads every byte of the weight files."""
-        tile = f"-tile{self.config.tile[0]}x{self.config.tile[1]}-{self.config.tile_overlap}"
         return (
             f"{self.config.name}-{'x'.join(map(str, self.factors))}-{self.channels}-"
-            f"{hash_files(self.found, self.weights)[:16]}{tile if any(self.config.tile) else ''}"
+            f"{hash_files(self.found, self.weights)[:16]}{tile_suffix(self.config)}"
         )
 
     @torch.no_grad()
@@ -229,8 +228,3 @@ def peek(items: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
     if first is None:
         raise MegaSoraError("a clip without frames can be neither encoded nor decoded")
     return first, chain([first], items)
-
-
-def build_pretrained(config: CodecConfig) -> PretrainedCodec:
-    """Reads config.json and the names of the weight files; raises MegaSoraError as PretrainedCodec does."""
-    return PretrainedCodec(config)

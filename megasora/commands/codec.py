@@ -30,6 +30,7 @@ from megasora.data.clip_reader import open_clip
 from megasora.data.clip_writer import write_frames, write_image
 from megasora.data.media import Media
 from megasora.data.media_formats import CLIP_FILES, IMAGE_FORMATS, VIDEO_FORMATS
+from megasora.data.padding import pad_frame
 from megasora.data.patches import frames_to_uint8
 from megasora.errors import MegaSoraError, printable
 from megasora.sampling.command import check_output_path
@@ -65,12 +66,6 @@ def codec_settings(codec: str, overrides: list[str]) -> Config:
     return config
 
 
-def pad_frame(frame: np.ndarray, multiple: tuple[int, int]) -> np.ndarray:
-    """[H, W, 3], whose last row and column are repeated until H and W are multiples."""
-    down, right = (-n % m for n, m in zip(frame.shape[:2], multiple, strict=True))
-    return np.pad(frame, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else frame
-
-
 # ---------------------------------------------------------------- encode
 
 
@@ -79,6 +74,8 @@ def encode_file(clip: Path, codec_path: str, out: Path, overrides: list[str]) ->
     check_new_file(out)
     if clip.suffix.lower() not in {**IMAGE_FORMATS, **VIDEO_FORMATS}:
         raise MegaSoraError(f"{clip} is not a clip: give a {CLIP_FILES} file")
+    if not clip.is_file():
+        raise MegaSoraError(f"{clip} does not exist; give a video or an image")
     config = codec_settings(codec_path, overrides)
     codec = build_codec(config.codec)
     with frame_progress("encode") as advance, open_clip(Media(clip), config.ingest) as opened:

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megasora.codec.latent_statistics import LatentStatistics
 from megasora.codec.metrics import Metrics, psnr_of
-from megasora.commands.codec import pad_frame
 from megasora.data.media import OpenClip
+from megasora.data.padding import pad_frame
 from megasora.data.patches import frames_to_float, frames_to_uint8
 
 if TYPE_CHECKING:
@@ -50,34 +51,6 @@ class CpuTimes:
                 self.seconds[name] += spent - self.inner.pop()
                 self.inner[-1] += spent
             yield item
-
-
-class LatentStatistics:
-    """Mean and standard deviation of each latent channel."""
-
-    def __init__(self, channels: int):
-        self.count = 0
-        self.sum_C, self.square_sum_C = np.zeros(channels), np.zeros(channels)
-
-    def observe(self, latents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields latent frames [h, w, C]."""
-        for latent in latents:
-            values = latent.reshape(-1, latent.shape[2]).astype(np.float64)
-            self.count += len(values)
-            self.sum_C += values.sum(0)
-            self.square_sum_C += np.square(values).sum(0)
-            yield latent
-
-    def add(self, other: LatentStatistics) -> None:
-        """Adds the latents of another clip."""
-        self.count += other.count
-        self.sum_C += other.sum_C
-        self.square_sum_C += other.square_sum_C
-
-    def totals(self) -> dict[str, list[float]]:
-        mean_C = self.sum_C / self.count
-        variance_C = np.maximum(self.square_sum_C / self.count - np.square(mean_C), 0)
-        return {"latent_mean": mean_C.tolist(), "latent_std": np.sqrt(variance_C).tolist()}
 
 
 class SheetFrames:
@@ -161,6 +134,7 @@ class Measurement:
         all_frames.sums = self.sums
         values = all_frames.totals()
         frames, latents = values["frames"], self.latents.count * self.codec.channels
+        latent_mean, latent_std = self.latents.totals()
         speeds = {}
         for name in ("encode", "decode"):
             seconds = self.times.seconds[name]
@@ -170,7 +144,8 @@ class Measurement:
         error = psnr_of(torch.tensor(values["mse"], dtype=torch.float64))
         return {
             **values, "clips": self.clips, "psnr": self.psnr_sum / self.clips, "psnr_of_mean_error": float(error),
-            "latents_per_pixel_value": latents / self.pixel_values, **self.latents.totals(), **speeds,
+            "latents_per_pixel_value": latents / self.pixel_values,
+            "latent_mean": latent_mean, "latent_std": latent_std, **speeds,
         }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megasora.checkpoint.safetensors_file import write_tensors
+from megasora.codec.fingerprint import without_tiles
 from megasora.errors import MegaSoraError, printable
 from megasora.sampling.command import MAX_FPS, MIN_FPS
 
@@ -84,7 +85,7 @@ def read_latents(path: Path, codec: Codec) -> tuple[ClipInfo, np.ndarray]:
 
 def check_codec(path: Path, fingerprint: str, codec: Codec) -> None:
     """Raises MegaSoraError if latents were made by another encoder. A decoder that was trained further is accepted."""
-    stored, own = (text.partition("-tile")[0] for text in (fingerprint, codec.fingerprint))
+    stored, own = map(without_tiles, (fingerprint, codec.fingerprint))
     if stored != own:
         raise MegaSoraError(
             f"{path} was encoded with {printable(stored, MAX_SHOWN)}, --codec is {own}; give the codec it was "

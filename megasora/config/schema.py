@@ -32,7 +32,7 @@ class RunConfig:
 class CodecConfig:
     """With `path`, factors and channels are those of the codec there; leave them out."""
 
-    name: str = "dct"  # dct | vae: of megasora.train_codec | pretrained: wan, ..., see megasora/codec/pretrained
+    name: str = "dct"  # dct | vae: of megasora.train_codec | pretrained: wan, ..., see docs/codec.md
     path: str = file_path("")  # of its weights: run folder of megasora.train_codec, folder, or hub name
     factors: list[int] = bounded([4, 8, 8], 1, 64)  # frames, rows, columns of pixels per latent
     channels: int = bounded(48, 1, 100_000)  # dct: coefficients kept of 3 * product(factors), lowest frequencies first
@@ -75,7 +75,7 @@ class ReconstructionConfig:
 
     train: str = "all"  # all | decoder: the encoder is that of codec.path and stays as it is
     l1: float = bounded(1.0, 0, 1000)
-    mse: float = bounded(0.0, 0, 1000)  # mean squared error; alone with a small l1 it learns small objects earlier
+    mse: float = bounded(0.0, 0, 1000)  # mean squared error; learns small shapes earlier than l1
     gradient: float = bounded(1.0, 0, 1000)  # L1 of the differences of neighbouring pixels, at several scales
     ssim: float = bounded(0.1, 0, 1000)  # 1 - SSIM
     lpips: float = bounded(0.0, 0, 1000)  # needs lpips_path

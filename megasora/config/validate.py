@@ -33,7 +33,7 @@ from megasora.config.schema import (
 from megasora.errors import MegaSoraError, printable
 
 MAX_WEIGHTS = 10**13
-PRETRAINED_CODECS = ("wan", "hunyuan", "cogvideox", "ltx", "dc_ae", "sd")  # see megasora/codec/pretrained.py
+PRETRAINED_CODECS = ("wan", "hunyuan", "cogvideox", "ltx", "dc_ae", "sd")  # see megasora/codec/pretrained_table.py
 START = re.compile(r"resume-or-fresh|resume(:step-\d{8,12})?|fresh|init:.+", re.ASCII)
 MAX_SHOWN = 60  # characters of a value in a message
 SIZE = re.compile(r"0*([1-9][0-9]{0,4})x0*([1-9][0-9]{0,4})", re.IGNORECASE)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megasora.config import DataConfig
-from megasora.data.clip_source import ClipSource
+from megasora.data.decoded_clips import DecodedClips
 from megasora.data.read_ahead import read_ahead
 from megasora.data.reader_pool import ReaderPool
 from megasora.data.shuffle import CLIPS, CROPS, permutation
@@ -87,7 +87,7 @@ class ClipLoader:
 
     def __init__(
         self,
-        source: ClipSource,
+        source: DecodedClips,
         sample_ids: list[int],
         config: DataConfig,
         seed: int,

@@ -28,6 +28,7 @@ from megasora.codec import build_frame_encoder
 from megasora.config import CodecConfig, IngestConfig
 from megasora.data.clip_reader import open_clip
 from megasora.data.media import Media, RejectedClip, sha256
+from megasora.data.padding import pad_frame
 from megasora.errors import MegaSoraError
 from megasora.ingest.child_process import die_with_parent
 from megasora.ingest.duplicates import frame_hash
@@ -123,7 +124,7 @@ class Worker:
         _, ph, pw = self.encoder.factors
         multiple = (ph * self.patch[0], pw * self.patch[1])
         t = 0
-        with closing(self.encoder.encode(pad_frames(frames, multiple))) as latents:
+        with closing(self.encoder.encode(pad_frame(frame, multiple) for frame in frames)) as latents:
             for latent in latents:
                 try:
                     patches, (h, w) = patchify_frame(self.to_float16(latent), self.patch)
@@ -171,18 +172,8 @@ class FrameCounter:
             yield frame
 
 
-# The same as `pad_frames` and `patchify` of data/patches.py, which need torch.
-
-
-def pad_frames(frames: Iterator[np.ndarray], multiple: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Repeats the last row and column of [H, W, 3] frames until H and W are multiples."""
-    for frame in frames:
-        down, right = (-n % m for n, m in zip(frame.shape[:2], multiple, strict=True))
-        yield np.pad(frame, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else frame
-
-
 def patchify_frame(latent_HWC: np.ndarray, patch: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """One latent frame [H, W, C] -> its patches [h*w, C*ph*pw], and (h, w)."""
+    """One latent frame [H, W, C] -> its patches [h*w, C*ph*pw], and (h, w). As `patchify`, without torch."""
     height, width, channels = latent_HWC.shape
     h, w = height // patch[0], width // patch[1]
     x = latent_HWC.reshape(h, patch[0], w, patch[1], channels).transpose(0, 2, 4, 1, 3)

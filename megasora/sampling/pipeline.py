@@ -17,6 +17,8 @@ from megasora.checkpoint.manifest import step_of
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.store import CheckpointStore, find_checkpoint
 from megasora.codec import build_codec
+from megasora.codec.fingerprint import without_tiles
+from megasora.codec.vae.folder import task_of
 from megasora.config import Config, SampleConfig, load_run_config, token_pixels
 from megasora.data.pack import Record
 from megasora.data.patches import frames_to_float, frames_to_uint8, patchify, unpatchify
@@ -56,6 +58,11 @@ class SamplingPipeline:
         """Loads the newest checkpoint of a run folder. `weights`: ema or raw. Raises MegaSoraError if there is none."""
         if not (run_dir / "config.yaml").is_file():
             raise MegaSoraError(f"{run_dir} is not a run folder: it has no config.yaml; train one with megasora train")
+        if task_of(run_dir) == "codec":
+            raise MegaSoraError(
+                f"{run_dir} is a run of megasora.train_codec, which trains a codec, not a DiT; give a run of "
+                "megasora.train; for reconstructions use: megasora codec eval"
+            )
         config = load_run_config(run_dir)
         if CheckpointStore(run_dir / "checkpoints").newest() is None:
             raise MegaSoraError(
@@ -153,7 +160,7 @@ def check_codec(run_dir: Path, config: Config, fingerprint: str) -> None:
         trained_with = parse_json(read_regular_file(run_dir / "run.json", MAX_RUN_INFO_BYTES))["codec"]
     except (OSError, ValueError, TypeError, KeyError):  # of another version
         return
-    if str(trained_with).partition("-tile")[0] != fingerprint.partition("-tile")[0]:
+    if without_tiles(str(trained_with)) != without_tiles(fingerprint):
         place = f"codec.path={config.codec.path}" if config.codec.path else "its codec"
         raise MegaSoraError(
             f"{run_dir} was trained on latents of {printable(str(trained_with), 200)}, {place} is now {fingerprint}; "

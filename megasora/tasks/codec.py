@@ -24,7 +24,7 @@ from megasora.codec.vae.lpips import load_lpips
 from megasora.codec.vae.quantizers import perplexity
 from megasora.config import Config
 from megasora.data.clip_loader import ClipBatch, ClipLoader
-from megasora.data.clip_source import ClipSource
+from megasora.data.decoded_clips import DecodedClips
 from megasora.diffusion.noise import clip_keys, normal
 from megasora.fragment import Fragment
 from megasora.ingest.listing import listing_hash
@@ -126,7 +126,7 @@ class CodecTask:
     def batches(self) -> Iterator[ClipBatch]:
         config, axis = self.config, self.mesh.data
         ids, media = [i for i, _ in self.train_clips], [clip.media for _, clip in self.train_clips]
-        source = ClipSource(media, config.ingest, config.data.clip_cache_mib)
+        source = DecodedClips(media, config.ingest, config.data.clip_cache_mib)
         factors = self.work.context.factors
         return iter(ClipLoader(source, ids, config.data, config.run.seed, factors, axis.rank, axis.size, self.cursor))
 

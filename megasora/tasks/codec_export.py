@@ -20,12 +20,13 @@ from torch import Tensor
 from megasora.checkpoint.manifest import step_of
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.store import find_checkpoint
+from megasora.codec.latent_statistics import LatentStatistics
 from megasora.codec.vae.codec import VAECodec
 from megasora.codec.vae.folder import RUN_FOLDER, find_codec_folder, read_manifest
 from megasora.codec.vae.weights import load_network, save_codec
 from megasora.config import Config
-from megasora.data.clip_source import ClipSource
-from megasora.data.patches import frames_to_float, pad_frames
+from megasora.data.decoded_clips import DecodedClips
+from megasora.data.padding import pad_frame
 from megasora.errors import MegaSoraError
 from megasora.ingest.sources import find_clips
 from megasora.jsonl import read_tail
@@ -92,23 +93,20 @@ def measure_latents(
     codec: VAECodec, config: Config, heartbeat: Callable[[str], None]
 ) -> tuple[list[float], list[float]]:
     """(mean, std) of each channel of the latents of training clips."""
-    count, sums = 0, torch.zeros(2, codec.channels, dtype=torch.float64)
+    statistics = LatentStatistics(codec.channels)
     for name, frames in training_frames(config):
         heartbeat(f"the statistics of the latents, {name}")
-        frames_TCHW = pad_frames(frames_to_float(torch.from_numpy(frames)), codec.factors[1:])
-        latents = codec.encode(frames_TCHW).double().flatten(1)
-        count += latents.shape[1]
-        sums += torch.stack([latents.sum(1), latents.square().sum(1)]).cpu()
-    mean = sums[0] / count
-    std = (sums[1] / count - mean.square()).clamp_min(0).sqrt()
-    return mean.tolist(), std.tolist()
+        padded = (pad_frame(frame, codec.factors[1:]) for frame in frames)
+        for _ in statistics.observe(codec.encode_frames(padded)):
+            pass
+    return statistics.totals()
 
 
 def training_frames(config: Config) -> Iterator[tuple[str, np.ndarray]]:
     """(name, uint8 [T, H, W, 3]) of the clips to measure."""
     clips = [clip for clip in find_clips(Path(config.data.clips)).clips if clip.split == "train"]
     chosen = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(MEASURED_CLIPS, len(clips))).astype(int))]
-    source = ClipSource([clip.media for clip in chosen], config.ingest, cache_mib=0)
+    source = DecodedClips([clip.media for clip in chosen], config.ingest, cache_mib=0)
     for index, clip in enumerate(chosen):
         yield clip.name, source.read(index, lambda num_frames: (0, min(num_frames, MEASURED_FRAMES)))
 

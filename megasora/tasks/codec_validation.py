@@ -21,9 +21,9 @@ from megasora.codec.vae.lpips import LPIPS
 from megasora.codec.vae.quantizers import perplexity
 from megasora.config import Config
 from megasora.data.clip_loader import Crop, stack_clips
-from megasora.data.clip_source import ClipSource
+from megasora.data.decoded_clips import DecodedClips
 from megasora.data.patches import frames_to_uint8
-from megasora.ingest.listing import ClipSource as ListedClip
+from megasora.ingest.listing import ClipSource
 from megasora.parallel.mesh import Mesh
 from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
@@ -88,7 +88,7 @@ class CodecValidation:
 
     def __init__(
         self,
-        clips: list[tuple[int, ListedClip]],
+        clips: list[tuple[int, ClipSource]],
         config: Config,
         work: WorkBuilder,
         engine: ZeroEngine,
@@ -99,7 +99,7 @@ class CodecValidation:
         self.clips = clips[: config.validation.clips or len(clips)]
         self.config, self.work, self.engine, self.lpips = config, work, engine, lpips
         self.mesh, self.world = mesh, world
-        self.source = ClipSource([clip.media for _, clip in self.clips], config.ingest, config.data.clip_cache_mib)
+        self.source = DecodedClips([clip.media for _, clip in self.clips], config.ingest, config.data.clip_cache_mib)
         self.crop = Crop(None, tuple(config.data.crop))
 
     def run(self, step: int) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megasora.codec import build_codec, codec_fingerprint, resolve_codec
-from megasora.codec.pretrained import pretrained_shape
+from megasora.codec.pretrained_folder import pretrained_shape
 from megasora.codec.pretrained_table import FAMILIES
 from megasora.config import CodecConfig
 from megasora.config.validate import PRETRAINED_CODECS

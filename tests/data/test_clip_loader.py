@@ -12,8 +12,8 @@ import torch
 
 from megasora.config import DataConfig, IngestConfig
 from megasora.data.clip_loader import ClipLoader, Crop, padded_size, stack_clips
-from megasora.data.clip_source import ClipSource
 from megasora.data.clip_writer import write_image, write_video
+from megasora.data.decoded_clips import DecodedClips
 from megasora.data.media import Media
 from megasora.errors import DataError
 
@@ -41,7 +41,7 @@ def media(tmp_path_factory) -> list[Media]:
 
 def make_loader(media: list[Media], rank: int = 0, size: int = 1, cursor: int = 0, cache_mib: int = 64, **settings):
     data = DataConfig(clips_per_pack=3, packs_per_step=2, **settings)
-    return ClipLoader(ClipSource(media, IngestConfig(), cache_mib), IDS, data, 7, FACTORS, rank, size, cursor)
+    return ClipLoader(DecodedClips(media, IngestConfig(), cache_mib), IDS, data, 7, FACTORS, rank, size, cursor)
 
 
 def content(batch) -> list[list[tuple]]:
@@ -74,7 +74,7 @@ def test_an_epoch_has_each_clip_once_and_the_next_another_order(media):
 
 
 def test_crops_are_excerpts_of_the_clip_at_all_places(media):
-    source = ClipSource(media, IngestConfig(), 64)
+    source = DecodedClips(media, IngestConfig(), 64)
     loader = make_loader(media, reader_threads=0)
     starts, sides = Counter(), Counter()
     for epoch in range(200):
@@ -110,11 +110,11 @@ def test_clips_of_one_size_are_stacked_and_padded_to_whole_latents_by_repetition
 
 
 def test_a_video_that_is_not_kept_is_read_from_the_chosen_frames_on(media, monkeypatch):
-    from megasora.data import clip_source
+    from megasora.data import decoded_clips
 
-    source, opened = ClipSource(media, IngestConfig(), 0), []
-    original = clip_source.open_clip
-    monkeypatch.setattr(clip_source, "open_clip", lambda m, limits: opened.append(m) or original(m, limits))
+    source, opened = DecodedClips(media, IngestConfig(), 0), []
+    original = decoded_clips.open_clip
+    monkeypatch.setattr(decoded_clips, "open_clip", lambda m, limits: opened.append(m) or original(m, limits))
     expected = numbered_frames(2, (12, 16, 24))
     for first, count in ((0, 5), (3, 5), (7, 5), (11, 1)):
         np.testing.assert_array_equal(source.read(2, lambda n, c=(first, count): c), expected[first:][:count])
@@ -123,7 +123,7 @@ def test_a_video_that_is_not_kept_is_read_from_the_chosen_frames_on(media, monke
 
 
 def test_the_cache_keeps_what_fits(media):
-    source = ClipSource(media, IngestConfig(), 1)
+    source = DecodedClips(media, IngestConfig(), 1)
     source.free_bytes = 2 * 12 * 16 * 24 * 3
     for index in (0, 1, 2, 4, 0):
         source.read(index, lambda n: (0, n))

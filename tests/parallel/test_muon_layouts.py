@@ -21,6 +21,7 @@ from layouts import (
     relative_error,
     train_steps,
 )
+from PIL import Image
 from test_codec_steps import BASE, KINDS, train_all
 from test_zero import build_engine, clone_values, train_step
 
@@ -116,6 +117,7 @@ def resume_from(tensors):
 def results(tmp_path_factory):
     """A function from a number of processes to what each of them has."""
     folder = tmp_path_factory.mktemp("clips")
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
     (folder / "a.txt").write_text("a")
 
     @cache

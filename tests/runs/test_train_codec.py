@@ -147,25 +147,35 @@ KINDS = {
 }
 
 
+def train_codecs(runs: dict[str, list[str]]) -> dict[str, str | None]:
+    """Trains one after the other, in the same processes."""
+    return {name: train_codec(arguments) for name, arguments in runs.items()}
+
+
+def train_on_two_ranks(settings: dict[str, list[str]], folder: Path, clips: Path) -> Path:
+    """`folder`, with a finished run for each name in `settings`."""
+    ends = run_ranks(
+        train_codecs, 2, {name: arguments_of(folder / name, clips, *own) for name, own in settings.items()}
+    )
+    assert ends == [dict.fromkeys(settings)] * 2
+    return folder
+
+
 @pytest.fixture(scope="module")
-def two_rank_runs(codec_clips, tmp_path_factory):
-    """A function from a name in LAYOUTS or KINDS to its run, and the error that ended it on each rank. The same two
-    processes train all of them."""
-    folder, settings = tmp_path_factory.mktemp("two_ranks"), LAYOUTS | KINDS
-    arguments = [arguments_of(folder / name, codec_clips, *own) for name, own in settings.items()]
-    ends = run_ranks(train_codecs, 2, arguments, timeout=600)
-    return lambda name: (folder / name, [rank[list(settings).index(name)] for rank in ends])
+def layout_runs(codec_clips, tmp_path_factory) -> Path:
+    return train_on_two_ranks(LAYOUTS, tmp_path_factory.mktemp("layouts"), codec_clips)
 
 
-def train_codecs(runs: list[list[str]]) -> list[str | None]:
-    return [train_codec(arguments) for arguments in runs]
+@pytest.fixture(scope="module")
+def kind_runs(codec_clips, tmp_path_factory) -> Path:
+    return train_on_two_ranks(KINDS, tmp_path_factory.mktemp("kinds"), codec_clips)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_layouts_train_as_one_process(layout, codec_run, two_rank_runs):
-    run, ends = two_rank_runs(layout)
-    assert ends == [None, None]
-    check_same_run(codec_run, run)
+def test_all_layouts_train_as_one_process(layout, codec_run, layout_runs):
+    check_same_run(codec_run, layout_runs / layout)
 
 
 def test_a_stopped_run_resumes_bit_for_bit(codec_run, codec_clips, tmp_path):
@@ -181,13 +191,14 @@ def test_a_stopped_run_resumes_bit_for_bit(codec_run, codec_clips, tmp_path):
     assert (codec_run / "codec" / "codec.json").read_text() == (run / "codec" / "codec.json").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_network_learns_and_its_codec_reconstructs(kind, two_rank_runs):
+def test_each_kind_of_network_learns_and_its_codec_reconstructs(kind, kind_runs):
     from megasora.codec import build_codec
     from megasora.config import CodecConfig
 
-    run, ends = two_rank_runs(kind)
-    assert ends == [None, None]
+    run = kind_runs / kind
     metrics, (first, last) = read_jsonl(run), read_jsonl(run, "validation.jsonl")
     assert last["psnr"] > first["psnr"] + 4
     assert ("perplexity" in metrics[-1]) == (kind in ("vq", "fsq"))
@@ -235,6 +246,7 @@ def test_the_finished_run_has_pictures_a_ledger_and_a_codec_that_is_written_agai
         assert (run / "codec" / name).read_bytes() == (codec_run / "codec" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_the_decoder_leaves_the_encoder_as_it_is(codec_run, codec_clips, tmp_path):
     from safetensors.torch import load_file
 
@@ -271,6 +283,8 @@ ADVERSARIAL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_an_adversarial_run_is_the_same_in_other_layouts_and_after_a_resume(codec_clips, tmp_path):
     one, two, rows = (tmp_path / name for name in ("one", "two", "rows"))
     assert run_ranks(train_codec, 1, arguments_of(one, codec_clips, *ADVERSARIAL)) == [None]

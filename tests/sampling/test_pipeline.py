@@ -178,6 +178,13 @@ def test_a_folder_that_is_no_run_raises(tmp_path):
             SamplingPipeline.from_run(folder)
 
 
+def test_a_codec_run_raises(trained, tmp_path):
+    shutil.copy(trained / "config.yaml", tmp_path)
+    (tmp_path / "run.json").write_text('{"task": "codec"}', encoding="utf-8")
+    with pytest.raises(MegaSoraError, match="is a run of megasora.train_codec, which trains a codec, not a DiT"):
+        SamplingPipeline.from_run(tmp_path)
+
+
 def test_a_run_without_a_checkpoint_raises_with_the_step_of_the_first(trained, tmp_path):
     shutil.copy(trained / "config.yaml", tmp_path)
     with pytest.raises(MegaSoraError, match="holds no checkpoint to sample from; train until .*checkpoint.every=10"):

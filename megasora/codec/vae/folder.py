@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megasora.codec.fingerprint import tile_suffix
 from megasora.config import CodecConfig, Config, VAEConfig
 from megasora.config.validate import check_bounds, validate_vae
 from megasora.errors import MegaSoraError, printable
@@ -29,6 +29,7 @@ from megasora.jsonl import parse_json
 MANIFEST, WEIGHTS, FORMAT = "codec.json", "codec.safetensors", 1
 RUN_FOLDER = "codec"  # of a run of megasora.train_codec, below its run folder
 MAX_JSON_BYTES = 1 << 20
+MIN_FP32, MAX_FP32 = 2.0**-126, 3.4e38  # of mean and std, which the codec holds in fp32
 MAX_SHOWN = 80  # characters of a wrong value in a message
 SHA256 = re.compile("[0-9a-f]{64}", re.ASCII)
 NOT_OF_THE_ENCODER = ("decoder_width", "codebook_decay", "dead_code_usage")  # settings that change no latent
@@ -61,9 +62,7 @@ class CodecManifest:
 
 def vae_fingerprint(manifest: CodecManifest, config: CodecConfig) -> str:
     """Same fingerprint, same latents: the encoder's, and how frames larger than a tile are divided into tiles."""
-    if not any(config.tile):
-        return manifest.encoder_fingerprint
-    return f"{manifest.encoder_fingerprint}-tile{config.tile[0]}x{config.tile[1]}-{config.tile_overlap}"
+    return manifest.encoder_fingerprint + tile_suffix(config)
 
 
 def find_codec_folder(path: Path) -> Path:
@@ -85,7 +84,7 @@ def describe_path(path: Path) -> str:
         is_part = path.name in (MANIFEST, WEIGHTS)
         return f"is a file of a codec; give its folder {path.parent}" if is_part else f"is a file; {remedy}"
     if not path.is_dir():
-        return f"does not exist; {remedy}"
+        return f"does not exist; {remedy}; for a pretrained codec set its codec.name, e.g. wan"
     if run != path and (run / RUN_FOLDER / MANIFEST).exists():
         return f"is a checkpoint of a codec run; give the run, {run}"
     if (run / "config.yaml").exists() and task_of(run) == "codec":
@@ -144,6 +143,8 @@ def parse_manifest(values: dict[str, Any]) -> CodecManifest:
         raise ValueError("factors must be three whole numbers, channels one")
     if not isinstance(values["vae"], dict):
         raise ValueError("vae: not a mapping of settings")
+    if unknown := sorted(values["vae"].keys() - {field.name for field in dataclasses.fields(VAEConfig)}):
+        raise ValueError(f"unknown keys {', '.join(f'vae.{key}' for key in unknown[:3])}")
     try:
         vae: VAEConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(VAEConfig), values["vae"]))
     except (OmegaConfBaseException, AssertionError) as error:
@@ -155,7 +156,7 @@ def parse_manifest(values: dict[str, Any]) -> CodecManifest:
         numbers = values[key]
         if not isinstance(numbers, list) or len(numbers) != channels or not all(map(is_finite, numbers)):
             raise ValueError(f"{key} must be {channels} finite numbers, one per channel")
-    if min(values["std"]) <= 0:
+    if min(values["std"]) < MIN_FP32:
         channel = min(range(channels), key=values["std"].__getitem__)
         raise ValueError(f"std[{channel}]={values['std'][channel]} must be above 0")
     for key in ("encoder_sha256", "decoder_sha256"):
@@ -167,7 +168,8 @@ def parse_manifest(values: dict[str, Any]) -> CodecManifest:
 
 
 def is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is a number that fp32 can hold."""
+    return type(value) in (int, float) and abs(value) <= MAX_FP32
 
 
 def manifest_text(manifest: CodecManifest) -> str:

@@ -31,7 +31,7 @@ class ClipTimes:
     start: float  # seconds, of the first frame
 
 
-class ClipSource:
+class DecodedClips:
     """The clips of a run, by index, as uint8 frames. `limits`: as in an ingest. `cache_mib`: memory of decoded clips.
 
     Threads may share it. They decode one clip each at the same time, everything else under `reader_lock`.
