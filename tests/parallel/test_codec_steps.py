@@ -104,4 +104,6 @@ def test_a_layout_trains_the_same_codec(results, processes, layout, kind):
     for step, (a, b) in enumerate(zip(trained, expected, strict=True)):
         assert a.keys() == b.keys()
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=RELATIVE), f"{name} of step {step}"
+            # AdamW's first updates are about the sign of the gradient: they amplify rounding where it is nearly zero
+            relative = 1e-4 if step and name == "norm" else RELATIVE
+            assert a[name] == pytest.approx(b[name], rel=relative), f"{name} of step {step}"

@@ -20,7 +20,7 @@ TINY = [  # a network that trains in milliseconds
     "codec.name=vae", "codec.factors=[4,8,8]", "codec.channels=4",
     "vae.patch=4", "vae.width=8", "vae.multipliers=[1,2]", "vae.blocks=1",
     "data.clips_per_pack=3", "data.packs_per_step=2", "data.crop=[9,16,16]", "data.reader_threads=1",
-    "optim.lr=2e-3", "optim.warmup_steps=2", "optim.ema_decay=0.9", "reconstruction.kl=1e-4",
+    "optim.lr=2e-3", "optim.eps=1e-4", "optim.warmup_steps=2", "optim.ema_decay=0.9", "reconstruction.kl=1e-4",
     f"run.steps={STEPS}", "run.seed=3", "run.threads=1", "run.ledger=true", "run.debug_every=2",
     "checkpoint.every=3", "validation.every=3", "validation.clips=3", "wandb.mode=disabled",
 ]  # fmt: skip
@@ -124,7 +124,8 @@ def check_same_run(run: Path, other: Path, steps: int = STEPS) -> None:
     for first, second in zip(a, b, strict=True):
         for key in ("loss", "l1", "gradient", "ssim", "psnr", "kl"):
             assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-7), (first["step"], key)
-        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=2e-5)
+        # AdamW's first updates are about the sign of the gradient: they amplify rounding where it is nearly zero
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-5 if first["step"] == 1 else 1e-4)
     for first, second in zip(read_jsonl(run, "validation.jsonl"), read_jsonl(other, "validation.jsonl"), strict=True):
         for key in ("loss", "psnr", "ssim", "flicker"):
             assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-6), key
