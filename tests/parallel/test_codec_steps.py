@@ -18,7 +18,7 @@ STEPS, RELATIVE = 3, 1e-5
 BASE = [
     "codec.name=vae", "codec.factors=[4,4,4]", "codec.channels=4", "vae.width=8", "vae.multipliers=[1,2]",
     "vae.patch=2", "vae.blocks=1", "run.device=cpu", "run.dtype=float32", "data.packs_per_step=2", "run.seed=3",
-    "optim.lr=0.003", "optim.eps=1e-4", "optim.warmup_steps=0", "optim.max_grad_norm=0.5", "vae.codebook_size=32",
+    "optim.lr=0.003", "optim.eps=1e-5", "optim.warmup_steps=0", "optim.max_grad_norm=0.5", "vae.codebook_size=32",
     "reconstruction.kl=0.001", "run.debug_every=1",
 ]  # fmt: skip
 PACKS = [  # clips, frames, rows and columns of each stack, not all of whole latents
