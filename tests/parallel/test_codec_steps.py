@@ -27,8 +27,8 @@ PACKS = [  # clips, frames, rows and columns of each stack, not all of whole lat
 ]
 LAYOUTS = {  # processes: settings of `parallel`
     1: [""],
-    2: ["context=2", "context=2 rows=2", "", "context=2 zero_stage=2"],
-    4: ["context=4", "context=4 rows=2", "context=2", "context=2 rows=2 zero_stage=2"],
+    2: ["context=2", "context=2 rows=2", "context=2 zero_stage=2"],
+    4: ["context=4 rows=2", "context=2"],
 }
 ADVERSARIAL = {"weight": 0.5, "start_step": 2, "width": 4, "layers": 2}
 KINDS = {
