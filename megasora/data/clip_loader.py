@@ -10,9 +10,9 @@ the whole state is the number of clips that were taken. Clips of one size in a p
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megasora.config import DataConfig
 from megasora.data.decoded_clips import DecodedClips
-from megasora.data.read_ahead import read_ahead
+from megasora.data.read_ahead import read_ahead, read_in_turn, submit_ahead
 from megasora.data.reader_pool import ReaderPool
 from megasora.data.shuffle import CLIPS, CROPS, permutation
 
@@ -57,17 +57,17 @@ class Crop:
         """(first frame, number of frames)."""
         if self.random_4 is not None and self.random_4[0] < self.image_fraction:
             return int(self.random_4[1] * num_frames), 1
-        count = min(self.crop[0] or num_frames, num_frames)
-        return self.first(0.0 if self.random_4 is None else self.random_4[1], num_frames - count), count
+        length = min(self.crop[0] or num_frames, num_frames)
+        return self.first(0.0 if self.random_4 is None else self.random_4[1], num_frames - length), length
 
     def sides(self, frames_THWC: np.ndarray) -> np.ndarray:
         """The rows and columns of decoded frames; a view."""
         ranges = []
         for dim, share in zip((1, 2), (0.5, 0.5) if self.random_4 is None else self.random_4[2:], strict=True):
             size = frames_THWC.shape[dim]
-            count = min(self.crop[dim] or size, size)
-            first = self.first(share, size - count)
-            ranges.append(slice(first, first + count))
+            length = min(self.crop[dim] or size, size)
+            first = self.first(share, size - length)
+            ranges.append(slice(first, first + length))
         return frames_THWC[:, ranges[0], ranges[1]]
 
     @staticmethod
@@ -109,29 +109,24 @@ class ClipLoader:
     def steps(self) -> Iterator[ClipBatch]:
         """Yields the same steps, each read when it is requested, without a timeout."""
         readers = self.start_readers()
-        try:
-            yield from self.read_steps(readers)
-        finally:
-            readers.close()
-            readers.join(self.config.read_timeout_seconds)
+        yield from read_in_turn(self.read_steps(readers), readers, self.config.read_timeout_seconds)
 
     def start_readers(self) -> ReaderPool:
         return ReaderPool(self.read_pack, self.config.reader_threads, self.source.reader_lock)
 
     def read_steps(self, readers: ReaderPool) -> Iterator[ClipBatch]:
-        """Submits so many steps ahead that each reader thread has a pack, and yields them in order."""
+        """Yields the steps in order; their packs are submitted ahead, see `submit_ahead`."""
+        packs_per_rank = self.config.packs_per_step // self.data_size
+        for next_cursor, results in submit_ahead(self.planned_steps(), readers, packs_per_rank):
+            yield ClipBatch(list(results()), next_cursor)
+            del results  # else its packs would be kept alive while the next step is read
+
+    def planned_steps(self) -> Iterator[tuple[int, list[range]]]:
+        """The cursor after each step, and the clips of its packs on this rank."""
         clips, packs = self.config.clips_per_pack, self.config.packs_per_step
-        steps_ahead = -(-readers.count * self.data_size // packs)
-        submitted: deque = deque()
-        first = self.cursor
-        while True:
+        for first in count(self.cursor, clips * packs):
             starts = [first + clips * number for number in range(self.data_rank, packs, self.data_size)]
-            first += clips * packs
-            submitted.append((first, readers.submit([range(start, start + clips) for start in starts])))
-            if len(submitted) > steps_ahead:
-                next_cursor, results = submitted.popleft()
-                yield ClipBatch(list(results()), next_cursor)
-                del results  # else its packs would be kept alive while the next step is read
+            yield first + clips * packs, [range(start, start + clips) for start in starts]
 
     def read_pack(self, numbers: range, begin) -> list[ClipStack]:
         """`numbers`: of the clips in the endless order."""

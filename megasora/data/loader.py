@@ -12,7 +12,6 @@ left out depends on the bytes of the shards alone, and on what the file system c
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from megasora.data.buffer_pool import BufferPool
 from megasora.data.mixture import Mixture
 from megasora.data.pack import PackBuffer, Record, make_batch
 from megasora.data.packing_plan import Cursor, PackingPlan, PlannedPack, PlannedStep, assign_packs_to_ranks
-from megasora.data.read_ahead import read_ahead
+from megasora.data.read_ahead import read_ahead, read_in_turn, submit_ahead
 from megasora.data.reader_pool import ReaderPool
 from megasora.data.tar import DamagedTar
 from megasora.data.token_drop import draw_positions
@@ -103,26 +102,23 @@ class PackLoader:
     def steps(self) -> Iterator[StepBatch]:
         """Yields the same steps, each read when it is requested, without a timeout."""
         readers = self.start_readers()
-        try:
-            yield from self.read_steps(readers)
-        finally:
-            readers.close()
-            readers.join(self.config.read_timeout_seconds)
+        yield from read_in_turn(self.read_steps(readers), readers, self.config.read_timeout_seconds)
 
     def start_readers(self) -> ReaderPool:
         return ReaderPool(self.read_pack, self.config.reader_threads, self.mixture.reader_lock)
 
     def read_steps(self, readers: ReaderPool) -> Iterator[StepBatch]:
-        """Submits so many steps ahead that each reader thread has a pack, and yields them in order."""
-        steps_ahead = -(-readers.count * self.data_size // self.config.packs_per_step)
-        submitted: deque = deque()
+        """Yields the steps in order; their packs are submitted ahead, see `submit_ahead`."""
+        packs_per_rank = self.config.packs_per_step // self.data_size
+        for planned, results in submit_ahead(self.planned_steps(), readers, packs_per_rank):
+            yield self.build_step(planned, list(results()))
+            del results  # else its packs would be kept alive while the next step is read
+
+    def planned_steps(self) -> Iterator[tuple[PlannedStep, list[PlannedPack]]]:
+        """Each step, and its packs on this rank."""
         for planned in self.plan.steps(self.cursor):
             local_packs = assign_packs_to_ranks(planned.costs, self.data_size)[self.data_rank]
-            submitted.append((planned, readers.submit([planned.packs[b] for b in local_packs])))
-            if len(submitted) > steps_ahead:
-                planned, results = submitted.popleft()
-                yield self.build_step(planned, list(results()))
-                del results  # else its packs would be kept alive while the next step is read
+            yield planned, [planned.packs[b] for b in local_packs]
 
     def read_pack(self, pack: PlannedPack, begin: Callable[[int], None]) -> PackRead:
         """Reads clips to their place in the pack. If one is left out, those after it move up."""

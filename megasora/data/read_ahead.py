@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from megasora.data.prefetch import Prefetcher
@@ -34,6 +35,31 @@ def read_ahead(
         if not readers.is_hung(timeout):  # a thread that hangs is abandoned
             prefetcher.join(timeout)
             readers.join(timeout)
+
+
+def read_in_turn(steps: Iterator[Any], readers: ReaderPool, timeout: float) -> Iterator[Any]:
+    """Yields `steps`, which use `readers`, each when it is requested. The threads end with the iterator."""
+    try:
+        yield from steps
+    finally:
+        readers.close()
+        readers.join(timeout)
+
+
+def submit_ahead(
+    steps: Iterable[tuple[Any, list[Any]]], readers: ReaderPool, packs_per_step: int
+) -> Iterator[tuple[Any, Callable[[], Iterable[Any]]]]:
+    """(step, a function that returns its packs as read) of each (step, packs to read), in order.
+
+    So many steps are submitted ahead that each reader thread has a pack. Keep no function longer than its step: it
+    keeps the packs alive.
+    """
+    steps_ahead = -(-readers.count // packs_per_step)
+    submitted: deque = deque()
+    for step, packs in steps:
+        submitted.append((step, readers.submit(packs)))
+        if len(submitted) > steps_ahead:
+            yield submitted.popleft()
 
 
 def raise_if_hung(readers: ReaderPool, timeout: float, describe_clip: Callable[[int], str]) -> None:
