@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megasora.codec import clip_sizes
 from megasora.codec.dct_encoder import (
     COLOR_FREQUENCY,
     LEVEL,
@@ -48,11 +49,11 @@ class DCTCodec:
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip: 1 for the first frame, and one for every `factors[0]` further ones, rounded up."""
-        return 1 + -(-(frames - 1) // self.factors[0])
+        return clip_sizes.latent_frames(frames, self.factors[0])
 
     def num_frames(self, latent_frames: int) -> int:
         """Frames that `decode` returns."""
-        return 1 + (latent_frames - 1) * self.factors[0]
+        return clip_sizes.num_frames(latent_frames, self.factors[0])
 
     def encode(self, frames_TCHW: Tensor) -> Tensor:
         """[F, 3, H, W] in [-1, 1] -> latents [C, T, H/ph, W/pw]; the last frame is repeated to fill its block.

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from megasora.codec.clip_sizes import check_sides
 from megasora.config import CodecConfig
-from megasora.errors import MegaSoraError
 
 # standard deviation of an orthonormal coefficient in video, divided by the square root of the block's number of values:
 # LEVEL / (1 + SLOPE * f)^POWER, f the length of the frequency vector in cycles per block
@@ -116,8 +116,7 @@ class FrameBuffers:
     def __init__(self, encoder: DCTEncoder, frame: np.ndarray):
         pt, ph, pw = encoder.factors
         height, width, _ = self.frame_shape = frame.shape
-        if height % ph or width % pw:
-            raise MegaSoraError(f"frames of {height}x{width} pixels are not multiples of codec.factors={ph}x{pw}")
+        check_sides(height, width, encoder.factors)
         self.rows = max(1, CHUNK_BYTES // (4 * pt * ph * width * 3))  # of blocks that are transformed at once
         th, wc = len(encoder.time_row), encoder.column_color.shape[1]
         self.pixels = np.empty((self.rows, pt, ph, width, 3), np.float32)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megasora.codec.clip_sizes import check_sides
 from megasora.codec.fingerprint import tile_suffix
 from megasora.codec.pretrained_calls import Calls, FrameByFrame, WanStream, WholeClip, enable_tiling
 from megasora.codec.pretrained_folder import find_weights, hash_files, read_folder
@@ -110,9 +111,7 @@ class PretrainedCodec:
         """Frames [3, H, W], uint8 or float -> normalised latents [C, t, h, w] of each piece, on this codec's device."""
         first, frames = peek(frames)
         height, width = first.shape[-2:]
-        _, fh, fw = self.factors
-        if height % fh or width % fw:
-            raise MegaSoraError(f"frames of {height}x{width} pixels are not multiples of codec.factors={fh}x{fw}")
+        check_sides(height, width, self.factors)
         for z in self.calls(height, width).encode(map(self.to_pixels, frames)):
             yield (z - self.mean) / self.std
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megasora.codec import clip_sizes
+
 Values = Mapping[str, Any]  # of config.json, merged with the defaults of the family
 Factors = tuple[int, int, int]  # frames, rows, columns of pixels per latent
 
@@ -47,12 +49,12 @@ class Family:
         """Latent frames of a clip of `frames`. `ft`: frames per latent frame."""
         if not self.is_video:
             return frames
-        groups = -(-(frames - 1) // (ft * self.latents_per_group))
+        groups = clip_sizes.latent_frames(frames, ft * self.latents_per_group) - 1
         return 1 + groups * self.latents_per_group
 
     def num_frames(self, latent_frames: int, ft: int) -> int:
         """Frames of a clip of so many latent frames."""
-        return 1 + (latent_frames - 1) * ft if self.is_video else latent_frames
+        return clip_sizes.num_frames(latent_frames, ft) if self.is_video else latent_frames
 
 
 MAX_SIZE = 100_000  # of a factor, and of the number of channels

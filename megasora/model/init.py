@@ -40,8 +40,12 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
         return torch.zeros(shape)
     if rule == "xavier" and len(shape) == 1:
         return torch.ones(shape)
-    value, generator = torch.empty(shape), torch.Generator()
-    generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1)
+    value, generator = torch.empty(shape), keyed_generator(name, seed)
     if rule == "xavier":
         return nn.init.xavier_uniform_(value, generator=generator)
     return nn.init.normal_(value, std=float(rule.split()[1]), generator=generator)
+
+
+def keyed_generator(name: str, seed: int) -> torch.Generator:
+    """Random numbers on the CPU that depend on the seed and the name only."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1)

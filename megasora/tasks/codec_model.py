@@ -7,7 +7,6 @@ neither               drawn from the seed and the name of each weight
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megasora.codec.vae.folder import find_codec_folder, read_manifest
 from megasora.codec.vae.network import VideoVAE, init_weights
 from megasora.codec.vae.weights import load_network
 from megasora.config import Config
+from megasora.model.init import keyed_generator
 from megasora.parallelize import initial_weights
 
 
@@ -50,5 +50,4 @@ def load_weights(network: VideoVAE, weight_of: Callable[[str, torch.Size], Tenso
 
 def standard_normal(seed: int, name: str, shape: torch.Size) -> Tensor:
     """fp32, a function of the seed, the name and the shape."""
-    key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1
-    return torch.randn(shape, generator=torch.Generator().manual_seed(key))
+    return torch.randn(shape, generator=keyed_generator(name, seed))

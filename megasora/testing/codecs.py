@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megasora.codec.vae.folder import CodecManifest
 from megasora.codec.vae.network import VideoVAE, init_weights
+from megasora.codec.vae.quantizers import VectorQuantizer, build_quantizer
 from megasora.codec.vae.weights import save_codec
 from megasora.config import VAEConfig
 
@@ -43,3 +44,17 @@ def write_random_codec(
     std = [0.5 + 0.25 * channel for channel in range(channels)]
     vae = VAEConfig(**{**SETTINGS, **vae_settings})
     return save_codec(folder, vae, list(factors), channels, network.state_dict(), mean, std, 100 + seed, 20.0)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal values of a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def vector_quantizer(
+    size: int = 6, channels: int = 4, dtype: torch.dtype = torch.float64, **settings
+) -> VectorQuantizer:
+    """One of `size` random codes, in training mode; `settings`: of VAEConfig."""
+    quantizer = build_quantizer(VAEConfig(kind="vq", codebook_size=size, **settings), channels).to(dtype)
+    quantizer.codebook.codes.copy_(normal(size, channels, seed=99))
+    return quantizer.train()

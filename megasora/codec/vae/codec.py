@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megasora.codec import clip_sizes
 from megasora.codec.vae.boundary import Boundary
 from megasora.codec.vae.folder import find_codec_folder, read_manifest, vae_fingerprint
 from megasora.codec.vae.stream import decode_stream, encode_stream
@@ -42,11 +43,11 @@ class VAECodec:
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip: 1 for the first frame, and one for every `factors[0]` further ones, rounded up."""
-        return 1 + -(-(frames - 1) // self.factors[0])
+        return clip_sizes.latent_frames(frames, self.factors[0])
 
     def num_frames(self, latent_frames: int) -> int:
         """Frames that `decode` returns."""
-        return 1 + (latent_frames - 1) * self.factors[0]
+        return clip_sizes.num_frames(latent_frames, self.factors[0])
 
     @torch.inference_mode()
     def encode(self, frames_TCHW: Tensor) -> Tensor:
@@ -97,9 +98,7 @@ class VAECodec:
 
     def check_size(self, frame: Tensor) -> Tensor:
         """The frame [3, H, W]; raises MegaSoraError where H or W is not a multiple of the factors."""
-        (height, width), (_, fh, fw) = frame.shape[-2:], self.factors
-        if height % fh or width % fw:
-            raise MegaSoraError(f"frames of {height}x{width} pixels are not multiples of codec.factors={fh}x{fw}")
+        clip_sizes.check_sides(*frame.shape[-2:], self.factors)
         return frame
 
 

@@ -8,19 +8,9 @@ import torch
 
 from megasora.codec.metrics import psnr
 from megasora.codec.vae.codebook import Codebook
-from megasora.codec.vae.quantizers import build_quantizer, perplexity
-from megasora.config import ReconstructionConfig, VAEConfig
-from megasora.testing.codecs import random_network
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def vector_quantizer(size=6, channels=4, dtype=torch.float64, **settings):
-    quantizer = build_quantizer(VAEConfig(kind="vq", codebook_size=size, **settings), channels).to(dtype)
-    quantizer.codebook.codes.copy_(normal(size, channels, seed=99))
-    return quantizer.train()
+from megasora.codec.vae.quantizers import perplexity
+from megasora.config import ReconstructionConfig
+from megasora.testing.codecs import normal, random_network, vector_quantizer
 
 
 def test_nearest_codes_do_not_depend_on_how_many_distances_are_in_memory(monkeypatch):

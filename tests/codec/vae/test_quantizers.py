@@ -9,16 +9,7 @@ import torch
 from megasora.codec.vae.quantizers import INITIAL_LOGVAR, build_quantizer, perplexity
 from megasora.config import VAEConfig
 from megasora.errors import MegaSoraError
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def vector_quantizer(size=6, channels=4, dtype=torch.float64, **settings):
-    quantizer = build_quantizer(VAEConfig(kind="vq", codebook_size=size, **settings), channels).to(dtype)
-    quantizer.codebook.codes.copy_(normal(size, channels, seed=99))
-    return quantizer.train()
+from megasora.testing.codecs import normal, vector_quantizer
 
 
 def test_kl_is_the_divergence_from_the_standard_normal():
