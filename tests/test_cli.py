@@ -58,6 +58,11 @@ HELP = {  # command -> words of its help on what is read and written, and on uni
         "prints the settings",
         "writes a run folder",
     ],
+    "codec": ["eval", "encode", "decode", "export", "maps frames to latents"],
+    "codec eval": ["writes DIR/eval.json", "PSNR in dB", "DIR/sheet.png", "--split", "key=value", "codec.name=wan"],
+    "codec encode": ["writes its latents", "[C, T, h, w]", "--codec PATH"],
+    "codec decode": ["writes FILE", "native size", "H.264"],
+    "codec export": ["newest checkpoint", "writes RUN/codec"],
     "doctor": ["Reads versions, devices and free disk", "writes nothing"],
 }
 

@@ -381,25 +381,6 @@ def test_export_makes_the_codec_of_a_codec_run_and_a_copy(folder, source, tmp_pa
     assert run(*eval_arguments) == 0
 
 
-HELP = {
-    "codec": ["eval", "encode", "decode", "export", "maps frames to latents"],
-    "codec eval": ["writes DIR/eval.json", "PSNR in dB", "DIR/sheet.png", "--split", "key=value", "codec.name=wan"],
-    "codec encode": ["writes its latents", "[C, T, h, w]", "--codec PATH"],
-    "codec decode": ["writes FILE", "native size", "H.264"],
-    "codec export": ["newest checkpoint", "writes RUN/codec"],
-}
-
-
-@pytest.mark.parametrize("command", HELP)
-def test_help_says_what_is_read_and_written_with_an_example(command, capsys):
-    with pytest.raises(SystemExit) as leave:
-        main([*command.split(), "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert leave.value.code == 0
-    for word in [*HELP[command], f"example: megasora {command}"]:
-        assert word in shown
-
-
 # ---------------------------------------------------------------- shards of a learned codec
 
 

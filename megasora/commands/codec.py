@@ -33,6 +33,7 @@ from megasora.data.media_formats import CLIP_FILES, IMAGE_FORMATS, VIDEO_FORMATS
 from megasora.data.padding import pad_frame
 from megasora.data.patches import frames_to_uint8
 from megasora.errors import MegaSoraError, printable
+from megasora.ingest.worker import FrameCounter
 from megasora.sampling.command import check_output_path
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def encode_file(clip: Path, codec_path: str, out: Path, overrides: list[str]) ->
     config = codec_settings(codec_path, overrides)
     codec = build_codec(config.codec)
     with frame_progress("encode") as advance, open_clip(Media(clip), config.ingest) as opened:
-        counter = FrameCounter(opened.frames, advance)
+        counter = FrameCounter(counted(opened.frames, advance))
         padded = (pad_frame(frame, codec.factors[1:]) for frame in counter)
         latents = list(codec.encode_frames(padded))
         fps = opened.fps if counter.count > 1 else 0.0
@@ -88,17 +89,11 @@ def encode_file(clip: Path, codec_path: str, out: Path, overrides: list[str]) ->
     print(f"{out}  latents {'x'.join(map(str, shape))} of {info}")
 
 
-class FrameCounter:
-    """Yields the frames, and counts them."""
-
-    def __init__(self, frames: Iterable[np.ndarray], advance: Callable[[], None]):
-        self.frames, self.advance, self.count, self.size = frames, advance, 0, (0, 0)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for frame in self.frames:
-            self.count, self.size = self.count + 1, frame.shape[:2]
-            self.advance()
-            yield frame
+def counted(frames: Iterable[np.ndarray], advance: Callable[[], None]) -> Iterator[np.ndarray]:
+    """The frames; `advance` is called before each."""
+    for frame in frames:
+        advance()
+        yield frame
 
 
 # ---------------------------------------------------------------- decode
