@@ -74,7 +74,7 @@ def build_codec(config: CodecConfig) -> Codec:
         from megasora.codec.vae.codec import VAECodec
 
         check_path(config)
-        return VAECodec(config)
+        return VAECodec.from_folder(config)
     from megasora.codec.pretrained import PretrainedCodec
 
     return PretrainedCodec(config)

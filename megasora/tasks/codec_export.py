@@ -9,7 +9,6 @@ same latents and so the same fingerprint.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.store import find_checkpoint
 from megasora.codec.latent_statistics import LatentStatistics
 from megasora.codec.vae.codec import VAECodec
-from megasora.codec.vae.folder import RUN_FOLDER, find_codec_folder, read_manifest
+from megasora.codec.vae.folder import RUN_FOLDER, CodecManifest, find_codec_folder, read_manifest
 from megasora.codec.vae.weights import load_network, save_codec
 from megasora.config import Config
 from megasora.data.decoded_clips import DecodedClips
@@ -62,16 +61,21 @@ def export_codec(
         manifest = read_manifest(base)
         save_codec(folder, *settings, manifest.mean, manifest.std, step, psnr)
         return folder
-    unscaled = run_dir / f".{RUN_FOLDER}.unscaled"
-    try:
-        ones = [1.0] * config.codec.channels
-        save_codec(unscaled, *settings, [0.0] * len(ones), ones, step, psnr)
-        codec = VAECodec(dataclasses.replace(config.codec, path=str(unscaled), device=device.type))
-        mean, std = measure_latents(codec, config, heartbeat)
-    finally:
-        shutil.rmtree(unscaled, ignore_errors=True)
+    mean, std = measure_latents(unscaled_codec(config, tensors, device), config, heartbeat)
     save_codec(folder, *settings, mean, std, step, psnr)
     return folder
+
+
+def unscaled_codec(config: Config, tensors: dict[str, Tensor], device: torch.device) -> VAECodec:
+    """The codec of these weights without normalisation."""
+    network, channels = empty_network(config), config.codec.channels
+    network.load_state_dict(tensors)
+    manifest = CodecManifest(
+        config.codec.factors, channels, config.vae, [0.0] * channels, [1.0] * channels,
+        encoder_sha256="", decoder_sha256="", step=0, psnr=None,
+    )  # fmt: skip
+    network.eval().requires_grad_(False)
+    return VAECodec(network, manifest, dataclasses.replace(config.codec, device=device.type))
 
 
 def all_tensors(checkpoint: Path, config: Config, base: Path | None) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megasora.codec import clip_sizes
 from megasora.codec.vae.boundary import Boundary
-from megasora.codec.vae.folder import find_codec_folder, read_manifest, vae_fingerprint
+from megasora.codec.vae.folder import CodecManifest, find_codec_folder, read_manifest, vae_fingerprint
+from megasora.codec.vae.network import VideoVAE
 from megasora.codec.vae.stream import decode_stream, encode_stream
 from megasora.codec.vae.tiles import Tiling, build_decoder, build_encoder
 from megasora.codec.vae.weights import load_network
@@ -26,20 +27,26 @@ from megasora.errors import MegaSoraError
 
 
 class VAECodec:
-    """Reads the codec of `config.path`, on the device `config.device`. Raises MegaSoraError if it is not whole."""
+    """`network` with the normalisation of `manifest`, on the device `config.device`; `network` is moved there."""
 
-    def __init__(self, config: CodecConfig):
-        folder = find_codec_folder(Path(config.path))
-        self.manifest, self.config = read_manifest(folder), config
-        self.factors, self.channels = tuple(self.manifest.factors), self.manifest.channels
-        self.fingerprint = vae_fingerprint(self.manifest, config)
+    def __init__(self, network: VideoVAE, manifest: CodecManifest, config: CodecConfig):
+        self.manifest, self.config = manifest, config
+        self.factors, self.channels = tuple(manifest.factors), manifest.channels
+        self.fingerprint = vae_fingerprint(manifest, config)
         Tiling.of(config, self.factors[1])  # raises for an overlap larger than a tile
         self.device = codec_device(config.device)
-        self.network = load_network(folder, self.manifest).to(self.device)
+        self.network = network.to(self.device)
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
             for values in (self.manifest.mean, self.manifest.std)
         )
+
+    @classmethod
+    def from_folder(cls, config: CodecConfig) -> VAECodec:
+        """Reads the codec of `config.path`. Raises MegaSoraError if it is not whole."""
+        folder = find_codec_folder(Path(config.path))
+        manifest = read_manifest(folder)
+        return cls(load_network(folder, manifest), manifest, config)
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip: 1 for the first frame, and one for every `factors[0]` further ones, rounded up."""
