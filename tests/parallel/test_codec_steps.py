@@ -70,22 +70,32 @@ def train_all(configs):
     return {name: losses_of(config) for name, config in configs.items()}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A function from a number of processes to the results of its layouts."""
+def make_clips(tmp_path_factory):
+    """A folder with one clip: a task lists clips, but the steps here have their own."""
     folder = tmp_path_factory.mktemp("clips")
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     (folder / "a.txt").write_text("a")
+    return folder
+
+
+def codec_config(folder, layout, *settings):
+    """`layout`: settings of `parallel`."""
+    parallel = [f"parallel.{value}" for value in layout.split()]
+    return load(None, [*BASE, f"data.clips={folder}", f"run.dir={folder.parent / 'run'}", *settings, *parallel])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A function from a number of processes to the results of its layouts."""
+    folder = make_clips(tmp_path_factory)
 
     @cache
     def of(processes):
         configs = {
-            (layout, kind): load(None, [
-                *BASE, *KINDS[kind], f"data.clips={folder}", f"run.dir={folder.parent / 'run'}",
-                *(f"parallel.{value}" for value in layout.split()),
-            ])
-            for layout in LAYOUTS[processes] for kind in KINDS
-        }  # fmt: skip
+            (layout, kind): codec_config(folder, layout, *KINDS[kind])
+            for layout in LAYOUTS[processes]
+            for kind in KINDS
+        }
         try:
             return run_ranks(train_all, processes, configs)[0]
         except (RuntimeError, TimeoutError) as error:

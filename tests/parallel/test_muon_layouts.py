@@ -21,9 +21,8 @@ from layouts import (
     relative_error,
     train_steps,
 )
-from PIL import Image
-from test_codec_steps import BASE, train_all
-from test_zero import build_engine, clone_values, train_step
+from test_codec_steps import BASE, codec_config, make_clips, train_all
+from test_zero import build_engine, clone_values, engines_at_the_same_step, train_step
 
 from megasora.build import build_model
 from megasora.config import load
@@ -78,14 +77,7 @@ def resume_in_another_engine(zero_stage, dtype):
     """Names of the fragments; their values after one step; after the second one of this engine, and of another that has
     loaded them."""
     config = muon_config(layout(dist.get_world_size(), zero_stage=zero_stage, depth=1, packs=2), dtype)
-    first, second = build_engine(config), build_engine(config)
-    train_step(first, config, 0)
-    train_step(second, config, 7)  # to be overwritten
-    saved = clone_values(first.fragments())
-    for fragment, values in zip(second.fragments(), saved, strict=True):
-        for kind in MOMENTS:
-            fragment.values[kind].copy_(values[kind])
-    second.sync_after_load(1)
+    first, second, saved = engines_at_the_same_step(config)
     for engine in (first, second):
         train_step(engine, config, 1)
     return [f.name for f in first.fragments()], saved, *(clone_values(e.fragments()) for e in (first, second))
@@ -123,19 +115,14 @@ def results(processes):
 @pytest.fixture(scope="module")
 def codec_results(tmp_path_factory):
     """A function from a number of processes to the steps of its layouts."""
-    folder = tmp_path_factory.mktemp("clips")
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
-    (folder / "a.txt").write_text("a")
+    folder = make_clips(tmp_path_factory)
 
     @cache
     def of(processes):
         configs = {
-            settings: load(None, [
-                *BASE, *SMOOTH, f"data.clips={folder}", f"run.dir={folder.parent / 'run'}", "optim.name=muon",
-                *(f"parallel.{value}" for value in settings.split()),
-            ])
+            settings: codec_config(folder, settings, *SMOOTH, "optim.name=muon")
             for settings in CODEC_LAYOUTS[processes]
-        }  # fmt: skip
+        }
         return run_ranks(train_all, processes, configs)[0]
 
     return of

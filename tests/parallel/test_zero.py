@@ -51,20 +51,26 @@ def clone_values(fragments):
     return [{kind: values.clone() for kind, values in f.values.items()} for f in fragments]
 
 
+def engines_at_the_same_step(config):
+    """An engine after its first step, another that has loaded it, and what it has loaded."""
+    first, second = build_engine(config), build_engine(config)
+    train_step(first, config, 0)
+    train_step(second, config, 7)  # to be overwritten
+    saved = clone_values(first.fragments())
+    for fragment, values in zip(second.fragments(), saved, strict=True):
+        for kind, value in values.items():
+            fragment.values[kind].copy_(value)
+    second.sync_after_load(1)
+    return first, second, saved
+
+
 def resume_in_another_engine(stages):
     """For each (ZeRO stage, dtype): the second step of an engine, and of another one that has loaded its first."""
     results = []
     for stage, dtype in stages:
         config = configure(layout(dist.get_world_size(), zero_stage=stage, depth=1, packs=2), "block")
         config.run.dtype = dtype
-        first, second = build_engine(config), build_engine(config)
-        train_step(first, config, 0)
-        train_step(second, config, 7)  # to be overwritten
-        saved = clone_values(first.fragments())
-        for fragment, values in zip(second.fragments(), saved, strict=True):
-            for kind in KINDS:
-                fragment.values[kind].copy_(values[kind])
-        second.sync_after_load(1)
+        first, second, saved = engines_at_the_same_step(config)
         after = []
         for engine in (first, second):
             norm_and_losses = train_step(engine, config, 1)
