@@ -11,7 +11,7 @@ frequency of its pair j is
 
 in radians per position. s is the NTK factor of the axis (1: standard RoPE): the size of the clips divided by the size
 of the clips trained on. The fastest pair keeps its frequency, the slowest is slowed down by s, as if the base of the
-axis were multiplied by s^(d/(d-2)).
+axis were multiplied by s^(d/(d-2)). In sampling, `rope_scaling.py` changes the frequencies further.
 
 The gradient is dy rotated by the negative angles; nothing is saved for it. The kernel computes cos and sin from the
 three coords of a token; loaded from memory, the two in fp32 would cost as much as two heads in bf16. It reduces angles
@@ -44,6 +44,7 @@ from megasora.kernels.launch import (
     resolve_backend,
     upcast,
 )
+from megasora.kernels.rope_scaling import RopeScaling
 
 ROTATE: LaunchTable = {"any": LaunchConfig(tile_elements=1024, elements_per_thread=8)}
 MAX_CHUNKS = 5  # of the heads of a token, which share cos and sin; 6, 12, 20, 24 and 40 heads need no padding heads
@@ -55,13 +56,19 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rope_frequency(split: Sequence[int], base: float, scale: Sequence[float]) -> Tensor:
-    """fp32 [K/2]: radians per position of each pair. `scale`: NTK factor of each axis."""
+def rope_frequency(
+    split: Sequence[int], base: float, scale: Sequence[float], scaling: RopeScaling | None = None
+) -> Tensor:
+    """fp32 [K/2]: radians per position of each pair. `scale`: NTK factor of each axis, times that of `scaling`."""
+    if scaling is not None:
+        scale = [s * factor for s, factor in zip(scale, scaling.ntk_factors(), strict=True)]
     frequencies = []
     for size, s in zip(split, scale, strict=True):
         j = torch.arange(size // 2, dtype=torch.float64)
         slowed = s ** (2 * j / (size - 2)) if size > 2 else torch.full_like(j, s)
         frequencies.append(base ** (-2 * j / max(size, 1)) / slowed)
+    if scaling is not None:
+        frequencies[0] = scaling.scale_time(frequencies[0])
     return torch.cat(frequencies).float()
 
 
@@ -83,12 +90,13 @@ class Rope:
         split: Sequence[int] | None = None,
         scale: Sequence[float] = (1.0, 1.0, 1.0),
         device: torch.device | str | None = None,
+        scaling: RopeScaling | None = None,
     ) -> Rope:
         """`coords_L3`: integers or floats. `device` None: the device of the coords. `split` None:
         `rope_split(head_dim)`.
 
-        `scale`: NTK factors of t, h, w, each the size of the clips divided by the size trained on. ValueError for
-        arguments that do not match.
+        `scale`: NTK factors of t, h, w, each the size of the clips divided by the size trained on. `scaling`: for clips
+        larger than those. ValueError for arguments that do not match.
         """
         if coords_L3.ndim != 2 or coords_L3.shape[1] != 3 or coords_L3.is_complex():
             raise ValueError(f"coords {tuple(coords_L3.shape)} of {coords_L3.dtype} must be real, [L, 3]")
@@ -101,7 +109,8 @@ class Rope:
             raise ValueError(f"scale={tuple(scale)} must be three numbers above 0, for t, h and w")
         device = coords_L3.device if device is None else device
         dtype = torch.float32 if coords_L3.is_floating_point() else torch.int32
-        return cls(coords_L3.to(device, dtype).contiguous(), rope_frequency(split, base, scale).to(device), split)
+        frequency_P = rope_frequency(split, base, scale, scaling).to(device)
+        return cls(coords_L3.to(device, dtype).contiguous(), frequency_P, split)
 
     @property
     def rotation(self) -> Tensor:

@@ -253,14 +253,24 @@ class ValidationConfig:
 
 @dataclass
 class SampleConfig:
-    solver: str = "heun"  # euler | heun
+    solver: str = "heun"  # euler | heun | dpmpp_2m | unipc; heun calls the model twice per step, the others once
     num_inference_steps: int = bounded(30, 1, 10_000)
     guidance_scale: float = bounded(4.0, 0, 1000)  # classifier-free guidance; 1: none
+    context_guidance_scale: float = bounded(1.0, 0, 1000)  # the same towards the clean frames; 1: none
+    guidance_interval: list[float] = bounded([0.0, 1.0], 0, 1)  # timesteps with guidance; outside the scales are 1
+    guidance_rescale: float = bounded(0.0, 0, 1)  # 1: a guided velocity has the std of the conditional one
     unconditional: str = "null_token"  # of guidance: null_token: as objective.caption_dropout trains | negative_prompt
     negative_prompt: str = ""  # unconditional=negative_prompt: the caption to move away from; empty as for Wan
     size: str = "32x32"  # height x width, pixels
     frames: int = bounded(9, 1, 10**6)
     fps: float = bounded(12.0, above(0), 10_000)
+    window_frames: int = bounded(0, 0, 10**6)  # of the windows of a longer clip; 0: of the longest training clip
+    context_frames: int = bounded(0, 0, 10**6)  # given to a window of those before it; 0: a third of the window
+    rope: str = "none"  # for clips larger than those trained on: none | ntk: all axes | riflex: time only
+    refine: float = bounded(0.5, 0, 1)  # level of a second pass where given frames follow free ones; 0: none
+    expand: str = file_path("none")  # short prompts into captions: none | template | folder of an instruction model
+    every: int = bounded(0, 0, 10**9)  # training: steps between samples of `prompts`; 0: no samples
+    prompts: list[str] = field(default_factory=list)  # of the samples during training, each a caption as it is
 
 
 @dataclass

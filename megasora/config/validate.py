@@ -253,13 +253,26 @@ def validate_parallel(parallel: ParallelConfig) -> None:
 
 
 def validate_sample(sample: SampleConfig) -> None:
-    one_of("sample.solver", sample.solver, ("euler", "heun"))
+    one_of("sample.solver", sample.solver, ("euler", "heun", "dpmpp_2m", "unipc"))
+    one_of("sample.rope", sample.rope, ("none", "ntk", "riflex"))
+    interval = sample.guidance_interval
+    if len(interval) != 2 or interval[0] > interval[1]:
+        raise MegaSoraError(
+            f"sample.guidance_interval={interval} must be two timesteps, the lower first, e.g. [0.2, 0.9]"
+        )
     one_of("sample.unconditional", sample.unconditional, ("null_token", "negative_prompt"))
     if sample.negative_prompt and sample.unconditional != "negative_prompt":
         raise MegaSoraError(
             "sample.negative_prompt is set, but unused: also set sample.unconditional=negative_prompt, or leave it out"
         )
     parse_size(sample.size, "sample.size")
+    if sample.every and not sample.prompts:
+        raise MegaSoraError(
+            f"sample.every={sample.every} without prompts; give some, e.g. sample.prompts=['a red circle moves right']"
+        )
+    for i, prompt in enumerate(sample.prompts):
+        if not prompt.strip():
+            raise MegaSoraError(f"sample.prompts[{i}] is empty; describe a clip, or leave it out")
 
 
 def validate_evaluation(evaluation: EvaluationConfig) -> None:

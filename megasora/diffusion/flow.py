@@ -107,17 +107,29 @@ def round_up_to_even(dim: int) -> int:
 
 
 def build_rows(batch: VideoBatch, t_G: Tensor, clean: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits clips into rows: `clean[i] = (head, tail)` latent frames at timestep 0, those between them at `t_G[i]`.
+    """The rows of clips of which `clean[i] = (head, tail)` latent frames are at timestep 0, those between at `t_G[i]`.
+
+    Returns what `split_into_rows` returns.
+    """
+    runs = [
+        [(head, 0.0), (t - tail, timestep), (t, 0.0)]
+        for (head, tail), t, timestep in zip(clean, batch.grids_G3[:, 0].tolist(), t_G.tolist(), strict=True)
+    ]
+    return split_into_rows(batch, runs)
+
+
+def split_into_rows(batch: VideoBatch, runs: list[list[tuple[int, float]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits clips into rows. `runs` of a clip: (latent frame after the run, timestep of its frames), in order.
 
     Returns cu_rows int32 [R + 1], timesteps float64 [R] and the segment of each row [R]. A share has only some tokens
     of a clip: its rows cover these, and a row without tokens is left out.
     """
     cu, timesteps_R, segment_R = [0], [], []
     positions = batch.positions_L[: batch.num_tokens].split(batch.cu_segments.diff().tolist())
-    for i, ((t, h, w), (head, tail)) in enumerate(zip(batch.grids_G3.tolist(), clean, strict=True)):
-        bounds = torch.tensor([0, head * h * w, (t - tail) * h * w, t * h * w])
+    for i, ((_, h, w), runs_of_clip) in enumerate(zip(batch.grids_G3.tolist(), runs, strict=True)):
+        bounds = torch.tensor([0, *(stop * h * w for stop, _ in runs_of_clip)])
         offsets = torch.searchsorted(positions[i], bounds).tolist()
-        for start, stop, timestep in zip(offsets, offsets[1:], (0.0, float(t_G[i]), 0.0), strict=False):
+        for start, stop, (_, timestep) in zip(offsets, offsets[1:], runs_of_clip, strict=False):
             if stop > start:
                 cu.append(cu[-1] + stop - start)
                 timesteps_R.append(timestep)

@@ -21,6 +21,11 @@ def shift(t: Tensor, factor: Tensor | float) -> Tensor:
     return factor * t / (1 + (factor - 1) * t)
 
 
+def unshift(t: Tensor, factor: Tensor | float) -> Tensor:
+    """The inverse of `shift`."""
+    return t / (factor - (factor - 1) * t)
+
+
 def logit_normal(uniform_G: Tensor, mean: float, std: float) -> Tensor:
     """Maps uniform numbers in (0, 1) to sigmoid(N(mean, std)), by the inverse normal distribution function."""
     return torch.sigmoid(mean + std * torch.special.ndtri(uniform_G))

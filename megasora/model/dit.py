@@ -23,6 +23,7 @@ from megasora.config import ModelConfig
 from megasora.kernels.adaln import adaln_modulate
 from megasora.kernels.attention import Segments
 from megasora.kernels.rope3d import Rope
+from megasora.kernels.rope_scaling import RopeScaling
 from megasora.kernels.rows import Rows
 from megasora.model.attention import NORM_EPS
 from megasora.model.block import Block, BlockInputs, RowModulation, run_block
@@ -71,6 +72,7 @@ class VideoDiT(nn.Module):
         self.scatter_tokens: Callable[[Tensor], Tensor] = identity
         self.gather_tokens: Callable[[Tensor], Tensor] = identity
         self.copy_rows_to_tensor_parallel: Callable[[Tensor], Tensor] = identity
+        self.rope_scaling: RopeScaling | None = None  # while clips larger than those trained on are sampled
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -125,7 +127,7 @@ class VideoDiT(nn.Module):
         if self.shared_modulation is not None:
             shared_RCD = self.shared_modulation(F.silu(cond_RD)).unflatten(-1, (6, -1))
         c, device, length = self.config, batch.patches_LP.device, len(batch.patches_LP)
-        rope = Rope.build(batch.coords_L3, c.head_dim, c.rope_base, scale=c.rope_ntk_factor)
+        rope = Rope.build(batch.coords_L3, c.head_dim, c.rope_base, scale=c.rope_ntk_factor, scaling=self.rope_scaling)
         text_segments = Segments.from_cu_seqlens(batch.cu_segments, batch.cu_text, length, device)
         segments = self.build_segments(batch)
         return BlockInputs(cond_RD, shared_RCD, text_SD, self.local_rows(batch), rope, segments, text_segments)
