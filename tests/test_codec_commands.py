@@ -438,7 +438,7 @@ def test_shards_of_one_codec_given_to_a_run_of_another_are_an_error(shards, tmp_
 
 
 def test_a_run_is_not_sampled_with_another_codec_than_it_was_trained_with(folder, tmp_path):
-    from megasora.sampling.pipeline import check_codec
+    from megasora.sampling.run_to_sample import check_codec
 
     manifest = read_manifest(folder)
     config = load(None, ["codec.name=vae", f"codec.path={folder}", "codec.factors=[2,4,4]", "codec.channels=4"])

@@ -11,6 +11,7 @@ FOLDER/scheduler for a clip of the default size, and as everywhere in MegaSora l
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from megasora.checkpoint.wan import open_weights
 from megasora.checkpoint.wan_folder import WanFolder, read_wan
 from megasora.codec import resolve_codec
 from megasora.commands.checkpoint import num_bytes, parameter_shapes
-from megasora.config import Config, load, to_yaml, token_pixels
+from megasora.config import Config, FrameConditioningConfig, load, to_yaml, token_pixels
 from megasora.errors import MegaSoraError
 from megasora.files import check_folder, read_regular_file, write_text_atomic
 from megasora.jsonl import parse_json
@@ -116,7 +117,15 @@ def sample_settings(place: Path, config: Config) -> list[str]:
     return [
         *SAMPLE, f"sample.size={height}x{width}", f"sample.frames={frames}", f"sample.fps={fps}",
         f"objective.shift={read_shift(pipeline_folder(place)) or shift}", f"objective.shift_tokens={tokens}",
+        *frame_conditioning(first=1 if config.codec.factors[1] == 16 else 0),
     ]  # fmt: skip
+
+
+def frame_conditioning(first: int) -> list[str]:
+    """Which clean frames the model was trained with: `first` is 1 for TI2V, which takes a first frame."""
+    weights = dict.fromkeys((f.name for f in dataclasses.fields(FrameConditioningConfig)), 0)
+    weights |= {"none": 1, "first": first}
+    return [f"objective.frame_conditioning.{name}={weight}" for name, weight in weights.items()]
 
 
 def read_shift(pipeline: Path) -> float | None:

@@ -109,6 +109,14 @@ class Mixture:
         sample_id = (dataset << DATASET_SHIFT) + record.sample_id
         return Record(sample_id, patches_LP, record.grid, record.text_SE, record.native_size, record.caption, positions)
 
+    def largest(self) -> tuple[int, tuple[int, int, int]]:
+        """The most frames of a clip, and the most latent frames, rows and columns of tokens, each over all clips."""
+        rows = [dataset.index.rows for dataset in self.datasets if len(dataset.index.rows)]
+        if not rows:
+            return 0, (0, 0, 0)
+        frames = max(int(r["native_size"][:, 2].max()) for r in rows)
+        return frames, tuple(np.max([r["grid"].max(axis=0) for r in rows], axis=0).tolist())
+
     def sample_id(self, i: int) -> int:
         """The sample id of an entry, with the number of its dataset above bit 40."""
         dataset, clip = int(self.dataset_I[i]), int(self.clip_I[i])

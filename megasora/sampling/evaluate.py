@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from megasora.config import parse_size
 from megasora.data.clip_writer import write_image, write_video
-from megasora.sampling.generate import num_model_calls
-from megasora.sampling.pipeline import Request, SamplingPipeline
+from megasora.sampling.sampler import Sampler
 from megasora.sampling.sheet import contact_sheet
 from megasora.testing.clips import HELD_OUT, evaluation_prompts
 from megasora.testing.detector import detect
@@ -26,11 +24,11 @@ PROPERTIES = ("color", "direction", "shape", "background")
 SHEET_ROWS = 16
 
 
-def evaluate(pipeline: SamplingPipeline, out: Path, count: int, seed: int = 0) -> dict[str, Any]:
+def evaluate(sampler: Sampler, out: Path, count: int, seed: int = 0) -> dict[str, Any]:
     """Samples `count` prompts into `out` (videos, a contact sheet, evaluation.json); returns what is in the latter."""
-    start, sample = time.monotonic(), pipeline.config.sample
+    start, sample = time.monotonic(), sampler.config.sample
     prompts = evaluation_prompts(count)
-    videos = sample_videos(pipeline, [text for text, _ in prompts], seed)
+    videos = sample_videos(sampler, [text for text, _ in prompts], seed)
 
     staging = out.with_name(f".{out.name}.part")
     shutil.rmtree(staging, ignore_errors=True)
@@ -40,7 +38,7 @@ def evaluate(pipeline: SamplingPipeline, out: Path, count: int, seed: int = 0) -
         reading = detect(video)
         detected = {name: getattr(reading, name) for name in PROPERTIES}
         is_video = len(video) > 1
-        file, provenance = f"{i:03d}.mp4" if is_video else f"{i:03d}.png", pipeline.provenance(text, seed)
+        file, provenance = f"{i:03d}.mp4" if is_video else f"{i:03d}.png", sampler.provenance(text, seed)
         if is_video:
             write_video(video, sample.fps, staging / file, provenance)
         else:
@@ -48,10 +46,10 @@ def evaluate(pipeline: SamplingPipeline, out: Path, count: int, seed: int = 0) -
         held_out = (expected["color"], expected["shape"], expected["direction"]) in HELD_OUT
         entries.append({"prompt": text, "expected": expected, "detected": detected, "held_out": held_out, "file": file})
     sheet = contact_sheet([(entry["prompt"], v) for entry, v in zip(entries, videos, strict=True)][:SHEET_ROWS])
-    write_image(sheet, staging / "sheet.png", pipeline.provenance("contact sheet", seed))
+    write_image(sheet, staging / "sheet.png", sampler.provenance("contact sheet", seed))
     correct = {p: [entry["detected"][p] == entry["expected"][p] for entry in entries] for p in PROPERTIES}
     result = {
-        "step": pipeline.step, **{f"{p}_accuracy": float(np.mean(values)) for p, values in correct.items()},
+        "step": sampler.step, **{f"{p}_accuracy": float(np.mean(values)) for p, values in correct.items()},
         "seconds": round(time.monotonic() - start, 1), "guidance_scale": sample.guidance_scale, "solver": sample.solver,
         "num_inference_steps": sample.num_inference_steps, "size": sample.size, "frames": sample.frames, "seed": seed,
         "prompts": entries,
@@ -62,14 +60,13 @@ def evaluate(pipeline: SamplingPipeline, out: Path, count: int, seed: int = 0) -
     return result
 
 
-def sample_videos(pipeline: SamplingPipeline, prompts: list[str], seed: int) -> list[np.ndarray]:
+def sample_videos(sampler: Sampler, prompts: list[str], seed: int) -> list[np.ndarray]:
     """uint8 [F, H, W, 3] of each prompt, with the run's `sample` settings; shows a progress bar on stderr."""
     from rich.console import Console
     from rich.progress import Progress
 
-    sample = pipeline.config.sample
-    height, width = parse_size(sample.size, "sample.size")
-    requests = [Request(text, height, width, sample.frames, sample.fps, sample_id=i) for i, text in enumerate(prompts)]
+    clips = [sampler.timeline(text, seed=seed, sample_id=i) for i, text in enumerate(prompts)]
     with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task(f"sampling {len(prompts)} prompts", total=num_model_calls(sample))
-        return pipeline(requests, sample, seed, lambda: progress.advance(bar))
+        bar = progress.add_task(f"sampling {len(prompts)} prompts", total=1.0)
+        stores = sampler.sample(clips, sampler.config.sample, lambda done: progress.update(bar, completed=done))
+    return [store.frames_FHWC for store in stores]

@@ -23,10 +23,15 @@ def contact_sheet(videos: list[tuple[str, np.ndarray]], frames: int = 8, zoom: i
         for i, tile in enumerate(tiles):
             row.paste(Image.fromarray(tile), (GAP + i * (width + GAP), TEXT_HEIGHT))
         ImageDraw.Draw(row).text((GAP, 1), label, fill=INK)
-        rows.append(row)
-    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), BACKGROUND)
+        rows.append(np.array(row))
+    return stacked(rows)
+
+
+def stacked(rows: list[np.ndarray]) -> np.ndarray:
+    """uint8 [height, width, 3] each -> one below the other, in an image of the width of the widest."""
+    sheet = np.full((sum(map(len, rows)), max(row.shape[1] for row in rows), 3), BACKGROUND, np.uint8)
     top = 0
     for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    return np.array(sheet)
+        sheet[top : top + len(row), : row.shape[1]] = row
+        top += len(row)
+    return sheet

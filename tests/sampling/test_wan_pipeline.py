@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from megasora.build import patch_dim
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.start import choose_start
 from megasora.checkpoint.store import CheckpointStore
@@ -24,8 +26,11 @@ from megasora.config import IngestConfig, load_run_config
 from megasora.data.clip_reader import read_clip
 from megasora.data.patches import unpatchify
 from megasora.errors import MegaSoraError
-from megasora.sampling.generate import build_batch, draw_noise, generate
-from megasora.sampling.pipeline import Request, SamplingPipeline, override_sample_config
+from megasora.sampling.generate import draw_noise
+from megasora.sampling.latents import WindowLatents
+from megasora.sampling.sampler import Sampler
+from megasora.sampling.timeline import Timeline
+from megasora.sampling.window_sampling import Job, WindowSampling
 
 diffusers = pytest.importorskip("diffusers", reason="pip install megasora[encoders]")
 
@@ -90,16 +95,31 @@ def run(wan, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(run):
-    return SamplingPipeline.from_run(run, device="cpu")
+def sampler(run):
+    return Sampler.from_run(run, device="cpu")
 
 
-def noise_of(pipeline: SamplingPipeline, request: Request, seed: int) -> torch.Tensor:
+class LastLatents:
+    """A LatentStore that keeps the latents sampled last."""
+
+    patches_LP: torch.Tensor | None = None
+
+    def get(self, *window: int) -> None:
+        return None
+
+    def put(self, timeline: int, window: int, sampling_pass: int, patches_LP: torch.Tensor) -> None:
+        self.patches_LP = patches_LP
+
+
+def noise_of(sampler: Sampler, clip: Timeline, seed: int) -> torch.Tensor:
     """The noise [1, C, T, h, w] that a sample begins with."""
-    prompt = pipeline.build_prompt(request)
-    batch = build_batch([prompt], is_guided=False)
-    noise_LP = draw_noise(batch, batch.cu_segments, seed)
-    return unpatchify(noise_LP, prompt.record.grid, tuple(pipeline.config.data.patch))[None]
+    clip, grid = dataclasses.replace(clip, seed=seed), sampler.coder.grid(clip.frames, clip.height, clip.width)
+    job = Job(0, clip, None, 0, sampler.windows(clip, sampler.config.sample)[0])
+    window = WindowLatents(torch.zeros(math.prod(grid), patch_dim(sampler.config)), grid, torch.ones(grid[0]), None)
+    config = sampler.config
+    sampling = WindowSampling(config, config.sample, sampler.denoiser, sampler.coder, sampler.encoder)
+    noise_LP = draw_noise(sampling.clip_prompt(job, window))
+    return unpatchify(noise_LP, grid, tuple(sampler.config.data.patch))[None]
 
 
 def sample_diffusers(wan, noise: torch.Tensor, frames: int = FRAMES, **options) -> torch.Tensor:
@@ -114,16 +134,16 @@ def sample_diffusers(wan, noise: torch.Tensor, frames: int = FRAMES, **options) 
     ).frames[0]  # fmt: skip
 
 
-def sample_latents(pipeline: SamplingPipeline, request: Request, seed: int, **changes) -> torch.Tensor:
+def sample_latents(sampler: Sampler, clip: Timeline, seed: int, **changes) -> torch.Tensor:
     """Latents [C, T, h, w] of the sampler here."""
-    sample = override_sample_config(pipeline.config, **changes)
-    prompt = dataclasses.replace(pipeline.build_prompt(request), negative_SE=pipeline.encode_negative_prompt(sample))
-    patches = generate(pipeline.model, [prompt], pipeline.config.objective, sample, seed)[0]
-    return unpatchify(patches, prompt.record.grid, tuple(pipeline.config.data.patch))
+    last = LastLatents()
+    sampler.sample([dataclasses.replace(clip, seed=seed)], sampler.override_settings(**changes), latents=last)
+    grid = sampler.coder.grid(clip.frames, clip.height, clip.width)
+    return unpatchify(last.patches_LP, grid, tuple(sampler.config.data.patch))
 
 
-def make_request(frames: int = FRAMES) -> Request:
-    return Request(PROMPT, HEIGHT, WIDTH, frames, 16.0)
+def make_clip(frames: int = FRAMES) -> Timeline:
+    return Timeline(PROMPT, HEIGHT, WIDTH, frames, 16.0)
 
 
 def error_between(values, expected) -> float:
@@ -132,46 +152,54 @@ def error_between(values, expected) -> float:
 
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
 @pytest.mark.parametrize("scale", [SCALE, 1.0])
-def test_latents_and_frames_are_those_of_wan_pipeline(scale, negative, wan, pipeline):
-    request, seed = make_request(), 3
-    noise = noise_of(pipeline, request, seed)
+def test_latents_and_frames_are_those_of_wan_pipeline(scale, negative, wan, sampler):
+    clip, seed = make_clip(), 3
+    noise = noise_of(sampler, clip, seed)
     options = {"guidance_scale": scale, "negative_prompt": negative}
-    latents, expected = sample_latents(pipeline, request, seed, **options), sample_diffusers(wan, noise, **options)
+    latents, expected = sample_latents(sampler, clip, seed, **options), sample_diffusers(wan, noise, **options)
     assert expected.std() > 0.3 and error_between(noise[0], expected) > 0.1
     assert error_between(latents, expected) < 1e-4
-    frames = (pipeline.codec.decode(latents).clamp(-1, 1) + 1) / 2
+    frames = (sampler.codec.decode(latents).clamp(-1, 1) + 1) / 2
     expected = sample_diffusers(wan, noise, output_type="np", **options)
     assert expected.shape == (FRAMES, HEIGHT, WIDTH, 3) and expected.std() > 0.02
     assert error_between(frames.permute(0, 2, 3, 1).numpy(), expected) < 1e-4
-    video = pipeline([request], override_sample_config(pipeline.config, **options), seed)[0]
+    clips = [dataclasses.replace(clip, seed=seed)]
+    video = sampler.sample(clips, sampler.override_settings(**options))[0].frames_FHWC
     assert np.abs(video - np.rint(expected * 255)).max() <= 1  # grey level
 
 
-def test_guidance_prompts_and_the_shift_matter_to_this_comparison(wan, pipeline):
-    request = make_request()
-    noise = noise_of(pipeline, request, 0)
+def test_guidance_prompts_and_the_shift_matter_to_this_comparison(wan, sampler):
+    clip = make_clip()
+    noise = noise_of(sampler, clip, 0)
     expected = sample_diffusers(wan, noise)
-    assert error_between(sample_latents(pipeline, request, 0), expected) < 1e-4
+    assert error_between(sample_latents(sampler, clip, 0), expected) < 1e-4
     for changes in ({"unconditional": "null_token"}, {"negative_prompt": NEGATIVE}, {"guidance_scale": 2.0}):
-        assert error_between(sample_latents(pipeline, request, 0, **changes), expected) > 1e-3, changes
-    pipeline.config.objective.shift_tokens *= 2
-    assert error_between(sample_latents(pipeline, request, 0), expected) > 1e-3
-    pipeline.config.objective.shift_tokens //= 2
+        assert error_between(sample_latents(sampler, clip, 0, **changes), expected) > 1e-3, changes
+    sampler.config.objective.shift_tokens *= 2
+    assert error_between(sample_latents(sampler, clip, 0), expected) > 1e-3
+    sampler.config.objective.shift_tokens //= 2
 
 
-def test_the_two_commands_write_the_image_and_the_video(wan, run, pipeline, tmp_path, capsys):
+def test_the_two_commands_write_the_image_and_the_video(wan, run, sampler, tmp_path, capsys):
     image, video = tmp_path / "image.png", tmp_path / "video.mp4"
     for out in (image, video):
         assert main(["sample", str(run), "--prompt", PROMPT, "--out", str(out), "--seed", "7"]) == 0
-    expected = sample_diffusers(wan, noise_of(pipeline, make_request(1), 7), frames=1, output_type="np")
+    expected = sample_diffusers(wan, noise_of(sampler, make_clip(1), 7), frames=1, output_type="np")
     assert np.abs(np.array(Image.open(image)) - np.rint(expected[0] * 255)).max() <= 1
     assert len(read_clip(video, IngestConfig()).frames_FHWC) == FRAMES
     assert main(["sample", str(run), "--prompt", PROMPT, "--out", str(image), "--negative-prompt", NEGATIVE]) == 0
     settings = json.loads(image.with_suffix(".json").read_text())
     assert (settings["unconditional"], settings["negative_prompt"]) == ("negative_prompt", NEGATIVE)
-    noise = noise_of(pipeline, make_request(1), 0)
+    noise = noise_of(sampler, make_clip(1), 0)
     expected = sample_diffusers(wan, noise, frames=1, output_type="np", negative_prompt=NEGATIVE)
     assert np.abs(np.array(Image.open(image)) - np.rint(expected[0] * 255)).max() <= 1
+
+
+def test_wan_21_is_refused_given_frames_which_it_was_not_trained_with(sampler):
+    weights = dataclasses.asdict(sampler.config.objective.frame_conditioning)
+    assert {name for name, weight in weights.items() if weight > 0} == {"none"}
+    with pytest.raises(MegaSoraError, match=r"frame_conditioning\.first=0.*was not trained with"):
+        sampler.video(PROMPT, image=np.zeros((HEIGHT, WIDTH, 3), np.uint8))
 
 
 def test_the_run_folder_has_the_settings_of_the_pipeline_and_the_weights_once(wan, run):
