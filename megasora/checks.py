@@ -6,10 +6,11 @@ Each raises MegaSoraError with the keys, the values and the remedy.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
-from megasora.config import Config, differences, load_run_config
+from megasora.config import Config, differences, load_run_config, parse_size
 from megasora.errors import MegaSoraError
 from megasora.files import check_folder
 
@@ -33,6 +34,7 @@ def check_run(config: Config) -> None:
     check_run_folder(config)
     check_kernels(config)
     check_parallel(config)
+    check_samples(config)
     check_data(config)
 
 
@@ -41,6 +43,11 @@ def check_codec_run(config: Config) -> None:
     check_task(config, "codec")
     check_run_folder(config)
     check_codec_parallel(config)
+    if config.sample.every:
+        raise MegaSoraError(
+            f"sample.every={config.sample.every} samples a DiT during its training and is not for megasora.train_codec;"
+            " use 0"
+        )
     check_clips(config)
 
 
@@ -100,6 +107,32 @@ def check_parallel(config: Config) -> None:
 
     check_layout(config, world_size())
     check_initial_weights(config)
+
+
+def check_samples(config: Config) -> None:
+    """The clips that sample.every samples during training fit a pack, can be written, and have usable captions."""
+    from megasora.build import token_grid
+    from megasora.text import build_text_encoder
+
+    sample = config.sample
+    if not sample.every:
+        return
+    height, width = parse_size(sample.size, "sample.size")
+    tokens = math.prod(token_grid(config, sample.frames, height, width))
+    if tokens > config.data.tokens_per_pack:
+        raise MegaSoraError(
+            f"sample.every={sample.every} samples clips during training, of sample.frames={sample.frames} and "
+            f"sample.size={sample.size}: {tokens} tokens, but data.tokens_per_pack={config.data.tokens_per_pack}; "
+            "use fewer sample.frames, a smaller sample.size, or sample.every=0"
+        )
+    if sample.frames > 1 and (height % 2 or width % 2):
+        raise MegaSoraError(f"sample.size={sample.size}: an H.264 video has an even height and width")
+    encoder = build_text_encoder(config.text)
+    if not encoder.precomputed:  # else its weights are loaded for it: in the training itself
+        try:
+            encoder.encode([*sample.prompts, sample.negative_prompt])
+        except (MegaSoraError, UnicodeEncodeError) as error:
+            raise MegaSoraError(f"sample.prompts: {error}") from None
 
 
 def check_initial_weights(config: Config) -> None:

@@ -30,6 +30,7 @@ from megasora.model.init import initial_value
 from megasora.optim.muon import orthogonalize
 from megasora.parallel.collectives import CopyToTensorParallel, GatherTokens, ScatterTokens, all_reduce_sum
 from megasora.parallel.context_attention import ContextAttention
+from megasora.parallel.denoiser import Denoiser
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.muon import MuonRule
 from megasora.parallel.pipeline import AccumulateGrads, Pipeline, num_stages, stage_numbers
@@ -87,11 +88,14 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
     return engine
 
 
-def build_local_model(config: Config, device: torch.device, mesh: Mesh) -> LocalModel:
-    """This rank's stages in fp32, with the weights of step 0."""
+def build_local_model(
+    config: Config, device: torch.device, mesh: Mesh, weight_of: Callable[[str, torch.Size], Tensor] | None = None
+) -> LocalModel:
+    """This rank's stages in fp32. `weight_of`: from (name, full shape) to the weight; None: that of step 0."""
+    weight_of = weight_of or initial_weights(config)
     backend = config.model.attention_backend, config.model.deterministic
     attention = ContextAttention(mesh.ring, mesh.ulysses, *backend) if mesh.context.is_split else None
-    stages, placements, weight_of = {}, {}, initial_weights(config)
+    stages, placements = {}, {}
     for number, first_block, num_blocks in local_stages(config, mesh.pipeline):
         with torch.device("meta"):
             stage = build_model(config, patch_dim(config))
@@ -119,7 +123,23 @@ def build_pipeline(
     p = config.parallel
     hidden = torch.empty(share_length(config) // p.tensor, config.model.width, dtype=dtype, device="meta")
     total = num_stages(p.schedule, p.pipeline, p.stages_per_rank)
-    return Pipeline(mesh.pipeline, stages, total, p.schedule, device, accumulate_grads, hidden)
+    length = lambda share: len(share.patches_LP) // p.tensor  # noqa: E731
+    return Pipeline(mesh.pipeline, stages, total, p.schedule, device, accumulate_grads, hidden, length)
+
+
+def build_denoiser(
+    config: Config, device: torch.device, mesh: Mesh, weight_of: Callable[[str, torch.Size], Tensor]
+) -> Denoiser:
+    """The configured model for inference on this rank's layout, in the dtype that it is trained in. All ranks must call
+    it. `weight_of`: from (name, full shape) to the weight."""
+    local, dtype = build_local_model(config, device, mesh, weight_of), compute_dtype(config, device)
+    for stage in local.stages.values():
+        stage.to(dtype).eval().requires_grad_(False)
+    if mesh.pipeline.is_split:
+        predict = build_pipeline(local.stages, config, mesh, device, dtype, lambda stage: None).forward_only
+    else:
+        predict = lambda packs: [local.stages[0](pack) for pack in packs]  # noqa: E731
+    return Denoiser(predict, list(local.stages.values()), config.parallel, mesh, device)
 
 
 def local_stages(config: Config, axis: Axis) -> list[tuple[int, int, int]]:

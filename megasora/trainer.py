@@ -1,7 +1,7 @@
 """The training loop: runs the optimizer steps of a task and writes metrics, validation and checkpoints to `run.dir`.
 
     for batch in task.batches():  gradients --> sums of all ranks --> verdict --> optimizer step --> log
-                                  then validate and save when due
+                                  then validate, save and sample when due
 
 The loop knows neither a model nor a mesh: a task computes the steps, see `megasora.tasks.task`. Each step makes one
 all-reduce of the task's sums and of the stop requests, so that all ranks stop after the same step. From these sums all
@@ -40,7 +40,7 @@ class Trainer:
     """Trains `task` from the newest checkpoint of `run.dir`, or from step 0, to `run.steps`.
 
     `stop_requested()` is polled once per step; if it is true on any rank, all ranks save a checkpoint after that step
-    and stop. `heartbeat(activity)` is called before each load, step, validation and save, for the watchdog.
+    and stop. `heartbeat(activity)` is called before each load, step, validation, save and sample, for the watchdog.
     """
 
     def __init__(
@@ -56,18 +56,12 @@ class Trainer:
         fragments = task.fragments()
         self.ema = ShardedEMA([f.values["weights"] for f in fragments], config.optim.ema_decay)
         self.guard, self.slow_ranks = StepGuard(config.optim), build_slow_ranks(Path(config.run.dir), world)
-        saved_fragments = [
-            dataclasses.replace(f, values={**f.values, "ema": ema})
-            for f, ema in zip(fragments, self.ema.ema_weights, strict=True)
-        ]
         store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.checkpoint.keep)
-        self.saver = CheckpointSaver(store, saved_fragments, task.is_primary, world)
+        self.saver = CheckpointSaver(store, self.ema.extend(fragments), task.is_primary, world)
         self.parallel_settings = {"processes": world.size, **dataclasses.asdict(config.parallel)}
         self.step, self.saved_settings = self.resume()
         on_gpu = world.device.type == "cuda"
         self.matmul_flops_per_s = measure_matmul_flops_per_s(world.device) if on_gpu else None
-
-    # ------------------------------------------------------------------ the loop
 
     def run(self) -> None:
         """Trains from the current step to `run.steps` and logs.
@@ -109,6 +103,8 @@ class Trainer:
                 self.validate(log)
             if is_last or is_rolled_back or self.stopping or self.step % config.checkpoint.every == 0:
                 self.save()
+            if config.sample.every and not self.stopping and (is_last or self.step % config.sample.every == 0):
+                self.sample()
             if is_last or self.stopping:
                 return
             stopwatch.lap("between_steps")  # validation and saving are not part of a step
@@ -171,7 +167,10 @@ class Trainer:
         self.heartbeat(f"the validation after step {self.step}")
         log.log_validation(self.step, self.task.validate())
 
-    # ------------------------------------------------------------------ checkpoints
+    def sample(self) -> None:
+        """Lets the task sample with the EMA weights, after a save: an error then costs no step."""
+        with self.ema.in_place_of_weights(lambda: self.task.sync_after_load(self.ema.updates)):
+            self.task.sample(self.step, self.heartbeat, self.stop_requested)
 
     def save(self) -> None:
         self.heartbeat(f"the save after step {self.step}")

@@ -19,9 +19,9 @@ LAYERS = [
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
     {"run_log", "testing", "build", "ingest"},
     {"parallelize", "parallelize_codec", "sampling", "observe", "watchdog"},
-    {"tasks", "checks", "preflight", "commands"},
-    {"trainer"},
-    {"train"},
+    {"tasks", "checks", "preflight", "commands", "web"},
+    {"trainer", "sample_ranks"},
+    {"train", "sample"},
     {"cli", "train_codec"},
 ]
 BASE = {unit for layer in LAYERS[:3] for unit in layer}

@@ -87,7 +87,8 @@ def load_run_config(run_dir: str | Path) -> Config:
     if not values:
         raise MegaSoraError(f"{path} is empty; {remedy}")
     foreign = [key for (key, _), _ in find_renamed([values])]
-    foreign += [key for key, _ in leaves(values) if key not in {*every_key(), *foreign}]
+    known = {*every_key(), *foreign}
+    foreign += [key for key, _ in leaves(values) if key not in known]
     if foreign:
         names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise MegaSoraError(

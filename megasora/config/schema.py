@@ -269,6 +269,7 @@ class SampleConfig:
     rope: str = "none"  # for clips larger than those trained on: none | ntk: all axes | riflex: time only
     refine: float = bounded(0.5, 0, 1)  # level of a second pass where given frames follow free ones; 0: none
     expand: str = file_path("none")  # short prompts into captions: none | template | folder of an instruction model
+    watermark: bool = True  # an invisible mark in frames that megasora sample makes; not in those of given videos
     every: int = bounded(0, 0, 10**9)  # training: steps between samples of `prompts`; 0: no samples
     prompts: list[str] = field(default_factory=list)  # of the samples during training, each a caption as it is
 

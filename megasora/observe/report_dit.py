@@ -1,4 +1,4 @@
-"""The report page of a run that trains a VideoDiT: losses by timestep, evaluated prompts, speed, packs."""
+"""The report page of a run that trains a VideoDiT: losses by timestep, evaluated prompts and samples, speed, packs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from megasora.observe.formatting import compact, percent
 from megasora.observe.page_elements import Page, escape, tile
 from megasora.observe.report_curves import loss_section, optimizer_section, speed_section
 from megasora.observe.report_samples import attribute_title, samples_sections
+from megasora.observe.report_training_samples import training_samples_section
 from megasora.observe.run_data import ATTRIBUTES, RunData
 from megasora.observe.run_tiles import loss_tile, parameter_tiles, steps_tile
 
 
 def dit_page(run: RunData) -> Page:
     figures = compute_figures(run)
-    sections = [loss_section(run), samples_sections(run), speed_section(run), optimizer_section(run)]
+    sections = [
+        loss_section(run), samples_sections(run), training_samples_section(run), speed_section(run),
+        optimizer_section(run),
+    ]  # fmt: skip
     tiles = [training_tiles(run, figures), accuracy_tiles(run, figures)]
     return Page(figures, tiles, sections, "megasora.train", describe_data(run))
 

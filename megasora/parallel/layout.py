@@ -12,16 +12,7 @@ from megasora.parallel.pipeline import check_microbatches, num_stages
 def check_layout(config: Config, processes: int) -> None:
     """Raises MegaSoraError if `processes`, the model or the packs of a step cannot be divided as `parallel` says."""
     p = config.parallel
-    check_sizes(config)
-    if p.rows > 1:
-        raise MegaSoraError(
-            f"parallel.rows={p.rows} divides the frames of a codec and is for megasora.train_codec; use 1, and "
-            "parallel.context or parallel.ulysses for a DiT"
-        )
-    data = data_axis_size(config, processes)
-    check_tensor_axis(config)
-    check_context_axis(config)
-    check_pipeline_axis(config)
+    data = check_sampling_layout(config, processes)
     packs = check_packs(config, data, processes)
     check_optimizer(config)
     if p.pipeline > 1:
@@ -31,6 +22,21 @@ def check_layout(config: Config, processes: int) -> None:
             f"parallel.zero_stage={p.zero_stage} cannot be combined with parallel.pipeline={p.pipeline}: a pipeline "
             "reduces gradients once, after all packs of a step; use parallel.zero_stage=1 or parallel.pipeline=1"
         )
+
+
+def check_sampling_layout(config: Config, processes: int) -> int:
+    """The same without an optimizer and the packs of a step. Returns the number of data-parallel ranks."""
+    check_sizes(config)
+    if config.parallel.rows > 1:
+        raise MegaSoraError(
+            f"parallel.rows={config.parallel.rows} divides the frames of a codec and is for megasora.train_codec; use "
+            "1, and parallel.context or parallel.ulysses for a DiT"
+        )
+    data = data_axis_size(config, processes)
+    check_tensor_axis(config)
+    check_context_axis(config)
+    check_pipeline_axis(config)
+    return data
 
 
 def check_codec_layout(config: Config, processes: int) -> None:

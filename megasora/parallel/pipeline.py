@@ -92,7 +92,10 @@ class Pipeline:
                       parameters: once per microbatch, for zbv twice, after the backward pass and after the deferred
                       weight gradients. It may add them to its own sums and set `.grad` to None; then no other stage
                       has gradients when it is called.
-    hidden            a tensor with the shape and dtype of the hidden states, the same for all packs; may be on `meta`
+    hidden            a tensor with the shape and dtype of the hidden states in training, the same for all packs; may be
+                      on `meta`
+    hidden_length     how many hidden states this rank has of a pack: the first dim of `hidden`, for a pack of training.
+                      Packs of `forward_only` may have any length
     """
 
     def __init__(
@@ -104,7 +107,9 @@ class Pipeline:
         device: torch.device,
         accumulate_grads: AccumulateGrads,
         hidden: Tensor,
+        hidden_length: Callable[[Any], int],
     ):
+        self.hidden_length = hidden_length
         self.axis, self.modules, self.schedule_name, self.device = axis, stages, schedule, device
         self.hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device="meta", requires_grad=True)
         self.stage_ranks = [rank_of_stage(schedule, axis.size, stage) for stage in range(num_stages)]
@@ -162,7 +167,7 @@ class Pipeline:
 
     @torch.no_grad()
     def forward_only(self, packs: list[Any]) -> list[Tensor] | None:
-        """Predictions [L, P] of any number of packs, on the rank with the last stage; None on the others.
+        """Predictions [L, P] of packs of any number and length, on the rank with the last stage; None on the others.
 
         torch's own forward-only run needs as many packs as stages, and fails for zbv. Here all ranks go through the
         same order of (stage, microbatch), and sender and receiver both post a message at the sender's position in it,
@@ -186,7 +191,8 @@ class Pipeline:
                     else:
                         sends.append(dist.isend(out.contiguous(), group=group, group_dst=next_rank))
                 elif next_rank == own_rank:
-                    buffer = torch.empty_like(self.hidden, device=self.device)
+                    shape = self.hidden_length(pack), *self.hidden.shape[1:]
+                    buffer = torch.empty(shape, dtype=self.hidden.dtype, device=self.device)
                     inputs[stage + 1, microbatch] = buffer, dist.irecv(buffer, group=group, group_src=rank)
         wait_all_but(0, sends)
         return predictions if self.stage_ranks[last] == own_rank else None

@@ -33,7 +33,7 @@ from megasora.run_log.wandb_log import WandbLog
 # of a run, without the logs of its launches
 RUN_FILES = (
     "config.yaml", "run.json", "metrics.jsonl", "validation.jsonl", "damaged.jsonl", "skipped.jsonl", "ledger",
-    "samples", "reconstructions", "codec", "eval", "report.html", "report.json",
+    "samples", "train_samples", "reconstructions", "codec", "eval", "report.html", "report.json",
 )  # fmt: skip
 # what the task has of these is on the progress line, or on that of a validation
 STEP_FIGURES = {

@@ -232,6 +232,9 @@ class CodecTask:
     def validate(self) -> dict[str, Any] | None:
         return self.validation.run(self.step)
 
+    def sample(self, step: int, heartbeat: Callable[[str], None], stop_requested: Callable[[], bool]) -> None:
+        """Nothing: sample.every is not for a codec."""
+
     def finish(self, heartbeat: Callable[[str], None]) -> None:
         """Writes RUN/codec on the main process, unless it is there; no other process waits for it."""
         run = Path(self.config.run.dir)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megasora.batch import VideoBatch
 from megasora.config import Config
+from megasora.data.caption_sample import save_caption_sample
 from megasora.data.loader import PLACEHOLDER_ID, PackLoader, StepBatch
 from megasora.data.mixture import open_mixture
 from megasora.data.packing_plan import Cursor
@@ -33,6 +34,7 @@ from megasora.parallel.share import share_pack
 from megasora.parallel.world import World
 from megasora.parallelize import parallelize
 from megasora.run_log.damage import DamagedClips
+from megasora.tasks.dit_samples import TrainingSamples, encode_prompts
 from megasora.tasks.dit_validation import validation_loss
 from megasora.tasks.task import StepMetrics, StepOutput
 from megasora.text import build_text_encoder
@@ -65,19 +67,27 @@ class DiTTask:
         self.encode_caption = None if encoder.precomputed else (lambda caption: encoder.encode([caption])[0])
         self.train_clips, self.val_clips = (open_mixture(config.data, split) for split in ("train", "val"))
         self.objective = FlowMatching(config.objective, config.run.seed)
+        prompts = encode_prompts(config.sample, encoder, world) if config.sample.every else None
         self.engine = parallelize(config, world, mesh)
+        self.samples: TrainingSamples | None = None
+        if prompts is not None:
+            _, grid = self.train_clips.largest()
+            self.samples = TrainingSamples(config, prompts, self.engine, grid, world, mesh)
         self.num_parameters = self.engine.count_parameters()
         self.damage = DamagedClips(Path(config.run.dir), config.data.max_damaged_fraction, len(self.train_clips))
         self.reports_packs = mesh.model.rank == 0 and mesh.context.rank == 0  # one of the ranks that share its packs
         self.cursor = Cursor()
 
     def run_info(self) -> dict[str, Any]:
+        max_frames, max_grid = self.train_clips.largest()
         return {
             "layout": {name: self.mesh.axis(name).size for name in LAYOUT_AXES},
             "clips": len(self.train_clips),
             "validation_clips": len(self.val_clips),
             "tokens_per_step": self.config.data.tokens_per_pack * self.config.data.packs_per_step,
             "codec": self.train_clips.manifest.codec_fingerprint,
+            "max_frames": max_frames,  # of a clip
+            "max_grid": max_grid,  # latent frames, rows, columns of tokens
         }
 
     # ------------------------------------------------------------------ checkpoints
@@ -208,8 +218,14 @@ class DiTTask:
             self.mesh.data, self.world,
         )  # fmt: skip
 
+    def sample(self, step: int, heartbeat: Callable[[str], None], stop_requested: Callable[[], bool]) -> None:
+        self.samples.write(step, heartbeat, stop_requested)
+
     def finish(self, heartbeat: Callable[[str], None]) -> None:
-        """Nothing: the checkpoints are what the run is for."""
+        """Writes captions.json, a sample of the captions, for prompt expansion when the shards are gone."""
+        heartbeat("sampling the captions")
+        if self.world.is_main:
+            save_caption_sample(Path(self.config.run.dir), self.train_clips.datasets, self.train_clips.weights)
 
 
 def non_finite_clips_of(shares: list[VideoBatch], errors_L: dict[int, Tensor]) -> list[int]:

@@ -7,7 +7,7 @@
                task.optimizer_step(lr), or task.discard_grads()     StepGuard decides, from loss and gradient norm
 
 A task owns the model, its optimizer, the objective and the data. The loop owns steps, learning rate, EMA weights,
-checkpoints, validation times, stops and logs; it knows neither a model nor a mesh.
+checkpoints, times of validations and samples, stops and logs; it knows neither a model nor a mesh.
 """
 
 from __future__ import annotations
@@ -93,6 +93,13 @@ class Task(Protocol):
 
     def validate(self) -> dict[str, Any] | None:
         """Validation figures, with the key `loss`, on the main process; None on others, and if no data is held out."""
+
+    def sample(self, step: int, heartbeat: Callable[[str], None], stop_requested: Callable[[], bool]) -> None:
+        """Called every `sample.every` steps, while fragments and model have the EMA weights: writes samples of the run.
+
+        Must change nothing that training depends on. Gives up soon after `stop_requested()` is true on any rank.
+        `heartbeat` as for `finish`.
+        """
 
     def finish(self, heartbeat: Callable[[str], None]) -> None:
         """Call on all ranks after the last step, also where a complete run is started again: writes what the run is

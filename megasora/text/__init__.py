@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from megasora.text.bytes import BytesEncoder
     from megasora.text.pretrained import PretrainedEncoder
 
+    TextEncoder = BytesEncoder | PretrainedEncoder
 
-def build_text_encoder(config: TextConfig) -> BytesEncoder | PretrainedEncoder:
+
+def build_text_encoder(config: TextConfig) -> TextEncoder:
     if config.name == "bytes":
         from megasora.text.bytes import BytesEncoder
 

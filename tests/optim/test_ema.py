@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
+from megasora.fragment import Fragment
 from megasora.optim.ema import ShardedEMA
+from megasora.placement import Placement
 
 
 def walk(steps: int, size: int = 12, seed: int = 0) -> list[torch.Tensor]:
@@ -93,3 +95,35 @@ def test_ema_weights_have_no_autograd_graph():
     ema = ShardedEMA([weights], 0.9)
     ema.update()
     assert not ema.ema_weights[0].requires_grad
+
+
+def test_weights_are_exchanged_for_their_ema_and_come_back_bit_for_bit():
+    masters = [torch.randn(7), torch.tensor([1e-40, 1e30, -0.0])]
+    ema = ShardedEMA(masters, 0.9)
+    for weights in masters:
+        weights.add_(1)
+    ema.update()
+    before, averages = [w.clone() for w in masters], [w.clone() for w in ema.ema_weights]
+    computed = []  # what the model would compute with
+    with ema.in_place_of_weights(lambda: computed.append([w.clone() for w in masters])):
+        assert all(torch.equal(w, a) for w, a in zip(masters, averages, strict=True))
+    assert all(torch.equal(w, b) for w, b in zip(masters, before, strict=True))
+    assert all(torch.equal(w, a) for w, a in zip(ema.ema_weights, averages, strict=True))
+    assert len(computed) == 2 and torch.equal(computed[0][0], averages[0]) and torch.equal(computed[1][0], before[0])
+    assert not torch.equal(averages[0], before[0])
+
+
+def test_after_an_error_no_rank_waits_for_the_others():
+    ema, calls = ShardedEMA([torch.zeros(2)], 0.9), []
+    with pytest.raises(OSError, match="full"), ema.in_place_of_weights(lambda: calls.append(1)):
+        raise OSError("full")
+    assert len(calls) == 1
+
+
+def test_fragments_are_extended_by_the_live_ema():
+    weights = torch.zeros(3)
+    ema = ShardedEMA([weights], 0.0)
+    (fragment,) = ema.extend([Fragment("w", torch.Size([3]), Placement(), 0, 1, 0, {"weights": weights})])
+    weights.fill_(2)
+    ema.update()
+    assert torch.equal(fragment.values["ema"], torch.full((3,), 2.0)) and fragment.values["weights"] is weights

@@ -86,11 +86,11 @@ class ToyPack:
     clips: tuple[int, ...]  # tokens of each: not a tensor, not a static shape
 
 
-def make_pack(seed: int, dtype: torch.dtype) -> ToyPack:
+def make_pack(seed: int, dtype: torch.dtype, tokens: int = TOKENS) -> ToyPack:
     draw = torch.Generator().manual_seed(seed)
-    patches, target = (torch.randn(TOKENS, PATCH, generator=draw, dtype=torch.float64).to(dtype) for _ in range(2))
-    first = 1 + seed % (TOKENS - 1)
-    return ToyPack(patches, torch.rand(1, generator=draw).to(dtype), target, (first, TOKENS - first))
+    patches, target = (torch.randn(tokens, PATCH, generator=draw, dtype=torch.float64).to(dtype) for _ in range(2))
+    first = 1 + seed % (tokens - 1)
+    return ToyPack(patches, torch.rand(1, generator=draw).to(dtype), target, (first, tokens - first))
 
 
 class ShardedMLP(torch.autograd.Function):
@@ -225,7 +225,8 @@ def build(
         for n in numbers[1:]:
             stages[n].cond = stages[numbers[0]].cond
     hidden = torch.empty(TOKENS, WIDTH, dtype=dtype, device="meta")
-    return Pipeline(axis, stages, total, case.schedule, torch.device("cpu"), accumulate_grads, hidden), stages
+    length = lambda pack: len(pack.patches_LP)  # noqa: E731
+    return Pipeline(axis, stages, total, case.schedule, torch.device("cpu"), accumulate_grads, hidden, length), stages
 
 
 def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -277,7 +278,7 @@ def run_case(case: Case, axis: Axis, tensor: Axis) -> dict:
         if has_last:
             results["losses"].append(max(abs(losses[n][0] - expected[n]) / abs(expected[n]) for n in losses))
 
-        few = packs[: 1 + step]
+        few = [*packs[: 1 + step], make_pack(step, dtype, tokens=2 * TOKENS + step)]  # one longer than in training
         predicted = pipeline.forward_only(few)
         assert (predicted is not None) == has_last
         if has_last:

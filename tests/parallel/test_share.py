@@ -16,7 +16,7 @@ from megasora.config import load
 from megasora.data.pack import Record, make_batch
 from megasora.diffusion.flow import velocity_error
 from megasora.parallel.context_split import split_pack
-from megasora.parallel.share import pieces_in_slots, share_length, share_pack
+from megasora.parallel.share import pieces_in_slots, share_length, share_pack, slots_of_tokens
 
 GRIDS = st.lists(
     st.one_of(
@@ -169,13 +169,34 @@ def test_a_rank_without_tokens_gives_every_parameter_a_zero_gradient():
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_sharing_a_noised_pack_raises_an_error():
-    pack = pack_of([(5, 2, 2)] * 4, 0)
-    config = config_for(pack, 2, 1, 1)
-    noised, _, _ = objective_of(config).add_noise(pack, STEP)
-    assert len(noised.cu_rows) > len(noised.cu_segments)
-    with pytest.raises(ValueError, match="clean pack, whose rows are its segments"):
-        shares_of(noised, config)
+@settings(deadline=None, max_examples=25)
+@packs_and_axes
+def test_a_share_of_a_noised_pack_is_the_noised_share(grids, gap, ring, ulysses, tensor):
+    pack = pack_of(grids, gap)
+    config = config_for(pack, ring, ulysses, tensor)
+    objective = objective_of(config)
+    noised_pack = objective.add_noise(pack, STEP)[0]
+    for share, clean in zip(shares_of(noised_pack, config), shares_of(pack, config), strict=True):
+        expected = objective.add_noise(clean, STEP)[0]
+        if share.num_tokens == 0:  # its one row is that of an empty piece of the first segment
+            assert share.cu_rows.tolist() == share.cu_segments.tolist() == [0, 0]
+            assert share.row_segment_R.tolist() == [0] and len(share.timesteps_R) == 1
+            continue
+        assert torch.equal(share.patches_LP[: share.num_tokens], expected.patches_LP[: share.num_tokens])
+        for name in ("cu_rows", "timesteps_R", "row_segment_R", "drop_text_G", "cu_segments"):
+            assert torch.equal(getattr(share, name), getattr(expected, name)), name
+
+
+@settings(deadline=None, max_examples=25)
+@packs_and_axes
+def test_the_shares_of_all_ranks_gathered_are_the_pack(grids, gap, ring, ulysses, tensor):
+    pack = pack_of(grids, gap)
+    shares = shares_of(pack, config_for(pack, ring, ulysses, tensor))
+    slots, tokens = slots_of_tokens(shares[0].context_split, pack.cu_segments)
+    gathered = torch.zeros_like(pack.patches_LP)
+    gathered[tokens] = torch.cat([share.patches_LP for share in shares])[slots]
+    assert torch.equal(gathered, pack.patches_LP)
+    assert sorted(tokens.tolist()) == list(range(pack.num_tokens)) and len(slots.unique()) == pack.num_tokens
 
 
 # ---------------------------------------------------------------------- padding
