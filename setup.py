@@ -45,10 +45,12 @@ setup(
         "matplotlib",
         "wandb",
         "zlib-ng",
+        "cryptography",
     ],
     extras_require={
         "gpu": ["flash-attn"],
         "encoders": ENCODERS,
+        "web": ["gradio"],
         "dev": [
             "aiohttp",
             "pytest",
@@ -61,6 +63,7 @@ setup(
             "wheel",
             "transformers",
             "diffusers",
+            "gradio",
         ],
     },
     entry_points={"console_scripts": ["megasora = megasora.cli:main"]},
