@@ -1,15 +1,24 @@
-"""`megasora provenance FILE`: what a file, its sidecar and its pixels say of its origin."""
+"""`megasora provenance FILE`: what the metadata of a file, its sidecar and its pixels say of its origin."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from megasora.errors import MegaSoraError, printable
+import numpy as np
+
+from megasora.config import IngestConfig
+from megasora.data.clip_reader import open_clip
+from megasora.data.media import Media, RejectedClip
+from megasora.data.media_formats import IMAGE_FORMATS, VIDEO_FORMATS
+from megasora.errors import MegaSoraError, describe, printable
 from megasora.sampling.provenance import SidecarState, read_comment, read_sidecar
+from megasora.sampling.watermark import MIN_SCORE, detect_watermark, frames_to_read
 
 FOUND, NOT_FOUND, CHANGED = 0, 1, 2  # exit codes
 MAX_SHOWN = 200  # letters of a prompt
+MAX_FRAMES = 600  # of a video, from which those for the detector are taken
+MAX_CONFIDENCE = 0.9999  # that is shown
 
 
 def show_provenance(media: Path) -> int:
@@ -19,9 +28,39 @@ def show_provenance(media: Path) -> int:
     comment, sidecar = read_comment(media), read_sidecar(media)
     print(f"metadata:   {describe_origin(comment) if comment else 'none of MegaSora'}")
     print(f"sidecar:    {describe_sidecar(media, sidecar)}")
+    is_marked, watermark = look_for_watermark(media)
+    print(f"watermark:  {watermark}")
     if sidecar is not None and sidecar.problem:
         return CHANGED
-    return FOUND if comment or sidecar is not None else NOT_FOUND
+    return FOUND if comment or sidecar is not None or is_marked else NOT_FOUND
+
+
+def look_for_watermark(media: Path) -> tuple[bool, str]:
+    """Whether the pixels have the watermark, and a phrase with the confidence, or why they could not be read."""
+    if media.suffix.lower() not in (*IMAGE_FORMATS, *VIDEO_FORMATS):
+        return False, f"not looked for: {media.suffix or 'a file without suffix'} is no video or image"
+    try:
+        reading = detect_watermark(read_frames(media))
+    except (RejectedClip, OSError) as error:
+        return False, f"not looked for: {describe(error)}"
+    if not reading.found:
+        return False, f"not found (score {reading.score:.1f}, found from {MIN_SCORE:g})"
+    return True, f"found, confidence {min(reading.confidence, MAX_CONFIDENCE):.2%} (score {reading.score:.1f})"
+
+
+def read_frames(media: Path) -> list[np.ndarray]:
+    """The frames that the detector needs, of the first MAX_FRAMES. Raises RejectedClip for a file that is damaged."""
+    with open_clip(Media(media), IngestConfig()) as clip:
+        frames: list[np.ndarray] = []
+        wanted = {0}
+        for i, frame in enumerate(clip.frames):
+            if i == 0:
+                wanted = set(frames_to_read(min(clip.num_frames, MAX_FRAMES), *frame.shape[:2]))
+            if i in wanted:
+                frames.append(frame)
+            if i >= max(wanted):
+                break
+        return frames
 
 
 def describe_origin(values: dict[str, Any]) -> str:

@@ -14,11 +14,13 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megasora import __version__
 from megasora.data.media import Media, sha256
-from megasora.files import read_regular_file
+from megasora.data.media_formats import FFMPEG_NAMES, FIRST_BYTES, real_format
+from megasora.errors import MegaSoraError, describe
+from megasora.files import open_regular, read_regular_file
 from megasora.jsonl import parse_json
 from megasora.sampling.provenance_key import (
     ALGORITHM,
@@ -38,14 +40,14 @@ FORMATS = {".mp4": "video/mp4", ".png": "image/png"}
 def signed_record(record: dict[str, Any], media: Path) -> dict[str, Any]:
     """`record` with the manifest of the file `media` and a signature: the content of its sidecar.
 
-    `record["given"]`: [{"as", "file", "sha256"}], what the sample was made from. Where the key cannot be written, the
-    record is not signed, which is said on standard error.
+    `record["given"]`: [{"as", "file", "sha256"}], what the sample was made from. Where there is no key and none can be
+    made, the record is not signed, which is said on standard error: a sample that took hours is not lost.
     """
     document = {**record, "manifest": manifest_of(media, record.get("given", []))}
     try:
         key = installation_key()
-    except OSError as error:
-        print(f"megasora: warning: {media.name} has no signature: {key_path()}: {error.strerror}", file=sys.stderr)
+    except (OSError, MegaSoraError, ImportError) as error:
+        print(f"megasora: warning: {media.name} has no signature: {describe(error)}", file=sys.stderr)
         return document
     value = key.sign(canonical(document)).hex()
     return {**document, "signature": {"algorithm": ALGORITHM, "public_key": public_key_of(key), "value": value}}
@@ -97,15 +99,17 @@ class SidecarState:
 
 
 def read_sidecar(media: Path) -> SidecarState | None:
-    """What the sidecar of a file says; None if there is none."""
+    """What the sidecar of a file says; None if there is none. JSON of other programs beside a clip is no sidecar."""
     path = media.with_suffix(".json")
     if not path.is_file():
         return None
     try:
-        document = parse_json(read_regular_file(path, MAX_SIDECAR_BYTES))
+        document = json.loads(read_regular_file(path, MAX_SIDECAR_BYTES), object_pairs_hook=unique_keys)
+        if isinstance(document, dict) and not {"manifest", "signature"} & document.keys():
+            return None
         assertions = {entry["label"]: entry["data"] for entry in document["manifest"]["assertions"]}
         expected = assertions["c2pa.hash.data"]["hash"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return SidecarState({}, f"{path.name} is no sidecar of a sample, or it is damaged")
     actual = sha256(Media(media))
     problem = (
@@ -124,10 +128,17 @@ def read_sidecar(media: Path) -> SidecarState | None:
     return SidecarState(document, problem, public_key, public_key == own_public_key())
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Raises ValueError for a key that occurs twice: readers differ in which they take."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
 def own_public_key() -> str:
     """The public key of this installation; empty if it has none yet."""
-    path = key_path()
     try:
+        path = key_path()
         return public_key_of(load_key(path)) if path.exists() else ""
     except OSError:
         return ""
@@ -136,30 +147,34 @@ def own_public_key() -> str:
 def read_comment(media: Path) -> dict[str, Any] | None:
     """What the metadata inside a file say of its origin; None if nothing, or if it cannot be read."""
     try:
-        text = png_comment(media) if is_png(media) else container_comment(media)
+        with open_regular(media) as file:
+            format = real_format(file.read(FIRST_BYTES))
+            file.seek(0)
+            text = png_comment(file) if format == "PNG" else container_comment(file, FFMPEG_NAMES.get(format or "", ""))
         values = parse_json(text.encode())
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) and values.get("ai_generated") is True else None
 
 
-def is_png(media: Path) -> bool:
-    with open(media, "rb") as file:
-        return file.read(8) == b"\x89PNG\r\n\x1a\n"
-
-
-def png_comment(media: Path) -> str:
+def png_comment(file: BinaryIO) -> str:
     from PIL import Image
 
-    with Image.open(media) as image:
-        return str(image.info.get("Comment", ""))
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return str(image.info.get("Comment", ""))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
 
 
-def container_comment(media: Path) -> str:
+def container_comment(file: BinaryIO, format: str) -> str:
+    """`format`: FFmpeg's name of it. Never guessed: a guessing demuxer would follow a text file to other files."""
     import av
 
+    if not format:
+        return ""
     try:
-        with open(media, "rb") as file, av.open(file) as container:
+        with av.open(file, format=format, metadata_errors="replace") as container:
             return str(container.metadata.get("comment", ""))
     except av.FFmpegError as error:
         raise ValueError(str(error)) from None

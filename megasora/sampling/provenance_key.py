@@ -5,6 +5,7 @@ It is made at the first use, in ${XDG_CONFIG_HOME:-~/.config}/megasora/signing_k
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -21,8 +22,10 @@ MAX_KEY_BYTES = 1 << 14
 
 
 def key_path() -> Path:
-    """Where the key is, or will be."""
-    config = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
+    """Where the key is, or will be. Raises OSError for a user without a home folder, as in some containers."""
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    if config.startswith("~"):
+        raise OSError(errno.ENOENT, "this user has no home folder; set XDG_CONFIG_HOME to a folder for the signing key")
     return Path(config) / "megasora" / "signing_key.pem"
 
 

@@ -14,6 +14,7 @@ from megasora.data.clip_writer import write_image, write_video
 from megasora.sampling import provenance
 from megasora.sampling.provenance import read_comment, read_sidecar, signed_record
 from megasora.sampling.provenance_key import installation_key, key_path, public_key_of
+from megasora.sampling.watermark import apply_watermark
 
 COMMENT = json.dumps(
     {"ai_generated": True, "by": "MegaSora", "run": "demo", "step": 7, "prompt": "a red circle", "seed": 3}
@@ -175,3 +176,49 @@ def test_a_key_file_that_is_none_is_an_error_with_a_remedy(tmp_path, capsys):
     key_path().write_text("no key")
     assert main(["provenance", str(out)]) == 2
     assert "is no private key" in capsys.readouterr().err
+
+
+def test_a_damaged_key_leaves_a_sample_without_a_signature(tmp_path, capsys):
+    key_path().parent.mkdir(parents=True)
+    key_path().write_text("no key")
+    out = make_sample(tmp_path)
+    assert "signature" not in json.loads(out.with_suffix(".json").read_text())
+    assert "out.mp4 has no signature" in (printed := capsys.readouterr().err) and "move it away" in printed
+
+
+def test_a_user_without_a_home_folder_gets_a_sample_without_a_signature(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it returns without $HOME and a passwd entry
+    out = make_sample(tmp_path)
+    assert "set XDG_CONFIG_HOME" in capsys.readouterr().err
+    state = read_sidecar(out)
+    assert (state.problem, state.signed_by) == ("", "")
+
+
+def test_a_key_of_json_that_occurs_twice_is_noticed(tmp_path):
+    out = make_sample(tmp_path)
+    sidecar = out.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text().replace("{", '{"prompt": "a cat", ', 1))
+    assert json.loads(sidecar.read_text())["prompt"] == "a red circle"  # json takes the last one
+    assert "is no sidecar of a sample" in read_sidecar(out).problem
+
+
+def test_the_command_finds_a_watermark_without_metadata_and_sidecar(tmp_path, capsys):
+    smooth = np.repeat(np.linspace(60, 180, 96).astype(np.uint8)[None, :, None], 72, axis=0).repeat(3, axis=2)
+    for name, frame, code in (("plain.png", smooth, 1), ("marked.png", apply_watermark(smooth), 0)):
+        write_image(frame, tmp_path / name)
+        assert main(["provenance", str(tmp_path / name)]) == code
+        printed = capsys.readouterr().out
+        assert "none of MegaSora" in printed and "sidecar:    none" in printed
+        assert ("watermark:  found, confidence 99" in printed) == (code == 0), printed
+    write_video(np.stack([apply_watermark(smooth)] * 5), 12, tmp_path / "marked.mp4", crf="23")
+    assert main(["provenance", str(tmp_path / "marked.mp4")]) == 0
+    assert "watermark:  found" in capsys.readouterr().out
+
+
+def test_json_of_another_program_beside_a_clip_is_no_sidecar(tmp_path):
+    out = make_sample(tmp_path)
+    out.with_suffix(".json").write_text('{"caption": "a red circle"}')
+    assert read_sidecar(out) is None
+    out.with_suffix(".json").write_text('{"caption": "a red circle", "signature": {}}')
+    assert read_sidecar(out).problem
