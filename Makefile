@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS := runs/demo runs/demo-long
+COMPUTE := runs/compute-1 runs/compute-4
 PYTHON := $(BIN)/python
 SEED := 0
 KILLS := 0
@@ -11,7 +12,7 @@ KILLS := 0
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
-.PHONY: help install demo demo-long test faults bench gpu checks format clean
+.PHONY: help install demo demo-long test faults bench results gpu checks format clean
 
 help:
 	@echo "make install     make .venv and install MegaSora in it, editable (every other target does this first)"
@@ -21,6 +22,7 @@ help:
 	@echo "make faults      kills, stops, hangs, damaged files, full disks: docs/faults.md -> runs/faults/, in 15 minutes;"
 	@echo "                 KILLS=200 adds 200 kills at random instants, an hour more; SEED=7 takes another plan"
 	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data, codec -> benchmarks/results/, 25 minutes"
+	@echo "make results     every kind of prompt measured on the demo: docs/results.md -> benchmarks/results/prompts.json, in an hour"
 	@echo "make gpu         on a machine with a GPU: kernel tests, attention, benchmarks, training, profile, resume, in 9 minutes"
 	@echo "                 -> benchmarks/results/gpu/; PYTHON=python3 takes a python that has PyTorch for CUDA, and installs"
 	@echo "                 nothing; REHEARSE=1 runs it tiny on a CPU"
@@ -96,6 +98,18 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.json
 	$(BIN)/python -m benchmarks.data --out benchmarks/results/data.json
 	$(BIN)/python -m benchmarks.codec --out benchmarks/results/codec.json
+
+# The figures of docs/results.md: the demo, and the same with 1/32 and 4/32 of its steps.
+results: runs/demo/.trained $(COMPUTE:=/.trained)
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.prompts runs/demo --compare $(COMPUTE) \
+	  --out benchmarks/results/prompts.json --sheets runs/results
+
+$(COMPUTE:=/.trained): runs/compute-%/.trained: data/shards/dataset.json configs/demo.yaml
+	@echo "==> training runs/compute-$* on 2 processes"
+	steps=$$(( (2800 * $* + 16) / 32 )); \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m megasora.train configs/demo.yaml run.dir=runs/compute-$* \
+	  data.shards=data/shards run.steps=$$steps validation.every=$$steps optim.warmup_steps=$$(( steps / 28 ))
+	@touch $@
 
 gpu: $(if $(filter $(BIN)/python,$(PYTHON)),$(INSTALLED))
 	PYTHON="$(PYTHON)" REHEARSE="$(REHEARSE)" tools/gpu/run.sh

@@ -1,4 +1,7 @@
-"""`megasora ingest|shards|train|status|sample|report|checkpoint|codec|doctor`; `--help` says what each does."""
+"""`megasora COMMAND`: ingest, shards, train, status, sample, web, report, checkpoint, codec, provenance, doctor.
+
+`--help` says what each does.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import sys
 from pathlib import Path
 
 from megasora import __version__
-from megasora.commands.argument_types import location, number, path, whole_number
+from megasora.commands.argument_types import location, path, whole_number
 from megasora.data.media_formats import CLIP_FILES
 from megasora.errors import CONFIGURATION, MegaSoraError, describe
+from megasora.sample import add_arguments as add_sample_arguments
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 OUTPUT_CLOSED = 141  # exit code if standard output was closed, e.g. by `| head`, as in shells
@@ -57,9 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_status(commands)
     add_sample(commands)
+    add_web(commands)
     add_report(commands)
     add_checkpoint(commands)
     add_codec(commands)
+    add_provenance(commands)
     add_command(commands, "doctor", doctor, "Names what is slow or missing on this machine, and the remedy.", DOCTOR)
     return parser
 
@@ -113,28 +119,14 @@ def add_status(commands) -> None:
 
 
 def add_sample(commands) -> None:
-    p = add_command(commands, "sample", sample, "Samples a video from a prompt.", SAMPLE)
+    add_sample_arguments(add_command(commands, "sample", sample, "Samples clips from prompts.", SAMPLE))
+
+
+def add_web(commands) -> None:
+    p = add_command(commands, "web", web, "Serves a page to sample clips in a browser on this machine.", WEB)
     p.add_argument("run", type=path, metavar="RUN", help="run folder with a checkpoint")
-    p.add_argument("--prompt", required=True, help="what the clip shows")
-    p.add_argument("--out", type=path, required=True, metavar="FILE", help=".mp4, or .png for one frame")
-    p.add_argument("--image", type=path, metavar="FILE", help="the first frame; also sets the size, unless --size does")
-    p.add_argument(
-        "--size", metavar="HxW", help="pixels, multiples of the pixels of a token; default sample.size of the run"
-    )
-    p.add_argument("--frames", type=whole_number, help="number of frames; 1 makes an image; default sample.frames")
-    p.add_argument("--fps", type=number, help="frames per second; default sample.fps")
-    p.add_argument("--seed", type=whole_number, default=0)
-    p.add_argument(
-        "--guidance-scale",
-        type=number,
-        help="1: none; higher follows the prompt more closely; default sample.guidance_scale",
-    )
-    p.add_argument(
-        "--negative-prompt", metavar="TEXT",
-        help="what guidance moves away from; default: the null token, or sample.negative_prompt of the run",
-    )  # fmt: skip
-    p.add_argument("--num-inference-steps", type=whole_number, help="solver steps; default sample.num_inference_steps")
-    p.add_argument("--solver", choices=("euler", "heun"))
+    p.add_argument("--out", type=path, metavar="DIR", help="folder of the clips; default RUN/web")
+    p.add_argument("--port", type=whole_number, default=7860, help="of 127.0.0.1; 0: any free one; default 7860")
     add_weights_option(p)
 
 
@@ -186,6 +178,11 @@ def add_codec(commands) -> None:
     p.add_argument("--out", type=path, metavar="FOLDER", help="a copy of RUN/codec; new, or with an older codec")
 
 
+def add_provenance(commands) -> None:
+    p = add_command(commands, "provenance", provenance, "Says where a file is from.", PROVENANCE)
+    p.add_argument("file", type=path, metavar="FILE", help="a video or an image")
+
+
 def add_codec_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codec", type=location, required=True, metavar="PATH",
@@ -233,10 +230,25 @@ and where it began and how it ended. Works from any machine that sees the folder
 example: megasora status runs/demo --watch"""
 
 SAMPLE = """\
-Reads the newest checkpoint of RUN; writes FILE (H.264 mp4, or PNG for one frame), FILE.sheet.png (a contact sheet) and
-FILE.json (how it was made). The files are marked as generated, with the name of the run.
+Reads the newest checkpoint of RUN, and the images and videos that are given; writes FILE (H.264 mp4, or PNG for one
+frame), FILE.sheet.png (a contact sheet) and FILE.json (how it was made). The files are marked as generated, with the
+name of the run. Frames of a given video are in FILE as they are in that video.
+--prompts reads a clip a line, {"prompt": "...", "video": "in.mp4", "extend": "2s"}: keys are the options, with _ for -,
+and paths are relative to the file. It writes DIR/000000.mp4 and so on, and DIR/results.jsonl.
+--script reads a shot a line, {"prompt": "...", "seconds": 2}; each goes on from the last frames of the one before,
+unless it has "cut": true. It writes one film.
+The same command goes on where it was stopped. Under torchrun: torchrun --nproc-per-node N -m megasora.sample RUN ...
 
-example: megasora sample runs/demo --prompt "a red circle moves right" --out out.mp4 --size 48x80 --frames 17"""
+example: megasora sample runs/demo --prompt "a red circle moves right" --out out.mp4 --size 48x80 --frames 17
+example: megasora sample runs/demo --prompt "a red circle moves right" --out out.mp4 --video in.mp4 --extend 2s
+example: megasora sample runs/demo --prompt "a blue circle moves right" --out out.mp4 --video in.mp4 --edit 0.6
+example: megasora sample runs/demo --prompt "a red circle" --out out.mp4 --keyframes a.png:0 b.png:16"""
+
+WEB = """\
+Reads the newest checkpoint of RUN; serves http://127.0.0.1:PORT, which only this machine can open, until Ctrl-C. The
+clips that are made go to DIR, with the files that `megasora sample` writes. Needs gradio: pip install megasora[web].
+
+example: megasora web runs/demo"""
 
 REPORT = """\
 Reads the metrics of RUN; writes RUN/report.html, one page without external links, and RUN/report.json. If the run has
@@ -306,6 +318,14 @@ of a run does. The run may go on.
 
 example: megasora codec export runs/vae"""
 
+PROVENANCE = """\
+Reads FILE, its metadata, the sidecar FILE.json and its pixels; prints whether they say that MegaSora made it, by which
+run and from which prompt, whether the signature is valid and by whose key, and whether the invisible watermark is
+found. The exit code is 0 if something is found and fits, 1 if nothing is found, 2 if the file or its sidecar was
+changed, or FILE cannot be read.
+
+example: megasora provenance out.mp4"""
+
 DOCTOR = """\
 Reads versions, devices and free disk; writes nothing.
 
@@ -355,14 +375,20 @@ def status(options: argparse.Namespace) -> int:
 
 
 def sample(options: argparse.Namespace) -> int:
-    from megasora.sampling.command import sample_to_file
+    from megasora.sample import run
 
-    sample_to_file(options)
+    return run(options)
+
+
+def web(options: argparse.Namespace) -> int:
+    from megasora.web.server import serve
+
+    serve(options.run, options.out, options.port, options.weights)
     return 0
 
 
 def report(options: argparse.Namespace) -> int:
-    from megasora.sampling.command import evaluate_if_due
+    from megasora.sampling.evaluation_due import evaluate_if_due
 
     evaluate_if_due(options.run)
     from megasora.observe.report import write_report
@@ -425,6 +451,12 @@ def codec_export(options: argparse.Namespace) -> int:
 
     export_run(options.run, options.out, export_codec)
     return 0
+
+
+def provenance(options: argparse.Namespace) -> int:
+    from megasora.commands.provenance import show_provenance
+
+    return show_provenance(options.file)
 
 
 def doctor(options: argparse.Namespace) -> int:

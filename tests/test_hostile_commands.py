@@ -50,6 +50,8 @@ def places(tmp_path, monkeypatch) -> Path:
     Path("loop").symlink_to("loop")
     Path("dangling").symlink_to("nowhere/at/all")
     Path("run.yaml").write_text("run: {steps: 3}\n")
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("run: {steps: 3}\n")  # of a run without a checkpoint
     return tmp_path
 
 
@@ -62,6 +64,11 @@ VERBS = {  # @: the path
     "shards": ["shards @", "shards @ --verify", "shards @ --show 1 sheet.png", "shards @ --tokens-per-pack 64"],
     "train": ["train @", "train run.yaml run.dir=@", "train run.yaml data.shards=@", "train run.yaml run.start=init:@"],
     "run folder": ["status @", "report @", "sample @ --prompt x --out a.mp4", "checkpoint export @ --out a.b"],
+    "given": [
+        "sample run --prompt x --out a.mp4 --image @", "sample run --prompt x --out a.mp4 --video @ --extend 2s",
+        "sample run --prompt x --out a.mp4 --connect @ @", "sample run --prompt x --out a.mp4 --keyframes @:0",
+        "sample run --prompts @ --out d", "sample run --script @ --out a.mp4",
+    ],
     "out": ["sample folder --prompt x --out @", "checkpoint export text --out @", "checkpoint import-wan text --out @"],
     "import": ["checkpoint import-wan @ --out w.safetensors", "checkpoint import-wan @ --run w"],
 }  # fmt: skip
@@ -106,7 +113,9 @@ NUMBERS = ["x", "", "1.5.2", "9" * 5000, "१", "--1", "1e400x", "0x10", "1 2", 
         "sample folder --prompt x --out a.mp4 --seed @", "sample folder --prompt x --out a.mp4 --fps @",
         "sample folder --prompt x --out a.mp4 --guidance-scale @", "sample folder --prompt x --out a.mp4 --size @x8",
         "sample folder --prompt x --out a.mp4 --num-inference-steps @",
-        "sample folder --prompt x --out a.mp4 --solver @",
+        "sample folder --prompt x --out a.mp4 --solver @", "sample run --prompt x --out a.mp4 --video v.mp4 --extend @",
+        "sample run --prompt x --out a.mp4 --edit @ --video v.mp4", "sample run --prompts p.txt --out d --part @/8",
+        "sample run --prompt x --out a.mp4 --keyframes a.png:@", "web folder --port @",
     ],
 )  # fmt: skip
 def test_every_number_of_a_command_may_be_hostile(line, places, capsys):

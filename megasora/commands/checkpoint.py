@@ -23,7 +23,7 @@ from megasora.errors import MegaSoraError
 from megasora.model.dit import VideoDiT
 from megasora.model.init import initial_value
 from megasora.observe.byte_progress import byte_progress
-from megasora.sampling.pipeline import CHECKPOINT_KINDS
+from megasora.sampling.run_to_sample import CHECKPOINT_KINDS
 from megasora.text.embedders import FeatureEmbedder
 
 BYTES_PER_WEIGHT = 4  # fp32

@@ -34,7 +34,7 @@ from megasora.data.padding import pad_frame
 from megasora.data.patches import frames_to_uint8
 from megasora.errors import MegaSoraError, printable
 from megasora.ingest.worker import FrameCounter
-from megasora.sampling.command import check_output_path
+from megasora.sampling.outputs import check_output_path
 
 if TYPE_CHECKING:
     from megasora.codec import Codec

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from megasora.checkpoint.safetensors_file import write_tensors
 from megasora.codec.fingerprint import without_tiles
+from megasora.data.clip_writer import MAX_FPS, MIN_FPS
 from megasora.errors import MegaSoraError, printable
-from megasora.sampling.command import MAX_FPS, MIN_FPS
 
 if TYPE_CHECKING:
     from megasora.codec import Codec

@@ -16,6 +16,7 @@ import numpy as np
 from megasora.data.frame_converter import is_hd
 
 CRF = "10"  # visually lossless; the files that are written here are small
+MIN_FPS, MAX_FPS = 0.1, 1000.0  # well within what the time base of an mp4 can represent
 BT709, SMPTE170M, IDENTITY = 1, 6, 0  # ITU-T H.273; SMPTE170M is the matrix of BT.601
 LIMITED_RANGE, FULL_RANGE = 1, 2  # of FFmpeg
 COLORS = {"RGB": (None, IDENTITY), "HD": ("ITU709", BT709), "SD": ("ITU601", SMPTE170M)}  # (swscale's name, H.273)

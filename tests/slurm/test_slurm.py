@@ -279,8 +279,8 @@ def test_one_command_ingests_trains_and_samples(cluster, clips):
     assert list(jobs) == ["ingest", "train", "sample"]
     assert cluster.result(jobs["sample"] + "_0") == ("COMPLETED", 0), [cluster.output(n) for n in jobs.values()]
     videos = sorted(p.name for p in (cluster.project / "samples").iterdir() if p.suffix == ".mp4")
-    assert videos == ["00001.mp4", "00003.mp4"]  # the second line is empty
-    sidecar = json.loads((cluster.project / "samples" / "00003.json").read_text())
+    assert videos == ["000000.mp4", "000002.mp4"]  # the second line is empty
+    sidecar = json.loads((cluster.project / "samples" / "000002.json").read_text())
     assert sidecar["prompt"] == prompt
     assert not list(cluster.project.rglob("pwned"))
 
