@@ -58,13 +58,14 @@ def integrate(velocity: Velocity, x: Tensor, timesteps: Sequence[Tensor], solver
 
 
 def integrate_velocity(velocity: Velocity, x: Tensor, timesteps: Sequence[Tensor], is_second_order: bool) -> Tensor:
-    """`integrate` with heun if `is_second_order`, else with euler."""
-    last = len(timesteps) - 2
-    for i, (t, next_t) in enumerate(pairwise(timesteps)):
+    """`integrate` with heun if `is_second_order`, else with euler. A step to t = 0 is euler's."""
+    for t, next_t in pairwise(timesteps):
         v = velocity(x, t)
         end = move(x, t, next_t, x + (next_t - t) * v)
-        if is_second_order and i < last:
-            end = move(x, t, next_t, x + (next_t - t) * 0.5 * (v + velocity(end, next_t)))
+        is_inner = next_t > 0
+        if is_second_order and bool(is_inner.any()):
+            mean_end = move(x, t, next_t, x + (next_t - t) * 0.5 * (v + velocity(end, next_t)))
+            end = torch.where(is_inner, mean_end, end)
         x = end
     return x
 

@@ -87,9 +87,13 @@ def num_evaluations(prompts: list[ClipPrompt], objective: ObjectiveConfig, sampl
 
 
 def num_steps(prompts: list[ClipPrompt], objective: ObjectiveConfig, sample: SampleConfig) -> int:
-    """Solver steps: sample.num_inference_steps from level 1, and in proportion fewer from a lower level."""
-    first = max(first_timestep(prompt, objective) for prompt in prompts)
-    return math.ceil(sample.num_inference_steps * first - 1e-6)
+    """Solver steps of a pack: those of the clip with the most."""
+    return max(steps_of(prompt, objective, sample) for prompt in prompts)
+
+
+def steps_of(prompt: ClipPrompt, objective: ObjectiveConfig, sample: SampleConfig) -> int:
+    """Solver steps of a clip: sample.num_inference_steps from level 1, and in proportion fewer from a lower level."""
+    return math.ceil(sample.num_inference_steps * first_timestep(prompt, objective) - 1e-6)
 
 
 def first_timestep(prompt: ClipPrompt, objective: ObjectiveConfig) -> float:
@@ -132,9 +136,10 @@ class PackState:
 
         factor_G = shift_factor(pack.cu_segments.diff(), objective)
         first_G = torch.tensor([first_timestep(prompt, objective) for prompt in prompts], dtype=torch.float64)
-        self.num_steps = num_steps(prompts, objective, sample)
-        self.clip_timesteps = [  # of each step: the timestep of the clip of each token
-            shift(first_G * (1 - i / max(self.num_steps, 1)), factor_G)[self.segment_L, None].float().to(device)
+        steps_G = torch.tensor([steps_of(prompt, objective, sample) for prompt in prompts])
+        self.num_steps = int(steps_G.max())
+        self.clip_timesteps = [  # of each step: the timestep of the clip of each token, 0 after the steps of the clip
+            shift(first_G * (1 - i / steps_G.clamp_min(1)).clamp_min(0), factor_G)[self.segment_L, None].float()
             for i in range(self.num_steps + 1)
         ]
         has_context = any(bool((prompt.start_T < prompt.start_T.max()).any()) for prompt in prompts)
@@ -165,7 +170,7 @@ class PackState:
 
     def timesteps(self) -> list[Tensor]:
         """num_steps + 1 tensors [L, 1]: the timestep of each token."""
-        return [torch.minimum(t_L1, self.start_L1) for t_L1 in self.clip_timesteps]
+        return [torch.minimum(t_L1.to(self.start_L1.device), self.start_L1) for t_L1 in self.clip_timesteps]
 
     def batch(self, branch: Branch, x_LP: Tensor, t_L1: Tensor) -> VideoBatch:
         """The noised pack of one branch of guidance at the timesteps [L, 1] of the tokens.

@@ -237,6 +237,16 @@ def test_sampling_starts_from_the_given_frames_at_their_level(solver):
     assert len(seen) == num_evaluations([prompt], OBJECTIVE, sample) < (19 if solver == "heun" else 10)
 
 
+@SOLVERS
+def test_a_sample_does_not_depend_on_prompts_with_other_start_levels(solver):
+    prompts = [make_prompt(8), dataclasses.replace(make_prompt(1), start_T=torch.tensor([0.3]))]
+    prompts += [dataclasses.replace(make_prompt(3), start_T=torch.tensor([0.0, 0.7, 0.7]))]
+    sample, model = SampleConfig(num_inference_steps=7, solver=solver, guidance_scale=3.0), one_by_one(simple_model)
+    together = generate(model, prompts, OBJECTIVE, sample)
+    for prompt, expected in zip(prompts, together, strict=True):
+        assert torch.equal(generate(model, [prompt], OBJECTIVE, sample)[0], expected)
+
+
 def test_fewer_steps_from_a_lower_level():
     def steps(level):
         prompt = dataclasses.replace(make_prompt(1), start_T=torch.tensor([level]))
