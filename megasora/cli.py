@@ -232,7 +232,7 @@ example: megasora status runs/demo --watch"""
 SAMPLE = """\
 Reads the newest checkpoint of RUN, and the images and videos that are given; writes FILE (H.264 mp4, or PNG for one
 frame), FILE.sheet.png (a contact sheet) and FILE.json (how it was made). The files are marked as generated, with the
-name of the run. Frames of a given video are in FILE as they are in that video.
+name of the run. Frames of a given video are not sampled again, only encoded with the rest.
 --prompts reads a clip a line, {"prompt": "...", "video": "in.mp4", "extend": "2s"}: keys are the options, with _ for -,
 and paths are relative to the file. It writes DIR/000000.mp4 and so on, and DIR/results.jsonl.
 --script reads a shot a line, {"prompt": "...", "seconds": 2}; each goes on from the last frames of the one before,
@@ -322,7 +322,7 @@ PROVENANCE = """\
 Reads FILE, its metadata, the sidecar FILE.json and its pixels; prints whether they say that MegaSora made it, by which
 run and from which prompt, whether the signature is valid and by whose key, and whether the invisible watermark is
 found. The exit code is 0 if something is found and fits, 1 if nothing is found, 2 if the file or its sidecar was
-changed, or FILE cannot be read.
+changed, or there is no FILE.
 
 example: megasora provenance out.mp4"""
 

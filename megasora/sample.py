@@ -145,7 +145,7 @@ def opened_session(options: argparse.Namespace, config: Config) -> Iterator[Sess
 
     launcher = read_launcher(os.environ)
     opened = RunToSample.open(options.run, options.weights)
-    opened.config.sample = config.sample
+    opened.config.sample, opened.config.codec = config.sample, config.codec
     if launcher.size > 1:
         from megasora.sample_ranks import sampling_config, sampling_ranks
 

@@ -172,7 +172,7 @@ BAD = {  # options, with {m} for the folder of media and {t} for the one to writ
     # numbers out of bounds
     "--frames 0": ["--frames 0", "at least 1"],
     "--frames -3": ["--frames -3"],
-    "--frames 1000000000": ["1000000000 frames", "GiB free", "--frames"],
+    "--frames 1000000000": ["1000000000 frames", "MiB free", "--frames"],
     "--frames 99999999999": ["--frames 99999999999", "at most"],
     "--fps 0": ["--fps 0"],
     "--fps nan": ["--fps nan"],
@@ -190,12 +190,12 @@ BAD = {  # options, with {m} for the folder of media and {t} for the one to writ
     V + " --extend 1.5": ["--extend 1.5", "length"],
     V + " --extend 2m": ["--extend 2m", "length", "2s"],
     V + " --prepend=-2s": ["--prepend -2s", "length"],
-    V + " --extend 999999999": ["999999999 frames", "GiB free"],
+    V + " --extend 999999999": ["999999999 frames", "MiB free"],
     "--keyframes {m}/first.png:9 --frames 9": ["--keyframes", "no frame 9", "0 to 8"],
     "--keyframes {m}/first.png:-1": ["--keyframes", "no frame -1"],
     "--keyframes {m}/first.png:2 {m}/last.png:2": ["--keyframes", "frame 2 more than once"],
     "--keyframes {m}/first.png": ["--keyframes", "FILE:FRAME"],
-    "--keyframes {m}/first.png:999999999": ["1000000000 frames", "GiB free"],
+    "--keyframes {m}/first.png:999999999": ["1000000000 frames", "MiB free"],
     I + " --last-image {m}/last.png --frames 1": ["--frames 1", "--last-image", "at least 2"],
     # combinations
     V: ["--video needs one of --extend"],

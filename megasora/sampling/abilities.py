@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from megasora.config import FrameConditioningConfig
+from megasora.data.clip_writer import MAX_FPS
 from megasora.errors import MegaSoraError
 from megasora.sampling.timeline import Timeline
 
@@ -16,7 +17,7 @@ TAUGHT_BY = {
 
 
 def check_clip(timeline: Timeline) -> None:
-    """Raises MegaSoraError for a caption without text and for impossible sizes."""
+    """Raises MegaSoraError for a caption without text and for impossible sizes, rates and seeds."""
     for name, text in (("--prompt", timeline.prompt), ("--negative-prompt", timeline.negative_prompt or "")):
         try:
             text.encode("utf-8")
@@ -26,6 +27,10 @@ def check_clip(timeline: Timeline) -> None:
         raise MegaSoraError("--prompt is empty; describe the clip, e.g. --prompt 'a red circle moves right'")
     if timeline.frames < 1:
         raise MegaSoraError(f"--frames {timeline.frames} must be at least 1")
+    if not 0 <= timeline.seed < 1 << 63:
+        raise MegaSoraError(f"--seed {timeline.seed} must be from 0 to below 2^63")
+    if not 0 < timeline.fps <= MAX_FPS:
+        raise MegaSoraError(f"--fps {timeline.fps:g} must be above 0 and at most {MAX_FPS:g}")
     if timeline.height < 1 or timeline.width < 1:
         raise MegaSoraError(f"--size {timeline.height}x{timeline.width} must be at least 1x1 pixels")
 

@@ -66,7 +66,8 @@ class ClipPlan:
         sample, limits = config.sample, config.ingest
         frames = request.frames or (1 if is_image else sample.frames)
         if request.keyframes and not request.frames:
-            frames = 1 + max(keyframe.index for keyframe in request.keyframes)
+            last = max(keyframe.index for keyframe in request.keyframes)
+            frames = last + 1 if last > 0 else frames
         images = {
             index: Source.open(name, path, limits, IMAGE_FORMATS) for index, name, path in image_files(request, frames)
         }

@@ -103,7 +103,8 @@ def parse_object(text: bytes) -> dict[str, Any]:
     try:
         values = parse_json(text)
     except ValueError as error:
-        raise MegaSoraError(f"it is not JSON: {error}") from None
+        reason = str(error).split(": line ")[0]  # without the line of the JSON text, which is one line of the file
+        raise MegaSoraError(f"it is not JSON: {reason}") from None
     if not isinstance(values, dict):
         raise MegaSoraError('it is not a JSON object, e.g. {"prompt": "a red circle moves right"}')
     return values

@@ -9,7 +9,8 @@ from typing import Any
 from megasora.config import Config, load, load_run_config
 from megasora.errors import MegaSoraError, printable
 
-SECTIONS = ("sample.", "parallel.")  # that sampling reads; all else is of the training
+CODEC = ("codec.path=", "codec.device=", "codec.tile=", "codec.tile_overlap=", "codec.chunk_frames=")
+SECTIONS = ("sample.", "parallel.", *CODEC)  # that sampling reads; all else is of the training
 FLAGS = {"guidance_scale": "--guidance-scale", "num_inference_steps": "--num-inference-steps", "solver": "--solver"}
 
 
@@ -24,11 +25,11 @@ def run_settings(run: Path, overrides: Sequence[str], flags: Mapping[str, Any]) 
     for text in overrides:
         if not text.startswith(SECTIONS):
             raise MegaSoraError(
-                f"{printable(text, 60)}: megasora sample takes settings of sample.* and, under torchrun, parallel.*; "
-                "the others are of the run"
+                f"{printable(text, 60)}: megasora sample takes settings of sample.*, under torchrun of parallel.*, and "
+                "codec.path, codec.device, codec.tile, codec.chunk_frames; the others are of the run"
             )
     config = load_run_config(run)
-    given = [text for text in overrides if text.startswith("sample.")]
+    given = [text for text in overrides if not text.startswith("parallel.")]
     if given:
         config = load(path, given)
     for key, name in FLAGS.items():

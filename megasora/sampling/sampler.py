@@ -21,6 +21,7 @@ import torch
 
 from megasora.codec import build_codec
 from megasora.config import Config, SampleConfig, parse_size
+from megasora.config.validate import check_bounds, validate_sample
 from megasora.errors import MegaSoraError
 from megasora.sampling import timeline as timelines_of
 from megasora.sampling.abilities import check_abilities, check_clip, check_windows
@@ -46,6 +47,8 @@ class Call:
     def __init__(
         self, sampler: Sampler, options: dict[str, Any], prompt: str, size: tuple[int, int] | None, frames: int | None
     ):
+        if frames is not None and frames < 1:
+            raise MegaSoraError(f"frames={frames} must be at least 1")
         options = dict(options)
         self.sampler, self.progress = sampler, options.pop("progress", lambda fraction: None)
         of_clip = {key: options.pop(key) for key in ("fps", "seed", "negative_prompt") if key in options}
@@ -107,7 +110,7 @@ class Sampler:
         **options,
     ) -> np.ndarray:
         """A clip of `size` (height, width), by default that of the images. They are its first and its last frame."""
-        frames = frames or self.config.sample.frames
+        frames = self.config.sample.frames if frames is None else frames
         images = {0: image, frames - 1: last_image}
         return self.keyframes(prompt, {i: x for i, x in images.items() if x is not None}, size, frames, **options)
 
@@ -121,19 +124,20 @@ class Sampler:
     ) -> np.ndarray:
         """As `video`. `images`: by frame number, from 0."""
         if size is None and images:
-            size = next(iter(images.values())).shape[:2]
+            index, image = next(iter(images.items()))
+            size = timelines_of.as_frames(image, f"the image of frame {index}", 3).shape[:2]
         call = Call(self, options, prompt, size, frames)
         return call.sample(timelines_of.keyframes(call.timeline, images))
 
     def extend(self, video: np.ndarray, prompt: str, frames: int, **options) -> np.ndarray:
         """`video`, and `frames` new frames after it."""
-        call = Call(self, options, prompt, video.shape[1:3], frames)
+        call = self.call_with(video, options, prompt, frames)
         context = self.context_before(video, call.settings)
         return np.concatenate([video, call.sample(timelines_of.extend(call.timeline, context))[len(context) :]])
 
     def prepend(self, video: np.ndarray, prompt: str, frames: int, **options) -> np.ndarray:
         """`frames` new frames, and `video` after them."""
-        call = Call(self, options, prompt, video.shape[1:3], frames)
+        call = self.call_with(video, options, prompt, frames)
         context = self.context_after(video, call.settings)
         return np.concatenate([call.sample(timelines_of.prepend(call.timeline, context))[:frames], video])
 
@@ -150,16 +154,22 @@ class Sampler:
     ) -> np.ndarray:
         """`video` with another caption. `strength` in (0, 1]: the level that sampling starts from. `mask`: bool
         [F, H, W], True where pixels may change."""
-        call = Call(self, options, prompt, video.shape[1:3], len(video))
+        call = self.call_with(video, options, prompt)
         return call.sample(timelines_of.edit(call.timeline, video, strength, mask))
 
     def between(
         self, before: np.ndarray, after: np.ndarray, prompt: str, frames: int, options: dict[str, Any]
     ) -> np.ndarray:
-        call = Call(self, options, prompt, before.shape[1:3], frames)
+        call = self.call_with(before, options, prompt, frames)
+        timelines_of.as_frames(after, "the video after", 4)
         head = self.context_before(before, call.settings)
         tail = self.context_after(after, call.settings, gap=frames)
         return call.sample(timelines_of.connect(call.timeline, head, tail))[len(head) : len(head) + frames]
+
+    def call_with(self, video: np.ndarray, options: dict[str, Any], prompt: str, frames: int | None = None) -> Call:
+        """A call for clips of the size of a video; `frames`: None: as many."""
+        height, width = timelines_of.as_frames(video, "the video", 4).shape[1:3]
+        return Call(self, options, prompt, (height, width), len(video) if frames is None else frames)
 
     def timeline(
         self,
@@ -175,13 +185,20 @@ class Sampler:
         sample = self.config.sample
         height, width = size or parse_size(sample.size, "sample.size")
         return Timeline(
-            prompt, height, width, frames or sample.frames, fps or sample.fps, negative_prompt=negative_prompt,
-            seed=seed, sample_id=sample_id,
+            prompt, height, width, sample.frames if frames is None else frames, sample.fps if fps is None else fps,
+            negative_prompt=negative_prompt, seed=seed, sample_id=sample_id,
         )  # fmt: skip
 
     def override_settings(self, **changes) -> SampleConfig:
-        """The run's `sample` section with these changes; None leaves a setting as it is."""
-        return dataclasses.replace(self.config.sample, **{k: v for k, v in changes.items() if v is not None})
+        """The run's `sample` section with these changes; None leaves a setting as it is. Raises MegaSoraError."""
+        known = [field.name for field in dataclasses.fields(SampleConfig)]
+        unknown = [name for name in changes if name not in known]
+        if unknown:
+            raise MegaSoraError(f"{unknown[0]} is no setting of the section sample; known: {', '.join(known)}")
+        sample = dataclasses.replace(self.config.sample, **{k: v for k, v in changes.items() if v is not None})
+        check_bounds(sample, "sample.")
+        validate_sample(sample)
+        return sample
 
     # ------------------------------------------------------------------ lengths
 
@@ -226,7 +243,7 @@ class Sampler:
         if sample.rope != "none" and self.trained_on.grid is None:
             raise MegaSoraError(
                 f"sample.rope={sample.rope} needs the largest grid of the training clips, which run.json of {self.run} "
-                "does not have; leave sample.rope out"
+                "does not have, as that of an older run or an import; train it further, or leave sample.rope out"
             )
         stores = [FrameStore(timeline) for timeline in timelines] if stores is None else stores
         rounds = self.plan(timelines, stores, sample)

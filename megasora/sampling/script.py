@@ -85,6 +85,8 @@ def shot_of(line: Line, defaults: dict[str, Any], seed: int, config: Config, is_
     given = {"seed": (seed + line.number - 1) % MAX_SEED, **{k: v for k, v in defaults.items() if v is not None}}
     request = Request.from_values({**given, **values})
     if seconds is not None:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise MegaSoraError(f"seconds {printable(json.dumps(seconds), 60)} is not a number, e.g. 2")
         length = Length.parse(f"{seconds}s", "seconds")
         request = dataclasses.replace(request, frames=length.frames(request.fps or config.sample.fps))
         request.check()

@@ -81,8 +81,19 @@ class Timeline:
 # ---------------------------------------------------------------- kinds of prompts
 
 
+def as_frames(x: np.ndarray, what: str, dims: int) -> np.ndarray:
+    """`x`, a video (`dims` = 4) or an image (3). Raises MegaSoraError unless it is uint8 with three colours."""
+    shape = "[F, H, W, 3]" if dims == 4 else "[H, W, 3]"
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != dims or x.shape[-1] != 3 or 0 in x.shape:
+        found = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise MegaSoraError(f"{what} is {found}; give a numpy array, uint8 {shape}, RGB from 0 to 255")
+    return x
+
+
 def keyframes(timeline: Timeline, images: dict[int, np.ndarray]) -> Timeline:
     """Single frames are given. `images`: uint8 [H, W, 3] by frame number. Raises MegaSoraError."""
+    for i, image in images.items():
+        as_frames(image, f"the image of frame {i}", 3)
     outside = [i for i in images if not 0 <= i < timeline.frames]
     if outside:
         raise MegaSoraError(
@@ -115,15 +126,20 @@ def connect(timeline: Timeline, before_FHWC: np.ndarray, after_FHWC: np.ndarray)
 def edit(timeline: Timeline, frames_FHWC: np.ndarray, strength: float, mask_FHW: np.ndarray | None = None) -> Timeline:
     """Sampling starts from all frames of a video, noised to the level `strength`; 1 keeps nothing of them.
 
-    `mask_FHW`: bool, True where pixels may change. Raises MegaSoraError.
+    `mask_FHW`: True, or not 0, where pixels may change; [F, H, W], or for all frames [1, H, W] or [H, W]. Raises
+    MegaSoraError.
     """
     if not 0 < strength <= 1:
         raise MegaSoraError(f"--edit {strength:g} must be above 0 (nothing changes) and at most 1 (nothing is kept)")
     shape = frames_FHWC.shape[:3]
+    if mask_FHW is not None:
+        mask_FHW = np.asarray(mask_FHW) != 0
+        if mask_FHW.shape in (shape[1:], (1, *shape[1:])):
+            mask_FHW = np.broadcast_to(mask_FHW, shape)
     if mask_FHW is not None and mask_FHW.shape != shape:
         raise MegaSoraError(
-            "--mask has {}x{}x{} frames, rows and columns, --video {}x{}x{}; give a mask of the same size, with one "
-            "frame or as many".format(*mask_FHW.shape, *shape)
+            f"--mask has the shape {list(mask_FHW.shape)}, --video {list(shape)}: frames, rows, columns; give a mask "
+            "of that size, with one frame or as many"
         )
     timeline = dataclasses.replace(timeline, frames=len(frames_FHWC), mask_FHW=mask_FHW)
     return with_given(timeline, Given(0, frames_FHWC, level=strength))

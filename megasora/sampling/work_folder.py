@@ -156,6 +156,10 @@ def check_space(folder: Path, size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if size + SPARE > free:
         raise MegaSoraError(
-            f"{what} need {size / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB free; give fewer --frames, "
-            "a smaller --size, or an --out on another file system"
+            f"{what} need {mebibytes(size)} beside {mebibytes(SPARE)} to spare, {folder} has {mebibytes(free)} free; "
+            "give fewer --frames, a smaller --size, or an --out on another file system"
         )
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -189,7 +189,7 @@ def test_frames_of_another_size_or_outside_raise():
         (lambda: edit(CLIP, make_frames(6), 0.0), "--edit 0 must be above 0"),
         (lambda: edit(CLIP, make_frames(6), 1.5), "--edit 1.5 must be above 0"),
         (lambda: edit(CLIP, make_frames(6), float("nan")), "--edit nan must be"),
-        (lambda: edit(CLIP, make_frames(6), 0.5, np.ones((5, 8, 16), bool)), "--mask has 5x8x16"),
+        (lambda: edit(CLIP, make_frames(6), 0.5, np.ones((5, 8, 16), bool)), r"--mask has the shape \[5, 8, 16\]"),
     ):
         with pytest.raises(MegaSoraError, match=words):
             call()

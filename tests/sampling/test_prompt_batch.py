@@ -121,7 +121,7 @@ BAD_LINES = {  # second line -> words
     '{"prompt": "%s"}' % ("very " * 65): ["line 2: --prompt: caption of 65 words"],
     '{"prompt": "a\\u0000b"}': ["line 2: --prompt has the control character"],
     '{"prompt": "x", "seed": -1}': ["line 2: --seed -1"],
-    '{"prompt": "x", "frames": 9999999999}': ["line 2: 9999999999 frames", "GiB free"],
+    '{"prompt": "x", "frames": 9999999999}': ["line 2: 9999999999 frames", "MiB free"],
 }  # fmt: skip
 
 
@@ -309,7 +309,7 @@ def test_a_changed_shot_leaves_those_before_it_as_they_were(trained, folder, mon
         ({"prompt": "x", "video": "in.mp4"}, "line 2: unknown key 'video'"),
         ({"prompt": "x", "frames": 3, "seconds": 1}, "line 2: frames and seconds exclude each other"),
         ({"prompt": "x", "seconds": -1}, "line 2: seconds -1s is not a length"),
-        ({"prompt": "x", "seconds": "long"}, "line 2: seconds longs is not a length"),
+        ({"prompt": "x", "seconds": "long"}, 'line 2: seconds "long" is not a number'),
         ({"prompt": "x", "cut": "yes"}, "line 2: cut yes is not true or false"),
         ({"prompt": "very " * 65}, "line 2: --prompt: caption of 65 words"),
         ({"prompt": "x", "frames": 9999999999}, "line 2: 9999999999 frames"),

@@ -175,6 +175,39 @@ def test_an_invalid_clip_raises_before_the_model_is_called(name, sampler):
     assert not calls
 
 
+WRONG_CALLS = {  # what the Python API gets -> words of the error
+    "float video": (lambda s, v: s.extend(v / 255.0, PROMPT, 4), ["the video is float64 [5, 16, 24, 3]", "uint8"]),
+    "no array": (lambda s, v: s.extend("in.mp4", PROMPT, 4), ["the video is str", "numpy array"]),
+    "grey image": (lambda s, v: s.video(PROMPT, image=v[0, ..., 0]), ["the image of frame 0 is uint8 [16, 24]"]),
+    "channels first": (lambda s, v: s.loop(v.transpose(0, 3, 1, 2), PROMPT, 4), ["[5, 3, 16, 24]", "[F, H, W, 3]"]),
+    "no frames": (lambda s, v: s.prepend(v[:0], PROMPT, 4), ["[0, 16, 24, 3]"]),
+    "second video": (lambda s, v: s.connect(v, v[0], PROMPT, 4), ["the video after is uint8 [16, 24, 3]"]),
+    "frames": (lambda s, v: s.extend(v, PROMPT, 0), ["frames=0 must be at least 1"]),
+    "negative frames": (lambda s, v: s.video(PROMPT, frames=-5), ["frames=-5"]),
+    "fps": (lambda s, v: s.video(PROMPT, fps=0.0), ["--fps 0 must be above 0"]),
+    "seed": (lambda s, v: s.video(PROMPT, seed=-1), ["--seed -1"]),
+    "nan": (lambda s, v: s.video(PROMPT, guidance_scale=float("nan")), ["sample.guidance_scale=nan"]),
+    "solver": (lambda s, v: s.video(PROMPT, solver="ddim"), ["sample.solver=ddim", "euler"]),
+    "unknown": (lambda s, v: s.video(PROMPT, foo=1), ["foo is no setting", "guidance_scale"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_arguments_in_python_are_errors_for_people(name, sampler):
+    call, words = WRONG_CALLS[name]
+    with pytest.raises(MegaSoraError) as error:
+        call(sampler, np.zeros((5, 16, 24, 3), np.uint8))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_mask_holds_for_all_frames_or_has_as_many(sampler):
+    video, mask = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), np.uint8), np.zeros((16, 24), np.uint8)
+    mask[:8] = 255
+    edited = [sampler.edit(video, PROMPT, 0.9, m) for m in (mask, mask[None] > 0, np.stack([mask] * 5))]
+    assert all(np.array_equal(edited[0], other) for other in edited[1:])
+    assert np.array_equal(edited[0][:, 8:], video[:, 8:]) and not np.array_equal(edited[0][:, :8], video[:, :8])
+
+
 def test_a_given_image_of_another_size_raises():
     with pytest.raises(MegaSoraError, match="has 16x16 pixels, the clip 16x24"):
         make_clip(image=make_image(16, 16))

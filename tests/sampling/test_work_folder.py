@@ -102,7 +102,7 @@ def test_more_frames_than_the_disk_has_space_for_are_refused(tmp_path, monkeypat
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda _: Usage(0, 0, 3 << 30))
     check_space(tmp_path / "not" / "yet", 2 << 30, "frames")
-    with pytest.raises(MegaSoraError, match=r"9 frames need 3.0 GiB, .* has 3.0 GiB free; give fewer --frames"):
+    with pytest.raises(MegaSoraError, match=r"9 frames need 3,072.0 MiB beside 64.0 MiB to spare, .* has 3,\d+.0 MiB"):
         check_space(tmp_path, 3 << 30, "9 frames")
 
 
