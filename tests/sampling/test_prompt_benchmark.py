@@ -92,7 +92,7 @@ def test_the_command_writes_figures_and_sheets(bench, tmp_path, monkeypatch, cap
     options = ["--only", "extend", "--count", "2", "--settings", "context_frames=9"]
     prompts.main(["run", *options, "--out", str(out), "--sheets", str(sheets)])
     record = json.loads(out.read_text())
-    assert record["step"] == 7 and record["count"] == 2 and record["seconds"]["extend"] > 0
+    assert record["step"] == 7 and record["count"] == 2 and record["seconds"]["extend"] >= 0
     assert [row["met"] for row in record["figures"]] == [None, True, True, True, None]
     assert all(math.isfinite(row["value"]) and row["count"] == 2 for row in record["figures"])
     assert (sheets / "extend.png").stat().st_size > 1000
