@@ -159,12 +159,9 @@ def opened_session(options: argparse.Namespace, config: Config) -> Iterator[Sess
     layout = [text for text in options.overrides if text.startswith("parallel.")]
     if layout:
         raise MegaSoraError(f"{layout[0]} is of several processes; start them with torchrun -m megasora.sample")
-    import torch
-
     from megasora.sampling.denoiser import LocalDenoiser
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield session_of(opened, LocalDenoiser(opened.build_model(), device), options)
+    yield session_of(opened, LocalDenoiser(opened.build_model()), options)
 
 
 def session_of(opened: RunToSample, denoiser: Denoiser, options: argparse.Namespace, **ranks: Any) -> Session:
@@ -176,7 +173,7 @@ def session_of(opened: RunToSample, denoiser: Denoiser, options: argparse.Namesp
     from megasora.sampling.session import Session, checkpoint_of, error_of_text
 
     sampler = Sampler.of(opened, denoiser)
-    fits = lambda caption: error_of_text(sampler.encoder, caption) is None  # noqa: E731
+    fits = lambda caption: error_of_text(sampler.encode, caption) is None  # noqa: E731
     expand = cache(build_expander(opened.config, options.run, fits))
     return Session(
         sampler, opened.config.sample, checkpoint_of(opened), expand, keep_latents=options.keep_latents, **ranks

@@ -25,10 +25,13 @@ class Denoiser(Protocol):
 
 
 class LocalDenoiser:
-    """The whole model in this process."""
+    """The whole model in this process. `device`: auto is a GPU, if there is one."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device):
-        self.model, self.device = model.to(device).eval(), device
+    def __init__(self, model: torch.nn.Module, device: str = "auto"):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
         self.stages = [self.model]
 
     def __call__(self, batches: list[VideoBatch]) -> list[Tensor]:

@@ -37,6 +37,13 @@ WITH_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTr
 FORMATS = {".mp4": "video/mp4", ".png": "image/png"}
 
 
+def provenance_comment(run: str, step: int, prompt: str, seed: int) -> str:
+    """JSON text for the metadata of a file: that it is generated, and by which run."""
+    return json.dumps(
+        {"ai_generated": True, "by": "MegaSora", "run": run, "step": step, "prompt": prompt, "seed": seed}
+    )
+
+
 def signed_record(record: dict[str, Any], media: Path) -> dict[str, Any]:
     """`record` with the manifest of the file `media` and a signature: the content of its sidecar.
 

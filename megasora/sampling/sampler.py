@@ -10,14 +10,13 @@ Windows of several timelines are sampled in the same packs.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from megasora.codec import build_codec
 from megasora.config import Config, SampleConfig, parse_size
@@ -28,6 +27,7 @@ from megasora.sampling.abilities import check_abilities, check_clip, check_windo
 from megasora.sampling.denoiser import Denoiser, LocalDenoiser
 from megasora.sampling.frame_store import FrameStore
 from megasora.sampling.latents import ClipCoder
+from megasora.sampling.provenance import provenance_comment
 from megasora.sampling.run_to_sample import RunToSample, TrainedOn, check_codec
 from megasora.sampling.timeline import Timeline
 from megasora.sampling.window_sampling import Job, LatentStore, Progress, WindowSampling
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from megasora.text import TextEncoder
 
 UNKNOWN = TrainedOn()
+MAX_ENCODED = 32  # captions whose features are kept: a clip needs them in each window
 
 
 class Call:
@@ -78,15 +79,16 @@ class Sampler:
         self.trained_on = trained_on
         self.codec = build_codec(config.codec) if codec is None else codec
         self.encoder = build_text_encoder(config.text) if encoder is None else encoder
+        self.encode = lru_cache(MAX_ENCODED)(
+            lambda text: self.encoder.encode([text])[0]
+        )  # features [S, E] of a caption
         self.coder = ClipCoder(self.codec, tuple(config.data.patch))
 
     @classmethod
     def from_run(cls, run: str | Path, weights: str = "ema", device: str = "auto") -> Sampler:
         """The newest checkpoint of a run folder. `weights`: ema or raw. Raises MegaSoraError if there is none."""
         opened = RunToSample.open(Path(run), weights)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls.of(opened, LocalDenoiser(opened.build_model(), torch.device(device)))
+        return cls.of(opened, LocalDenoiser(opened.build_model(), device))
 
     @classmethod
     def of(cls, run: RunToSample, denoiser: Denoiser) -> Sampler:
@@ -239,7 +241,7 @@ class Sampler:
         for timeline in timelines:
             check_clip(timeline)
             check_abilities(timeline, self.config.objective.frame_conditioning)
-            self.encoder.encode([timeline.prompt])  # raises for a caption that is too long
+            self.encode(timeline.prompt)  # raises for a caption that is too long
         if sample.rope != "none" and self.trained_on.grid is None:
             raise MegaSoraError(
                 f"sample.rope={sample.rope} needs the largest grid of the training clips, which run.json of {self.run} "
@@ -252,7 +254,7 @@ class Sampler:
                 job.timeline, self.window_frames(sample, job.timeline.frames), self.config.objective.frame_conditioning
             )
         sampling = WindowSampling(
-            self.config, sample, self.denoiser, self.coder, self.encoder, self.trained_on.grid, latents
+            self.config, sample, self.denoiser, self.coder, self.encode, self.trained_on.grid, latents
         )
         sampling.run(rounds, progress)
         return list(stores)
@@ -277,6 +279,4 @@ class Sampler:
 
     def provenance(self, prompt: str, seed: int) -> str:
         """JSON text for the metadata of a file: that it is generated, and by which run."""
-        return json.dumps(
-            {"ai_generated": True, "by": "MegaSora", "run": self.run, "step": self.step, "prompt": prompt, "seed": seed}
-        )
+        return provenance_comment(self.run, self.step, prompt, seed)

@@ -32,7 +32,7 @@ from megasora.sampling.window_sampling import Progress
 from megasora.sampling.work_folder import SavedLatents, WorkFolder, check_space, folder_of, num_bytes
 
 if TYPE_CHECKING:
-    from megasora.text import TextEncoder
+    from torch import Tensor
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # every further clip fails in the same way
 
@@ -68,7 +68,7 @@ class Session:
         what = f"{plan.new_frames} frames of {plan.height}x{plan.width}"
         check_space(out.parent, num_bytes((plan.new_frames, *frame)), what)
         for name, text in (("--prompt", caption), ("--negative-prompt", plan.request.negative_prompt)):
-            if error := error_of_text(sampler.encoder, text or ""):
+            if error := error_of_text(sampler.encode, text or ""):
                 raise MegaSoraError(f"{name}: {error}") from None
         self.check_timeline(plan.outline(sampler, self.settings, caption))
 
@@ -147,10 +147,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def error_of_text(encoder: TextEncoder, text: str) -> MegaSoraError | None:
+def error_of_text(encode: Callable[[str], Tensor], text: str) -> MegaSoraError | None:
     """Why the text encoder does not take a text: it is too long."""
     try:
-        encoder.encode([text])
+        encode(text)
     except MegaSoraError as error:
         return error
     return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -30,9 +30,6 @@ from megasora.sampling.latents import (
 from megasora.sampling.rope import scaled_rope
 from megasora.sampling.timeline import Timeline
 from megasora.sampling.windows import Window
-
-if TYPE_CHECKING:
-    from megasora.text import TextEncoder
 
 Progress = Callable[[float], None]  # called with the fraction that is done
 
@@ -59,8 +56,8 @@ class Job:
 
 
 class WindowSampling:
-    """`trained_grid`: the largest grid of the training clips, needed if sample.rope is set. `latents`: keeps what was
-    sampled before it is decoded."""
+    """`encode`: a caption to its features [S, E]. `trained_grid`: the largest grid of the training clips, needed if
+    sample.rope is set. `latents`: keeps what was sampled before it is decoded."""
 
     def __init__(
         self,
@@ -68,11 +65,11 @@ class WindowSampling:
         sample: SampleConfig,
         denoiser: Denoiser,
         coder: ClipCoder,
-        encoder: TextEncoder,
+        encode: Callable[[str], Tensor],
         trained_grid: tuple[int, int, int] | None = None,
         latents: LatentStore | None = None,
     ):
-        self.config, self.sample, self.denoiser, self.coder, self.encoder = config, sample, denoiser, coder, encoder
+        self.config, self.sample, self.denoiser, self.coder, self.encode = config, sample, denoiser, coder, encode
         self.trained_grid, self.latents = trained_grid, latents
 
     def run(self, rounds: list[list[Job]], progress: Progress) -> None:
@@ -139,10 +136,10 @@ class WindowSampling:
         timeline = job.timeline
         frames = job.window.frames
         native = (timeline.height, timeline.width, frames, timeline.fps if frames > 1 else 0.0)
-        text = self.encoder.encode([timeline.prompt])[0]
+        text = self.encode(timeline.prompt)
         record = Record(timeline.sample_id, window.patches_LP, window.grid, text, native, timeline.prompt)
         negative = timeline.negative_prompt
         if negative is None and self.sample.unconditional == "negative_prompt":
             negative = self.sample.negative_prompt
-        negative_SE = None if negative is None else self.encoder.encode([negative])[0]
+        negative_SE = None if negative is None else self.encode(negative)
         return ClipPrompt(record, window.start_T, window.held_L, negative_SE, timeline.seed, job.number)

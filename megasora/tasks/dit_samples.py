@@ -38,7 +38,7 @@ from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
 from megasora.sampling.generate import ClipPrompt, generate
 from megasora.sampling.latents import ClipCoder
-from megasora.sampling.provenance import signed_record
+from megasora.sampling.provenance import provenance_comment, signed_record
 from megasora.sampling.rope import scaled_rope
 from megasora.sampling.sheet import contact_sheet, stacked
 from megasora.sampling.watermark import apply_watermark
@@ -223,7 +223,5 @@ class TrainingSamples:
 
     def provenance(self, text: str, step: int) -> str:
         """JSON text for the metadata of a file."""
-        run, seed = Path(self.config.run.dir).resolve().name, self.config.run.seed
-        return json.dumps(
-            {"ai_generated": True, "by": "MegaSora", "run": run, "step": step, "prompt": text, "seed": seed}
-        )
+        run = Path(self.config.run.dir).resolve().name
+        return provenance_comment(run, step, text, self.config.run.seed)

@@ -21,10 +21,11 @@ from megasora.errors import MegaSoraError
 from megasora.files import check_folder, read_regular_file
 from megasora.jsonl import parse_json
 from megasora.sampling.clip_plan import ClipPlan
+from megasora.sampling.denoiser import LocalDenoiser
 from megasora.sampling.outputs import beside, check_output
 from megasora.sampling.prompt_expansion import Expander, build_expander
 from megasora.sampling.run_to_sample import RunToSample
-from megasora.sampling.sampler import LocalDenoiser, Sampler
+from megasora.sampling.sampler import Sampler
 from megasora.sampling.session import Session, checkpoint_of, error_of_text, sample_clip
 from megasora.sampling.work_folder import folder_of
 from megasora.web.form import Form
@@ -62,16 +63,13 @@ class Studio:
     @classmethod
     def open(cls, run: Path, out: Path | None = None, weights: str = "ema") -> Studio:
         """Loads the newest checkpoint of a run. `out`: None: RUN/web. Raises MegaSoraError."""
-        import torch
-
         opened = RunToSample.open(run, weights)
         out = run / "web" if out is None else out
         check_folder(out, f"--out {out}")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        sampler = Sampler.of(opened, LocalDenoiser(opened.build_model(), device))
+        sampler = Sampler.of(opened, LocalDenoiser(opened.build_model()))
 
         def fits(caption: str) -> bool:
-            return error_of_text(sampler.encoder, caption) is None
+            return error_of_text(sampler.encode, caption) is None
 
         def expander(setting: str) -> Expander:
             config = dataclasses.replace(

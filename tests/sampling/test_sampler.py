@@ -59,7 +59,7 @@ def test_videos_have_the_requested_size_and_length(frames, height, width, sample
 def test_a_prompt_has_the_grid_and_native_size_of_a_training_clip(frames, sampler):
     """The grid equals that of the codec for such a clip; images have fps 0."""
     sample, clip = sampler.config.sample, make_clip(16, 24, frames)
-    sampling = WindowSampling(sampler.config, sample, sampler.denoiser, sampler.coder, sampler.encoder)
+    sampling = WindowSampling(sampler.config, sample, sampler.denoiser, sampler.coder, sampler.encode)
     (jobs,) = sampler.plan([clip], [FrameStore(clip)], sample)
     window = first_pass(jobs[0].store.window(jobs[0].window), sampler.coder, patch_dim(sampler.config))
     record = sampling.clip_prompt(jobs[0], window).record

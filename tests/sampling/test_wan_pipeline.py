@@ -117,7 +117,7 @@ def noise_of(sampler: Sampler, clip: Timeline, seed: int) -> torch.Tensor:
     job = Job(0, clip, None, 0, sampler.windows(clip, sampler.config.sample)[0])
     window = WindowLatents(torch.zeros(math.prod(grid), patch_dim(sampler.config)), grid, torch.ones(grid[0]), None)
     config = sampler.config
-    sampling = WindowSampling(config, config.sample, sampler.denoiser, sampler.coder, sampler.encoder)
+    sampling = WindowSampling(config, config.sample, sampler.denoiser, sampler.coder, sampler.encode)
     noise_LP = draw_noise(sampling.clip_prompt(job, window))
     return unpatchify(noise_LP, grid, tuple(sampler.config.data.patch))[None]
 
