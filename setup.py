@@ -38,6 +38,7 @@ setup(
         "omegaconf",
         "pyyaml",
         "safetensors",
+        "blake3",
         "av",
         "numpy",
         "pillow",

@@ -17,6 +17,7 @@ LAYERS = [
     {"files", "locks", "jsonl", "stop", "placement"},
     {"config", "batch", "kernels", "fragment"},
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
+    {"formats"},
     {"run_log", "testing", "build", "ingest"},
     {"parallelize", "parallelize_codec", "sampling", "observe", "watchdog"},
     {"tasks", "checks", "preflight", "commands", "web"},

@@ -23,6 +23,7 @@ from megasora.files import atomic_writer
 from megasora.jsonl import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_tensors(
@@ -31,24 +32,28 @@ def write_tensors(
     value_of: Callable[[str], Tensor],
     metadata: Mapping[str, str],
     on_written: Callable[[int], None] = lambda size: None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Calls `value_of` once per tensor, in the order of `shapes`, and `on_written(bytes)` after each is written."""
+    """Calls `value_of` once per tensor, in the order of `shapes`, and `on_written(bytes)` after each is written.
+    `dtype`: one of DTYPE_NAMES, to which values are rounded."""
     with atomic_writer(path) as file:
-        file.write(build_header(shapes, metadata))
+        file.write(build_header(shapes, metadata, dtype))
         for name, shape in shapes.items():
             value = value_of(name).detach()
             assert value.shape == shape, f"{name} is {list(value.shape)}, not {list(shape)}"
-            data = value.cpu().contiguous().numpy().astype("<f4", copy=False)
+            data = value.to("cpu", dtype).contiguous().view(torch.uint8).numpy()
             file.write(data)
             on_written(data.nbytes)
 
 
-def build_header(shapes: Mapping[str, torch.Size], metadata: Mapping[str, str]) -> bytes:
+def build_header(
+    shapes: Mapping[str, torch.Size], metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
+) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        size = dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligned, as the format requires

@@ -16,8 +16,8 @@ from megasora.checkpoint.manifest import MANIFEST, verify_checksums
 from megasora.checkpoint.safetensors_file import check_new_file
 from megasora.checkpoint.sharded import ShardedCheckpoint, export
 from megasora.checkpoint.store import CheckpointStore, find_checkpoint
-from megasora.checkpoint.wan import import_wan
-from megasora.checkpoint.wan_folder import WanFolder, read_wan
+from megasora.formats.wan import import_wan
+from megasora.formats.wan_folder import WanFolder, read_wan
 from megasora.config import load
 from megasora.errors import MegaSoraError
 from megasora.model.dit import VideoDiT

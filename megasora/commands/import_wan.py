@@ -1,6 +1,6 @@
 """`megasora checkpoint import-wan FOLDER --run RUN`: a run folder of a Wan model, for `megasora sample RUN`.
 
-    FOLDER/transformer    -> RUN/checkpoints/step-00000000, see checkpoint/wan.py and checkpoint/imported.py
+    FOLDER/transformer    -> RUN/checkpoints/step-00000000, see formats/wan.py and checkpoint/imported.py
     FOLDER/vae            -> codec.name=wan, codec.path=FOLDER     in RUN/config.yaml; both are read when sampling
     FOLDER/text_encoder   -> text.path=FOLDER, tokenizer of FOLDER/tokenizer
 
@@ -21,8 +21,8 @@ from pathlib import Path
 
 from megasora.checkpoint.imported import save_imported
 from megasora.checkpoint.store import CheckpointStore
-from megasora.checkpoint.wan import open_weights
-from megasora.checkpoint.wan_folder import WanFolder, read_wan
+from megasora.formats.wan import open_weights
+from megasora.formats.wan_folder import WanFolder, read_wan
 from megasora.codec import resolve_codec
 from megasora.commands.checkpoint import num_bytes, parameter_shapes
 from megasora.config import Config, FrameConditioningConfig, load, to_yaml, token_pixels

@@ -239,9 +239,24 @@ class ParallelConfig:
 
 
 @dataclass
+class NodeCheckpointConfig:
+    """Checkpoints on the disks of the nodes, besides those in run.dir."""
+
+    dir: str = file_path("")  # a folder on the node's own disk, e.g. /local_nvme; empty: none
+    every: int = bounded(100, 1, 10**9)  # steps between them
+    keep: int = bounded(1, 1, 1000)  # newest that are kept
+    copy: bool = True  # each node also has a copy of those of the node before it
+
+
+@dataclass
 class CheckpointConfig:
     every: int = bounded(1000, 1, 10**9)  # steps between checkpoints; the last step is always saved
     keep: int = bounded(2, 1, 10**6)  # newest checkpoints that are kept
+    keep_every: int = bounded(0, 0, 10**9)  # checkpoints at multiples of so many steps are never deleted; 0: none
+    keep_best: int = bounded(0, 0, 10**6)  # checkpoints of the lowest validation losses that are kept besides
+    asynchronous: bool = True  # training goes on while a checkpoint is written, from a copy in host memory
+    when_busy: str = "wait"  # if the one before is still being written: wait | skip
+    node: NodeCheckpointConfig = field(default_factory=NodeCheckpointConfig)
 
 
 @dataclass

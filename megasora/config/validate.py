@@ -253,6 +253,7 @@ def validate_parallel(parallel: ParallelConfig) -> None:
 
 
 def validate_sample(sample: SampleConfig) -> None:
+    one_of("checkpoint.when_busy", config.checkpoint.when_busy, ("wait", "skip"))
     one_of("sample.solver", sample.solver, ("euler", "heun", "dpmpp_2m", "unipc"))
     one_of("sample.rope", sample.rope, ("none", "ntk", "riflex"))
     interval = sample.guidance_interval

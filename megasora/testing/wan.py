@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megasora.batch import VideoBatch
-from megasora.checkpoint.wan import import_wan
-from megasora.checkpoint.wan_folder import WanFolder, read_wan
+from megasora.formats.wan import import_wan
+from megasora.formats.wan_folder import WanFolder, read_wan
 from megasora.config import load
 from megasora.data.pack import Record, make_batch
 from megasora.data.patches import patchify, unpatchify

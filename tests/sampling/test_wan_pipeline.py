@@ -218,7 +218,7 @@ def test_the_run_folder_has_the_settings_of_the_pipeline_and_the_weights_once(wa
 
 
 def test_the_default_size_and_shift_are_those_of_the_model(wan, tmp_path):
-    from megasora.checkpoint.wan_folder import read_wan
+    from megasora.formats.wan_folder import read_wan
     from megasora.commands.import_wan import run_config
 
     config = run_config(wan[1], read_wan(wan[1]), [])

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasora.checkpoint.wan import DEFAULT_INIT, import_wan
-from megasora.checkpoint.wan_folder import WEIGHTS_FILE, WanFolder, read_wan
-from megasora.checkpoint.wan_names import diffusers_names
+from megasora.formats.wan import DEFAULT_INIT, import_wan
+from megasora.formats.wan_folder import WEIGHTS_FILE, WanFolder, read_wan
+from megasora.formats.wan_names import diffusers_names
 from megasora.errors import MegaSoraError
 from megasora.model.init import initial_value
 from megasora.testing.wan import (

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megasora.checkpoint.wan_names import diffusers_names
+from megasora.formats.wan_names import diffusers_names
 from megasora.errors import MegaSoraError, first_of
 
 DTYPES = ("F32", "BF16", "F16")

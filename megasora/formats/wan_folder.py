@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megasora.checkpoint.wan_tensors import list_names, open_files
+from megasora.formats.wan_tensors import list_names, open_files
 from megasora.errors import MegaSoraError, printable
 from megasora.files import read_regular_file
 from megasora.jsonl import parse_json

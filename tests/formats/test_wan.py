@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasora.checkpoint.wan import DEFAULT_INIT, ZERO_INIT, build_sources, import_wan
-from megasora.checkpoint.wan_folder import WEIGHTS_FILE, mlp_ratio, read_wan
+from megasora.formats.wan import DEFAULT_INIT, ZERO_INIT, build_sources, import_wan
+from megasora.formats.wan_folder import WEIGHTS_FILE, mlp_ratio, read_wan
 from megasora.config import load
 from megasora.errors import MegaSoraError
 from megasora.model.init import initial_value

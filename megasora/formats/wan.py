@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from megasora.checkpoint.safetensors_file import check_new_file, write_tensors
-from megasora.checkpoint.wan_folder import WanFolder
-from megasora.checkpoint.wan_tensors import DTYPES, WanTensor, list_names, open_files
+from megasora.formats.wan_folder import WanFolder
+from megasora.formats.wan_tensors import DTYPES, WanTensor, list_names, open_files
 from megasora.errors import MegaSoraError
 
 # Parameters of modules that Wan lacks: the last layer of each is zero, so that it adds nothing; the layers before it
