@@ -13,6 +13,7 @@ from typing import Any
 
 from megasora.config.field_rules import BOUNDS
 from megasora.config.schema import (
+    CheckpointConfig,
     CodecConfig,
     Config,
     DataConfig,
@@ -55,6 +56,7 @@ def validate(config: Config) -> None:
     validate_objective(config.objective)
     validate_optim(config.optim)
     validate_parallel(config.parallel)
+    validate_checkpoint(config.checkpoint)
     validate_sample(config.sample)
     validate_evaluation(config.evaluation)
     validate_wandb(config.wandb)
@@ -252,8 +254,11 @@ def validate_parallel(parallel: ParallelConfig) -> None:
     one_of("parallel.schedule", parallel.schedule, ("1f1b", "interleaved", "zbv"))
 
 
+def validate_checkpoint(checkpoint: CheckpointConfig) -> None:
+    one_of("checkpoint.when_busy", checkpoint.when_busy, ("wait", "skip"))
+
+
 def validate_sample(sample: SampleConfig) -> None:
-    one_of("checkpoint.when_busy", config.checkpoint.when_busy, ("wait", "skip"))
     one_of("sample.solver", sample.solver, ("euler", "heun", "dpmpp_2m", "unipc"))
     one_of("sample.rope", sample.rope, ("none", "ntk", "riflex"))
     interval = sample.guidance_interval
