@@ -20,7 +20,7 @@ MUTABLE_ON_RESUME = (
     "codec.tile_overlap", "data.shards", "data.mixture", "data.prefetch_steps",
     "data.reader_threads", "data.read_timeout_seconds", "data.max_damaged_fraction", "data.clips",
     "data.clip_cache_mib",
-    "optim.max_skipped_steps", "optim.spike",
+    "optim.max_skipped_steps", "optim.spike", "optim.ema_decays", "optim.ema_sigmas",
     "ingest", "checkpoint", "validation", "sample", "evaluation", "wandb",
     "run.start", "run.debug_parallel", "run.debug_every", "run.hang_seconds",
     "run.ledger", "model.kernel_backend", "model.attention_backend", "model.deterministic", "model.recompute",
@@ -137,14 +137,14 @@ def check_samples(config: Config) -> None:
 
 def check_initial_weights(config: Config) -> None:
     """PATH of run.start=init:PATH exists, if it will be read."""
-    from megasora.checkpoint.manifest import MANIFEST
     from megasora.checkpoint.start import initial_weights_to_read
+    from megasora.checkpoint.stored_weights import has_weights
 
     path = initial_weights_to_read(Path(config.run.dir), config.run.start)
-    if path is not None and not path.is_file() and not (path / MANIFEST).is_file():
+    if path is not None and not has_weights(path):
         raise MegaSoraError(
-            f"run.start=init:{path}: this is neither a file nor a checkpoint; give a safetensors file, or a folder "
-            "RUN/checkpoints/step-XXXXXXXX"
+            f"run.start=init:{path}: this is neither a file nor a checkpoint; give a safetensors file, a folder of "
+            "them with an index, or a folder RUN/checkpoints/step-XXXXXXXX"
         )
 
 

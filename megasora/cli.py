@@ -13,6 +13,9 @@ from pathlib import Path
 
 from megasora import __version__
 from megasora.commands.argument_types import location, path, whole_number
+from megasora.commands.checkpoint_arguments import add_verbs
+from megasora.commands.checkpoint_help import CHECKPOINT
+from megasora.commands.subcommands import add_command, add_weights_option
 from megasora.data.media_formats import CLIP_FILES
 from megasora.errors import CONFIGURATION, MegaSoraError, describe
 from megasora.sample import add_arguments as add_sample_arguments
@@ -67,14 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_codec(commands)
     add_provenance(commands)
     add_command(commands, "doctor", doctor, "Names what is slow or missing on this machine, and the remedy.", DOCTOR)
-    return parser
-
-
-def add_command(commands, name: str, function, summary: str, text: str) -> argparse.ArgumentParser:
-    """A subparser of `commands`; `function(options)` runs the command and returns its exit code."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(name, help=summary, description=f"{summary}\n\n{text}", formatter_class=formatter)
-    parser.set_defaults(function=function)
     return parser
 
 
@@ -133,27 +128,11 @@ def add_web(commands) -> None:
 def add_report(commands) -> None:
     p = add_command(commands, "report", report, "Writes one HTML page about a run.", REPORT)
     p.add_argument("run", type=path, metavar="RUN")
+    add_weights_option(p, note="that the evaluation samples with; default ema")
 
 
 def add_checkpoint(commands) -> None:
-    p = add_command(commands, "checkpoint", None, "Imports, exports and verifies weights.", CHECKPOINT)
-    kinds = p.add_subparsers(required=True, metavar="WHAT")
-    p = add_command(kinds, "import-wan", import_wan, "Imports Wan 2.x, to train it further or to sample.", IMPORT_WAN)
-    p.add_argument(
-        "folder", type=path, metavar="FOLDER", help="config.json and .safetensors files, or one .safetensors file"
-    )
-    out = p.add_mutually_exclusive_group(required=True)
-    out.add_argument("--out", type=path, metavar="FILE", help=".safetensors to write; must not exist")
-    out.add_argument("--run", type=path, metavar="RUN", help="run folder to write, for megasora sample; new or empty")
-    p.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="of --run: settings, e.g. codec.path=FOLDER/vae"
-    )
-    p = add_command(kinds, "export", export, "Exports the weights of a run into one file.", EXPORT)
-    p.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
-    p.add_argument("--out", type=path, required=True, metavar="FILE", help=".safetensors to write; must not exist")
-    add_weights_option(p)
-    p = add_command(kinds, "verify", verify, "Verifies the checksums of all checkpoints of a run.", VERIFY)
-    p.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="RUN, or one of RUN/checkpoints/step-XXXXXXXX")
+    add_verbs(add_command(commands, "checkpoint", None, "Inspects, converts and deletes checkpoints.", CHECKPOINT))
 
 
 def add_codec(commands) -> None:
@@ -191,10 +170,6 @@ def add_codec_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings of codec.* and ingest.*"
     )
-
-
-def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="EMA weights, or the last step's")
 
 
 INGEST = """\
@@ -255,35 +230,6 @@ Reads the metrics of RUN; writes RUN/report.html, one page without external link
 evaluation.prompts, these are first sampled from the newest checkpoint into RUN/samples and evaluated by a detector.
 
 example: megasora report runs/demo"""
-
-CHECKPOINT = """\
-import-wan reads a Wan model as diffusers saves it or as it was released, and writes its weights as MegaSora reads them.
-export reads a checkpoint of any layout and writes its full weights.
-verify reads every byte of the checkpoints of a run and compares it with their checksums.
-
-example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors"""
-
-IMPORT_WAN = """\
-Reads FOLDER/transformer, or FOLDER itself: config.json and the weights of a text-to-video model, with the names of
-diffusers, of the release of Wan or of ComfyUI; of these also a single .safetensors file. Writes FILE, fp32, 4 bytes
-per weight; then prints the settings of a run that starts from it, to append to `megasora train YAML`.
---run writes a run folder in place of FILE: the weights as the checkpoint of step 0, and config.yaml with the codec
-(FOLDER/vae) and the text encoder (FOLDER/text_encoder) of the pipeline, for `megasora sample RUN`.
-
-example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --out wan.safetensors
-example: megasora checkpoint import-wan Wan2.1-T2V-1.3B-Diffusers --run runs/wan"""
-
-EXPORT = """\
-Reads the newest checkpoint of a run, or the given one, and verifies its checksums. Writes FILE, fp32, 4 bytes per
-weight, for other programs, or for run.start=init:FILE of another run.
-
-example: megasora checkpoint export runs/demo --out demo.safetensors"""
-
-VERIFY = """\
-Reads every byte of the checkpoints of a run, or of the given one, and changes nothing. Prints for each whether it is
-whole, or which file is damaged; the exit code is 2 if one is not whole.
-
-example: megasora checkpoint verify runs/demo"""
 
 CODEC = """\
 A codec maps frames to latents and back: dct, the autoencoder of a run of megasora.train_codec, or a pretrained one.
@@ -390,38 +336,11 @@ def web(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     from megasora.sampling.evaluation_due import evaluate_if_due
 
-    evaluate_if_due(options.run)
+    evaluate_if_due(options.run, options.weights)
     from megasora.observe.report import write_report
 
     print(f"report in {write_report(options.run)}")
     return 0
-
-
-def import_wan(options: argparse.Namespace) -> int:
-    if options.run is not None:
-        from megasora.commands.import_wan import import_wan_to_run
-
-        import_wan_to_run(options.folder, options.run, options.overrides)
-        return 0
-    if options.overrides:
-        raise MegaSoraError(f"{options.overrides[0]}: settings are of --run; --out writes weights only")
-    from megasora.commands.checkpoint import import_wan_to_file
-
-    import_wan_to_file(options.folder, options.out)
-    return 0
-
-
-def export(options: argparse.Namespace) -> int:
-    from megasora.commands.checkpoint import export_to_file
-
-    export_to_file(options.checkpoint, options.weights, options.out)
-    return 0
-
-
-def verify(options: argparse.Namespace) -> int:
-    from megasora.commands.checkpoint import verify_checkpoints
-
-    return CONFIGURATION if verify_checkpoints(options.checkpoint) else 0
 
 
 def codec_eval(options: argparse.Namespace) -> int:

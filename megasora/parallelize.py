@@ -2,31 +2,29 @@
 `ZeroEngine`. The only file that imports both the model's modules and `megasora.parallel`.
 
 The model is built on the meta device, reduced to this rank's stages, and its linears are replaced by sharded ones. Then
-memory is allocated and each weight initialised from a seed of its own (megasora.model.init). So a rank never holds more
-than it trains, except for one full tensor at a time, and every layout starts from the same weights.
+memory is allocated and this rank's part of each weight is drawn (megasora.model.init) or read. So a rank never holds
+more than it trains, and every layout starts from the same weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from megasora.build import build_model, patch_dim
-from megasora.checkpoint.manifest import verify_checksums
-from megasora.checkpoint.sharded import ShardedCheckpoint
-from megasora.checkpoint.start import initial_weights_to_read
+from megasora.checkpoint.start import initial_weights_path, resumes
+from megasora.checkpoint.stored_weights import StoredWeights, open_weights
 from megasora.config import Config
-from megasora.errors import MegaSoraError
 from megasora.model.attention import AcrossHeadsNorm
 from megasora.model.dit import VideoDiT
-from megasora.model.init import initial_value
+from megasora.model.init import DrawnWeights
 from megasora.optim.muon import orthogonalize
 from megasora.parallel.collectives import CopyToTensorParallel, GatherTokens, ScatterTokens, all_reduce_sum
 from megasora.parallel.context_attention import ContextAttention
@@ -35,10 +33,11 @@ from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.muon import MuonRule
 from megasora.parallel.pipeline import AccumulateGrads, Pipeline, num_stages, stage_numbers
 from megasora.parallel.share import share_length
+from megasora.parallel.shared_reads import open_on_node, shared_reads
 from megasora.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
-from megasora.placement import Placement
+from megasora.placement import WHOLE, Placement, WeightSource
 
 # Linears that are sharded over the tensor axis: by columns, with options of ColumnParallelLinear, or by rows.
 COLUMN_PARALLEL = {
@@ -58,7 +57,6 @@ PARTIAL_GRADIENT = (
 )  # fmt: skip
 # Modules that condition the blocks: every pipeline stage has them and computes the conditioning from the pack.
 CONDITIONING = ("timestep", "native", "text", "null_text", "pooled_text", "shared_modulation")
-WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_WEIGHT_DECAY = ("patch_in.*", "patch_out.*", "*.table")  # and all vectors: their scale matters
 # Matrices that keep AdamW's steps with optim.name=muon: first and last layers, embeddings, tables.
 NO_MUON = (
@@ -77,7 +75,10 @@ class LocalModel:
 
 def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
     """The configured model, ready to train on this rank. All ranks must call it."""
-    local, dtype = build_local_model(config, world.device, mesh), compute_dtype(config, world.device)
+    weights, dtype = open_on_node(lambda: initial_weights(config), world), compute_dtype(config, world.device)
+    is_read = isinstance(weights, StoredWeights)
+    with shared_reads(weights, world, mesh.data_context) if is_read else nullcontext(weights) as weights:
+        local = build_local_model(config, world.device, mesh, weights)
     engine = ZeroEngine(
         local.stages, local.placements, uses_weight_decay, config, world, mesh, dtype, local.attention,
         muon_rule(config, num_matrices),
@@ -89,10 +90,10 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
 
 
 def build_local_model(
-    config: Config, device: torch.device, mesh: Mesh, weight_of: Callable[[str, torch.Size], Tensor] | None = None
+    config: Config, device: torch.device, mesh: Mesh, weights: WeightSource | None = None
 ) -> LocalModel:
-    """This rank's stages in fp32. `weight_of`: from (name, full shape) to the weight; None: that of step 0."""
-    weight_of = weight_of or initial_weights(config)
+    """This rank's stages in fp32. `weights`: None for those before the first step."""
+    weights = weights or initial_weights(config)
     backend = config.model.attention_backend, config.model.deterministic
     attention = ContextAttention(mesh.ring, mesh.ulysses, *backend) if mesh.context.is_split else None
     stages, placements = {}, {}
@@ -105,7 +106,8 @@ def build_local_model(
         if attention is not None:
             apply_context_parallel(stage, attention)
         placements |= {name: placement_of(name, stage, mesh) for name, _ in stage.named_parameters()}
-        load_local_weights(stage.to_empty(device=device), placements, mesh.tensor, weight_of)
+        for name, parameter in stage.to_empty(device=device).named_parameters():
+            weights.fill(parameter, name, placements[name], mesh.tensor.rank, mesh.tensor.size)
         stages[number] = stage
     tie_conditioning(list(stages.values()))
     return LocalModel(stages, placements, attention)
@@ -127,12 +129,10 @@ def build_pipeline(
     return Pipeline(mesh.pipeline, stages, total, p.schedule, device, accumulate_grads, hidden, length)
 
 
-def build_denoiser(
-    config: Config, device: torch.device, mesh: Mesh, weight_of: Callable[[str, torch.Size], Tensor]
-) -> Denoiser:
+def build_denoiser(config: Config, device: torch.device, mesh: Mesh, weights: WeightSource) -> Denoiser:
     """The configured model for inference on this rank's layout, in the dtype that it is trained in. All ranks must call
-    it. `weight_of`: from (name, full shape) to the weight."""
-    local, dtype = build_local_model(config, device, mesh, weight_of), compute_dtype(config, device)
+    it."""
+    local, dtype = build_local_model(config, device, mesh, weights), compute_dtype(config, device)
     for stage in local.stages.values():
         stage.to(dtype).eval().requires_grad_(False)
     if mesh.pipeline.is_split:
@@ -191,58 +191,27 @@ def placement_of(name: str, stage: VideoDiT, mesh: Mesh) -> Placement:
     return Placement(partial_axes=partial_axes)
 
 
-def initial_weights(config: Config) -> Callable[[str, torch.Size], Tensor]:
-    """A function from (name, full shape) to the weight at step 0: drawn from its seed, or read from `run.start`.
-
-    It raises MegaSoraError where the file has no weight of this name and shape.
-    """
-    path = initial_weights_to_read(Path(config.run.dir), config.run.start)
-    if path is None:
-        return lambda name, shape: initial_value(name, shape, config.run.seed)
-    shapes, read = open_weights(path)
-
-    def weight_of(name: str, shape: torch.Size) -> Tensor:
-        saved_shape = shapes.get(name)
-        if saved_shape != shape:
-            has = f"has {list(saved_shape)}" if saved_shape is not None else "has none"
-            raise MegaSoraError(
-                f"run.start=init:{path}: this model's {name} is {list(shape)}, the file {has}; give the "
-                "model.*, text.* and codec.* settings that the weights were made with"
-            )
-        weight = read(name)
-        if weight.dtype not in WEIGHT_DTYPES or not weight.isfinite().all():
-            dtype = str(weight.dtype).removeprefix("torch.")
-            raise MegaSoraError(
-                f"run.start=init:{path}: {name} is {dtype}, or some of its weights are NaN or infinite; give "
-                "finite float32, float64, bfloat16 or float16 weights"
-            )
-        return weight
-
-    return weight_of
+def initial_weights(config: Config) -> WeightSource:
+    """The weights before the first step: drawn from their seeds, or read from `run.start`; not set where a checkpoint
+    will be loaded. Raises MegaSoraError if the file of `run.start` cannot be read."""
+    run_dir, start = Path(config.run.dir), config.run.start
+    if resumes(run_dir, start):
+        return WeightsToLoad(config.run.seed)
+    path = initial_weights_path(start)
+    return DrawnWeights(config.run.seed) if path is None else open_weights(path, f"run.start=init:{path}")
 
 
-def open_weights(path: Path) -> tuple[dict[str, torch.Size], Callable[[str], Tensor]]:
-    """(full shapes by name, a function that reads a weight) of a safetensors file or of a checkpoint's raw weights."""
-    if path.is_dir():
-        verify_checksums(path)
-        checkpoint = ShardedCheckpoint(path)
-        return checkpoint.shapes, partial(checkpoint.full_tensor, "weights")
-    try:
-        file = safe_open(path, "pt")
-    except Exception as error:  # safetensors raises its own kinds
-        raise MegaSoraError(f"run.start=init:{path} cannot be read: {error}") from None
-    return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor  # noqa: SIM118
+@dataclass(frozen=True)
+class WeightsToLoad(DrawnWeights):
+    """Those of a run that is resumed: a checkpoint overwrites all that are trained, so these are not drawn. They are
+    NaN, so that the first loss tells of one that was not loaded."""
 
-
-@torch.no_grad()
-def load_local_weights(
-    stage: VideoDiT, placements: dict[str, Placement], axis: Axis, weight_of: Callable[[str, torch.Size], Tensor]
-) -> None:
-    """Fills a stage: makes the full weights one at a time and keeps this rank's local tensor of it."""
-    for name, parameter in stage.named_parameters():
-        placement = placements[name]
-        full = weight_of(name, placement.full_shape(parameter.shape, axis.size))
-        parameter.copy_(placement.local(full, axis.rank, axis.size))
+    @torch.no_grad()
+    def fill(self, out: Tensor, name: str, placement: Placement = WHOLE, rank: int = 0, size: int = 1) -> None:
+        if out.requires_grad:
+            out.fill_(math.nan)
+        else:
+            super().fill(out, name, placement, rank, size)
 
 
 def tie_conditioning(stages: list[VideoDiT]) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megasora.commands.argument_types import number, path, whole_number
+from megasora.commands.subcommands import add_weights_option
 from megasora.errors import CONFIGURATION, DONE, MegaSoraError, describe
 from megasora.parallel.launcher import process_rank, read_launcher
 
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument("--num-inference-steps", type=whole_number, help="solver steps; default sample.num_inference_steps")
     p.add_argument("--solver", choices=("euler", "heun", "dpmpp_2m", "unipc"))
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="EMA weights, or the last step's")
+    add_weights_option(p)
     p.add_argument("--keep-latents", action="store_true", help="keep the latents, in the folder .FILE.work")
     p.add_argument("--part", metavar="I/N", help="of --prompts: the I-th of N parts; default: from Slurm's job array")
     parser.add_argument(
@@ -144,13 +145,14 @@ def opened_session(options: argparse.Namespace, config: Config) -> Iterator[Sess
     from megasora.sampling.run_to_sample import RunToSample
 
     launcher = read_launcher(os.environ)
-    opened = RunToSample.open(options.run, options.weights)
+    is_alone = launcher.size == 1  # else all processes would read the whole checkpoint before their parts of it
+    opened = RunToSample.open(options.run, options.weights, is_verified=is_alone)
     opened.config.sample, opened.config.codec = config.sample, config.codec
-    if launcher.size > 1:
+    if not is_alone:
         from megasora.sample_ranks import sampling_config, sampling_ranks
 
         layout = sampling_config(opened.config, options.overrides)
-        with sampling_ranks(layout, launcher, opened.weight) as ranks:
+        with sampling_ranks(layout, launcher, opened.stored_weights) as ranks:
             yield session_of(
                 opened, ranks.denoiser, options, is_writer=ranks.is_writer, is_shared=launcher.size > ranks.data_size,
                 rank=ranks.world.rank, data_rank=ranks.data_rank, data_size=ranks.data_size, barrier=ranks.barrier,

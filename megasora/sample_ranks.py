@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,12 +19,10 @@ from megasora.config import Config, load
 from megasora.parallel.launcher import Launcher, check_meeting_point, die_with_launcher
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from megasora.parallel.denoiser import Denoiser
     from megasora.parallel.mesh import Mesh
     from megasora.parallel.world import World
+    from megasora.placement import WeightSource
 
 MAX_WAIT_SECONDS = 3600.0  # of a process for the others, e.g. while one of them writes a long video
 
@@ -68,19 +66,18 @@ def sampling_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 @contextmanager
-def sampling_ranks(
-    config: Config, launcher: Launcher, weight_of: Callable[[str, torch.Size], Tensor]
-) -> Iterator[SamplingRanks]:
+def sampling_ranks(config: Config, launcher: Launcher, weights: WeightSource) -> Iterator[SamplingRanks]:
     """Joins the other processes of a launch and builds the model on their layout, `config.parallel`.
 
-    `weight_of`: from (name, full shape) to the fp32 weight. Raises MegaSoraError where the layout does not fit the
-    processes or the model, or a process does not come.
+    `weights` are read once on each machine. Raises MegaSoraError where the layout does not fit the processes or the
+    model, or a process does not come.
     """
     import torch
 
     from megasora.parallel.layout import check_sampling_layout
     from megasora.parallel.mesh import build_mesh
     from megasora.parallel.rendezvous import Rendezvous
+    from megasora.parallel.shared_reads import shared_reads
     from megasora.parallel.world import init_distributed
     from megasora.parallelize import build_denoiser
 
@@ -91,4 +88,6 @@ def sampling_ranks(
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // launcher.local_size))
     with init_distributed("auto", launcher, Rendezvous(launcher, MAX_WAIT_SECONDS)) as world:
         mesh = build_mesh(config.parallel, world.device.type)
-        yield SamplingRanks(world, mesh, build_denoiser(config, world.device, mesh, weight_of))
+        with shared_reads(weights, world, mesh.data_context) as shared:
+            denoiser = build_denoiser(config, world.device, mesh, shared)
+        yield SamplingRanks(world, mesh, denoiser)

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
+from megasora.checkpoint.loader import CheckpointLoader
 from megasora.checkpoint.rollback import roll_back
 from megasora.checkpoint.saver import CheckpointSaver
-from megasora.checkpoint.store import CheckpointStore
+from megasora.checkpoint.store import CheckpointStore, Retention
 from megasora.config import Config
 from megasora.errors import NonFiniteError, StopRequested
 from megasora.optim.ema import ShardedEMA
+from megasora.optim.ema_decays import ema_decays
 from megasora.optim.schedule import lr_at
 from megasora.optim.step_guard import ABORT, APPLY, NON_FINITE, ROLL_BACK, SPIKE, StepGuard, Verdict
 from megasora.parallel.world import World
@@ -54,10 +56,13 @@ class Trainer:
         self.config, self.world, self.task = config, world, task
         self.stop_requested, self.stopping, self.heartbeat = stop_requested, False, heartbeat
         fragments = task.fragments()
-        self.ema = ShardedEMA([f.values["weights"] for f in fragments], config.optim.ema_decay)
+        self.ema = ShardedEMA([f.values["weights"] for f in fragments], ema_decays(config.optim))
         self.guard, self.slow_ranks = StepGuard(config.optim), build_slow_ranks(Path(config.run.dir), world)
-        store = CheckpointStore(Path(config.run.dir) / "checkpoints", config.checkpoint.keep)
-        self.saver = CheckpointSaver(store, self.ema.extend(fragments), task.is_primary, world)
+        settings, self.validated = config.checkpoint, (-1, None)  # step and loss of the last validation
+        retention = Retention(settings.keep, settings.keep_every, settings.keep_best)
+        store, saved = CheckpointStore(Path(config.run.dir) / "checkpoints", retention), self.ema.extend(fragments)
+        self.saver = CheckpointSaver(store, saved, task.replicas, world, settings.asynchronous)
+        self.loader = CheckpointLoader(store, saved, world, frozenset(self.ema.averages), heartbeat)
         self.parallel_settings = {"processes": world.size, **dataclasses.asdict(config.parallel)}
         self.step, self.saved_settings = self.resume()
         on_gpu = world.device.type == "cuda"
@@ -97,15 +102,18 @@ class Trainer:
             if self.skipped is not None:
                 log.log_skipped(self.skipped)
             if self.verdict.action == ABORT:
+                self.saver.wait(self.heartbeat)
                 raise NonFiniteError(self.guard.describe_abort(self.verdict, self.saver.store.newest()))
             is_last, is_rolled_back = self.step == config.run.steps, self.verdict.action == ROLL_BACK
             if is_last or self.step % config.validation.every == 0:
                 self.validate(log)
-            if is_last or is_rolled_back or self.stopping or self.step % config.checkpoint.every == 0:
+            must_save = is_last or is_rolled_back or self.stopping
+            if must_save or (self.step % config.checkpoint.every == 0 and not self.skips_save()):
                 self.save()
             if config.sample.every and not self.stopping and (is_last or self.step % config.sample.every == 0):
                 self.sample()
             if is_last or self.stopping:
+                self.saver.wait(self.heartbeat)
                 return
             stopwatch.lap("between_steps")  # validation and saving are not part of a step
             stopwatch.read()
@@ -117,6 +125,7 @@ class Trainer:
         output = self.task.forward_backward(batch, self.step, stopwatch.lap)
         totals = self.sum_over_ranks(batch, output)
         self.stopping = totals["stop_requested"] > 0
+        self.saver.advance(totals["save_busy"], totals["save_failed"])
         metrics = self.task.step_metrics(batch, output, totals, self.step)
         grad_norm = math.inf if totals["non_finite_norms"] else output.grad_norm
         self.verdict, self.skipped = self.guard.decide(self.step + 1, metrics.loss, grad_norm), None
@@ -136,7 +145,9 @@ class Trainer:
         one all-reduce in fp64."""
         flops = self.task.flops(batch) if self.matmul_flops_per_s else 0.0
         non_finite = output.grad_norm is not None and not math.isfinite(output.grad_norm)
+        save_busy, save_failed = self.saver.progress()
         counts = {"stop_requested": self.stop_requested(), "non_finite_norms": non_finite}
+        counts |= {"save_busy": save_busy, "save_failed": save_failed}
         summands = {**output.sums, "flops": flops, **counts}
         values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in summands.values()])
         sums = self.world.all_reduce_sum(torch.cat([values, self.slow_ranks.slots()])).tolist()
@@ -154,7 +165,8 @@ class Trainer:
             self.guard.name_clips(line["non_finite_clips"], len(set(line["sample_ids"])))
         if self.verdict.action == ROLL_BACK:
             self.heartbeat(f"the rollback after step {self.step + 1}")
-            state = roll_back(self.saver, self.guard.first_spike - 1, self.config.checkpoint.every)
+            self.saver.wait(self.heartbeat)
+            state = roll_back(self.loader, self.guard.first_spike - 1, self.config.checkpoint.every)
             if state is None:
                 self.verdict = Verdict(ABORT, SPIKE)
             else:
@@ -165,21 +177,41 @@ class Trainer:
 
     def validate(self, log: RunLog) -> None:
         self.heartbeat(f"the validation after step {self.step}")
-        log.log_validation(self.step, self.task.validate())
+        figures = self.task.validate()
+        self.validated = self.step, figures and figures["loss"]
+        log.log_validation(self.step, figures)
 
     def sample(self) -> None:
         """Lets the task sample with the EMA weights, after a save: an error then costs no step."""
+        self.saver.wait(self.heartbeat)
         with self.ema.in_place_of_weights(lambda: self.task.sync_after_load(self.ema.updates)):
             self.task.sample(self.step, self.heartbeat, self.stop_requested)
 
+    def skips_save(self) -> bool:
+        """Whether a scheduled checkpoint is left out, because the one before is still being written."""
+        return self.config.checkpoint.when_busy == "skip" and self.saver.current is not None
+
     def save(self) -> None:
+        """Begins to save a checkpoint; a synchronous one is visible afterwards."""
         self.heartbeat(f"the save after step {self.step}")
-        state = {"parallel": self.parallel_settings, "ema_updates": self.ema.updates, "task": self.task.state_dict()}
-        self.saver.save(self.step, {**state, "guard": self.guard.state_dict(), "code": source_hash()})
+        step, loss = self.validated
+        self.saver.save(
+            self.step,
+            {
+                "parallel": self.parallel_settings,
+                "ema_updates": self.ema.updates,
+                "task": self.task.state_dict(),
+                "guard": self.guard.state_dict(),
+                "validation_loss": loss if step == self.step else None,
+                "code": source_hash(),
+                "config": dataclasses.asdict(self.config),
+            },
+            self.heartbeat,
+        )
 
     def resume(self) -> tuple[int, dict[str, Any]]:
         """Loads the checkpoint that `run.start` asks for; returns (its step or 0, the settings that saved it)."""
-        state = self.saver.resume(self.config.run.start, lambda: self.heartbeat("loading the newest checkpoint"))
+        state = self.loader.resume(self.config.run.start)
         if self.world.is_main:
             prepare_run_folder(self.config, state["step"] if state is not None else 0)
         self.world.barrier()
@@ -192,5 +224,8 @@ class Trainer:
 
     def load_updates(self, state: dict[str, Any]) -> None:
         """Call after the fragments of a checkpoint were loaded, with its state."""
+        for sentence in self.ema.start_missing(self.loader.kinds):
+            if self.world.is_main:
+                print(sentence, flush=True)
         self.ema.updates = state["ema_updates"]
         self.task.sync_after_load(state["ema_updates"])  # every update is followed by one of the EMA

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megasora"
 LAYERS = [
     {"errors"},
     {"files", "locks", "jsonl", "stop", "placement"},
-    {"config", "batch", "kernels", "fragment"},
+    {"config", "batch", "kernels", "fragment", "random_numbers"},
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
     {"formats"},
     {"run_log", "testing", "build", "ingest"},

@@ -70,7 +70,16 @@ VERBS = {  # @: the path
         "sample run --prompts @ --out d", "sample run --script @ --out a.mp4",
     ],
     "out": ["sample folder --prompt x --out @", "checkpoint export text --out @", "checkpoint import-wan text --out @"],
-    "import": ["checkpoint import-wan @ --out w.safetensors", "checkpoint import-wan @ --run w"],
+    "import": [
+        "checkpoint import-wan @ --out w.safetensors", "checkpoint import-wan @ --run w",
+        "checkpoint import-dcp @ --run w", "checkpoint import-deepspeed @ --run w",
+    ],
+    "checkpoint": [
+        "checkpoint inspect @", "checkpoint verify @", "checkpoint diff @ run", "checkpoint diff folder @",
+        "checkpoint reshape @ --processes 2 --out w", "checkpoint average @ @ --out w",
+        "checkpoint average @ --sigma 0.1 --out w", "checkpoint prune @ --keep 1",
+        "checkpoint export @ --format dcp --out w", "checkpoint export @ --format deepspeed --out w",
+    ],
 }  # fmt: skip
 
 

@@ -8,15 +8,21 @@ from megasora.build import build_model, patch_dim
 from megasora.config import load
 from megasora.data.pack import Record, make_batch
 from megasora.errors import MegaSoraError
-from megasora.model.init import initial_value
+from megasora.model.init import DrawnWeights
 from megasora.parallel.launcher import Launcher
 from megasora.sample_ranks import sampling_config, sampling_ranks
 
 TRAINED = ["parallel.tensor=2", "parallel.context=4", "parallel.schedule=zbv", "run.dtype=bfloat16", "run.threads=1"]
 
 
-def weight_of(name, shape):
-    return initial_value(name, shape, 1) + 0.1
+class Weights(DrawnWeights):
+    @torch.no_grad()
+    def fill(self, out, *arguments):
+        super().fill(out, *arguments)
+        out += 0.1
+
+
+WEIGHTS = Weights(seed=1)
 
 
 def config_of(*overrides):
@@ -41,7 +47,7 @@ def test_the_layout_is_that_of_the_command_and_not_that_of_the_training():
 )
 def test_a_layout_that_does_not_fit_is_refused_before_any_process_is_waited_for(overrides, processes, message):
     launcher = Launcher(size=processes, address="nowhere.invalid", port=1)
-    with pytest.raises(MegaSoraError, match=message), sampling_ranks(config_of(*overrides), launcher, weight_of):
+    with pytest.raises(MegaSoraError, match=message), sampling_ranks(config_of(*overrides), launcher, WEIGHTS):
         pass
 
 
@@ -49,7 +55,7 @@ def test_training_settings_that_sampling_does_not_read_are_no_obstacle():
     """E.g. a number of packs per step that is no multiple of the data ranks."""
     config = sampling_config(load(None, [*TINY, "data.packs_per_step=3", "optim.name=muon"]), ["parallel.tensor=2"])
     launcher = Launcher(size=4, address="nowhere.invalid", port=1)
-    with pytest.raises(MegaSoraError, match="MASTER_ADDR=nowhere.invalid"), sampling_ranks(config, launcher, weight_of):
+    with pytest.raises(MegaSoraError, match="MASTER_ADDR=nowhere.invalid"), sampling_ranks(config, launcher, WEIGHTS):
         pass
 
 
@@ -59,9 +65,10 @@ def test_one_process_has_the_whole_model_and_writes():
     patches = torch.randn(2, 8, patch_dim(config))
     pack = make_batch([Record(i, patches[i], (2, 2, 2), words, size, "x") for i in range(2)], 19)
     model = build_model(config, patch_dim(config))
-    model.load_state_dict({name: weight_of(name, p.shape) for name, p in model.named_parameters()})
+    for name, parameter in model.named_parameters():
+        WEIGHTS.fill(parameter, name)
     threads = torch.get_num_threads()
-    with sampling_ranks(config, Launcher(), weight_of) as ranks:
+    with sampling_ranks(config, Launcher(), WEIGHTS) as ranks:
         assert ranks.is_writer and (ranks.data_rank, ranks.data_size) == (0, 1)
         ranks.barrier()
         (v_LP,) = ranks.denoiser([pack])

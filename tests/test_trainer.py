@@ -46,8 +46,8 @@ class LinearRegression:
         values = {"weights": self.weight.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         return [Fragment("weight", self.weight.shape, Placement(), 0, 1, 0, values)]
 
-    def is_primary(self, fragment):
-        return self.world.is_main
+    def replicas(self, fragment):
+        return self.world.rank, self.world.size
 
     def state_dict(self):
         return {"position": self.position}

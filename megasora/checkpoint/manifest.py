@@ -1,27 +1,29 @@
-"""The manifest of a checkpoint: size and SHA-256 of every file, and of the manifest itself.
+"""The manifest of a checkpoint: size and digest (BLAKE3) of every file, and of the manifest itself.
 
-    manifest.json   {"format": 1, "step": 1000, "files": {"state.json": [bytes, SHA-256], ...}, "sha256": ...}
+    manifest.json   {"format": 2, "step": 1000, "files": {"state.json": [bytes, digest], ...}, "blake3": ...}
 
-`sha256` is that of the same JSON text without this key, and the file must be exactly the text that `write_manifest`
-makes of its values: so every changed bit is found before a value is used. What the manifest does not name is not read.
-Names are plain relative paths: a link, an absolute path or one with `..` is never opened.
+`blake3` is that of the same JSON text without this key, and the file must be exactly the text that `write_manifest`
+makes of its values: so every changed bit is found before a value is used. The digest of a safetensors file is that of
+its table of block digests (block_file.py), of another file that of its bytes. What the manifest does not name is not
+read. Names are plain relative paths: a link, an absolute path or one with `..` is never opened.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megasora.checkpoint.block_file import digest_of
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.errors import MegaSoraError
 from megasora.files import open_regular, write_text_atomic
 from megasora.jsonl import parse_json
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2
+DIGEST = "blake3"  # key of the manifest
 MAX_JSON_BYTES = 1 << 28  # of the manifest or another JSON file of a checkpoint
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*", re.ASCII)
 FOLDER_NAME = re.compile(r"(?:[a-z]+-)?step-(\d{8,12})(?:-\d+)?", re.ASCII)  # damaged-step-00001000-2 is one, too
@@ -30,11 +32,11 @@ PARSE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files`: (bytes, SHA-256) by name. `sha256`: of the manifest; it identifies the checkpoint."""
+    """`files`: (bytes, digest) by name. `digest`: of the manifest; it identifies the checkpoint."""
 
     step: int
     files: dict[str, tuple[int, str]]
-    sha256: str
+    digest: str
 
 
 def write_manifest(folder: Path, step: int, files: dict[str, tuple[int, str]]) -> None:
@@ -44,12 +46,12 @@ def write_manifest(folder: Path, step: int, files: dict[str, tuple[int, str]]) -
 
 
 def manifest_text(values: dict[str, Any]) -> str:
-    """The text of a manifest with these values and their SHA-256."""
-    return json.dumps({**values, "sha256": text_sha256(values)}, indent=1) + "\n"
+    """The text of a manifest with these values and their digest."""
+    return json.dumps({**values, DIGEST: text_digest(values)}, indent=1) + "\n"
 
 
-def text_sha256(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, indent=1).encode()).hexdigest()
+def text_digest(values: dict[str, Any]) -> str:
+    return digest_of(json.dumps(values, indent=1).encode()).hex()
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -59,9 +61,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
         data = read_limited(path)
         values = parse_json(data)
         check_version(checkpoint, values)
-        digest = values.pop("sha256")
+        digest = values.pop(DIGEST)
         if data != manifest_text(values).encode():
-            raise ValueError("its content differs from its own SHA-256")
+            raise ValueError("its content differs from its own digest")
         files = {name: (size, digest) for name, (size, digest) in values["files"].items()}
         for name in files:
             if not FILE_NAME.fullmatch(name):
@@ -74,43 +76,21 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def check_version(checkpoint: Path, values: dict[str, Any]) -> None:
-    """Raises MegaSoraError for the manifest of another version. Those before format 1 had no checksum of their own."""
-    is_before_format_1 = values.keys() == {"step", "files"}
-    if is_before_format_1 or (values["format"] != FORMAT and text_sha256(without_sha256(values)) == values["sha256"]):
+    """Raises MegaSoraError for the manifest of another version: earlier ones had SHA-256, or no digest of their own."""
+    is_earlier = values.keys() == {"step", "files"} or (values["format"] == 1 and "sha256" in values)
+    if is_earlier or (values["format"] != FORMAT and text_digest(without_digest(values)) == values[DIGEST]):
         raise MegaSoraError(
             f"{checkpoint} was saved by another version of MegaSora (checkpoint format {values.get('format', 0)}, this "
             f"version reads {FORMAT}); continue with that version, or start the run again in another run.dir"
         )
 
 
-def without_sha256(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != "sha256"}
-
-
-def verify_checksums(checkpoint: Path) -> Manifest:
-    """Checks every file's size and SHA-256 against the manifest, and returns it.
-
-    Raises DamagedCheckpoint with the file's name if one is missing, damaged or unreadable.
-    """
-    manifest = read_manifest(checkpoint)
-    for name in manifest.files:
-        verify_file(checkpoint, manifest, name)
-    return manifest
-
-
-def verify_file(checkpoint: Path, manifest: Manifest, name: str) -> None:
-    """Checks one file of the manifest, reading it in pieces; raises DamagedCheckpoint."""
-    file, (_, digest) = checkpoint / name, manifest.files[name]
-    try:
-        check_kind_and_size(checkpoint, manifest, name)
-        if sha256(file) != digest:
-            raise DamagedCheckpoint(file, f"is damaged: its SHA-256 differs from {MANIFEST}")
-    except OSError as error:
-        raise DamagedCheckpoint(file, f"cannot be read: {describe(error)}") from None
+def without_digest(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != DIGEST}
 
 
 def read_json(checkpoint: Path, manifest: Manifest, name: str) -> Any:
-    """The content of a small JSON file of the manifest, parsed after its checksum was verified.
+    """The content of a small JSON file of the manifest, parsed after its digest was verified.
 
     Raises DamagedCheckpoint, also if the manifest does not name it.
     """
@@ -118,13 +98,18 @@ def read_json(checkpoint: Path, manifest: Manifest, name: str) -> Any:
     if name not in manifest.files:
         raise DamagedCheckpoint(file, f"is not in {MANIFEST}")
     try:
-        check_kind_and_size(checkpoint, manifest, name)
-        data = read_limited(file)
-        if hashlib.sha256(data).hexdigest() != manifest.files[name][1]:
-            raise DamagedCheckpoint(file, f"is damaged: its SHA-256 differs from {MANIFEST}")
-        return parse_json(data)
+        return parse_json(read_verified(checkpoint, manifest, name))
     except PARSE_ERRORS as error:
         raise DamagedCheckpoint(file, f"cannot be read: {describe(error)}") from None
+
+
+def read_verified(checkpoint: Path, manifest: Manifest, name: str) -> bytes:
+    """The bytes of a small file of the manifest. Raises DamagedCheckpoint, OSError, or ValueError if it is large."""
+    check_kind_and_size(checkpoint, manifest, name)
+    data = read_limited(checkpoint / name)
+    if digest_of(data).hex() != manifest.files[name][1]:
+        raise DamagedCheckpoint(checkpoint / name, f"is damaged: its digest differs from {MANIFEST}")
+    return data
 
 
 def check_kind_and_size(checkpoint: Path, manifest: Manifest, name: str) -> None:
@@ -147,11 +132,6 @@ def read_limited(file: Path) -> bytes:
         if size > MAX_JSON_BYTES:
             raise ValueError(f"{size} bytes, at most {MAX_JSON_BYTES} are expected")
         return stream.read()
-
-
-def sha256(file: Path) -> str:
-    with open_regular(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def step_of(folder_name: str) -> int | None:

@@ -9,37 +9,38 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megasora.checkpoint.loader import CheckpointLoader
 from megasora.checkpoint.manifest import read_manifest, step_of
-from megasora.checkpoint.saver import CheckpointSaver
+from megasora.checkpoint.ranks import on_main
 from megasora.checkpoint.store import CheckpointStore
 from megasora.errors import MegaSoraError
 
 
-def roll_back(saver: CheckpointSaver, last_step: int, every: int) -> dict[str, Any] | None:
+def roll_back(loader: CheckpointLoader, last_step: int, every: int) -> dict[str, Any] | None:
     """Loads the newest checkpoint of at most step `last_step` into the fragments; returns its state with `step`, or
     None if there is none. A damaged one is set aside, and the one before it is loaded. All ranks must call it.
 
     `every`: steps between two scheduled checkpoints. Raises MegaSoraError on all ranks if they see different files.
     """
     while True:
-        chosen = saver.on_main(lambda: choose_earlier(saver.store, last_step, every))
+        chosen = on_main(loader.ranks, lambda: choose_earlier(loader.store, last_step, every))
         if chosen is None:
             return None
         checkpoint, digest = chosen
-        state, damage = saver.load(checkpoint.name, digest)
+        state, damage = loader.load(checkpoint.name, digest)
         if not damage:
             return state
-        saver.on_main(lambda path=checkpoint, text=damage: saver.set_aside(path, text))
+        on_main(loader.ranks, lambda path=checkpoint, text=damage: loader.set_aside(path, text))
 
 
 def choose_earlier(store: CheckpointStore, last_step: int, every: int) -> tuple[Path, str] | None:
-    """The checkpoint and the SHA-256 of its manifest, empty if that is damaged; None if there is no checkpoint."""
+    """The checkpoint and the digest of its manifest, empty if that is damaged; None if there is no checkpoint."""
     earlier = [path for path in store.complete() if step_of(path.name) <= last_step]
     scheduled = [path for path in earlier if step_of(path.name) % every == 0]
     if not earlier:
         return None
     checkpoint = (scheduled or earlier)[-1]
     try:
-        return checkpoint, read_manifest(checkpoint).sha256
+        return checkpoint, read_manifest(checkpoint).digest
     except MegaSoraError:
         return checkpoint, ""  # loading it says what is wrong

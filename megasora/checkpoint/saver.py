@@ -1,228 +1,179 @@
-"""Saves and loads a run: the fragments of all ranks and one JSON object.
+"""Saves a run: each rank writes its own file, hashed while it is written; the main process gathers the digests.
 
-save      main process: staging folder; all ranks: their fragments; main process: state.json, checksums, commit
-resume    main process: chooses a checkpoint (start.py); all ranks: verify it, read state.json, load their fragments
+    save     main process: staging folder, if the disk has room
+             all ranks: copy of their values in host memory, if asynchronous; a thread writes the file, training goes on
+    advance  after each step, all ranks: once all have written, the main process gathers the digests; a thread of it
+             writes state.json and manifest.json and renames the folder
+    wait     until the checkpoint is visible: before the next save, a rollback, a stop, the end
 
-All ranks load the same checkpoint: each compares what it sees with what the main process sees. If any rank finds it
-damaged, the main process sets it aside and chooses again.
+A save has the same bytes whether it is asynchronous or not. An error of any rank is raised on all of them, by the next
+step, and nothing of the save is left.
 """
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megasora.checkpoint.damage import DamagedCheckpoint
-from megasora.checkpoint.history import HISTORY, History, read_history, write_history
-from megasora.checkpoint.manifest import describe, read_manifest, verify_checksums
-from megasora.checkpoint.sharded import ShardedCheckpoint, write_fragments
-from megasora.checkpoint.start import Start, choose_start
-from megasora.checkpoint.store import DAMAGED, CheckpointStore, names, read_state, remove_incomplete
-from megasora.errors import MegaSoraError
+import torch
+from torch import Tensor
+
+from megasora.checkpoint.ranks import Failure, Ranks, failure_of, on_main, raise_failure
+from megasora.checkpoint.sharded import RankFile, saved_part
+from megasora.checkpoint.store import CheckpointStore
 from megasora.fragment import Fragment
 
-MAX_SHOWN = 4  # checkpoints in a message
+POLL_SECONDS = 0.2  # between two looks of `wait` at what all ranks have written
+Replicas = Callable[[Fragment], tuple[int, int]]
 
 
-class Ranks(Protocol):
-    """The collectives over all ranks that saving and loading needs; `megasora.parallel.world.World` has them."""
+class Task(threading.Thread):
+    """Calls `action()` in a thread; then `result` or `error`."""
 
-    rank: int
+    def __init__(self, action: Callable[[], Any], name: str):
+        super().__init__(name=name, daemon=True)
+        self.action, self.result, self.error = action, None, None
+        self.start()
 
-    def barrier(self) -> None: ...
+    def run(self) -> None:
+        try:
+            self.result = self.action()
+        except BaseException as error:  # raised on all ranks by `advance`
+            self.error = error
 
-    def gather_objects(self, value: object) -> list | None: ...
 
-    def broadcast_object(self, value: object) -> object: ...
+class Cancelled(Exception):
+    """Another rank has failed."""
 
 
-@dataclass(frozen=True)
-class View:
-    """What a rank sees of the checkpoints."""
+class HostCopy:
+    """A copy of tensors in host memory, which is allocated once; pinned if they are on a GPU."""
 
-    names: list[str]
-    newest_sha256: str  # of the newest one's manifest; empty if there is none, or if it cannot be read
+    def __init__(self, values: list[Tensor]):
+        self.values = values
+        self.on_gpu = any(x.is_cuda for x in values)
+        flat = torch.empty(sum(x.numel() for x in values), pin_memory=self.on_gpu)
+        self.copies = list(flat.split([x.numel() for x in values]))
 
-    def agrees_with(self, other: View) -> bool:
-        """A manifest that only one of them can read is damage, which is found when the checkpoint is loaded."""
-        digests = {self.newest_sha256, other.newest_sha256} - {""}
-        return self.names == other.names and len(digests) < 2
+    @torch.no_grad()
+    def take(self) -> list[Tensor]:
+        for copy, values in zip(self.copies, self.values, strict=True):
+            copy.copy_(values, non_blocking=self.on_gpu)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return self.copies
 
-    def __str__(self) -> str:
-        shown = ", ".join(self.names[-MAX_SHOWN:]) or "no checkpoint"
-        return f"{shown} (manifest {self.newest_sha256[:8]})" if self.newest_sha256 else shown
+
+@dataclass
+class Save:
+    """A save that is not yet visible. `task` of this rank: writing its file, then, on the main process, the commit."""
+
+    step: int
+    state: dict[str, Any]
+    task: Task
+    is_written: bool = False  # by all ranks
 
 
 class CheckpointSaver:
-    """The checkpoints of a run, as one rank sees them. Call `save` and `resume` on all ranks.
+    """Saves the checkpoints of a run, as one rank sees them. All ranks must call each method, at the same point.
 
-    `fragments`: all of this rank, with live values. `is_primary(fragment)`: whether this rank writes it; of replicas,
-    one rank does. Raises ValueError if fragments have different kinds of values.
+    `fragments`: all of this rank, with live values. `replicas(fragment)`: (index of this rank among the ranks that hold
+    the same fragment, their number); they share the work. Raises ValueError if fragments have different kinds.
     """
 
     def __init__(
-        self, store: CheckpointStore, fragments: list[Fragment], is_primary: Callable[[Fragment], bool], ranks: Ranks
+        self,
+        store: CheckpointStore,
+        fragments: list[Fragment],
+        replicas: Replicas,
+        ranks: Ranks,
+        asynchronous: bool = False,
     ):
         kinds = {tuple(fragment.values) for fragment in fragments}
         if len(kinds) > 1:
             raise ValueError(f"all fragments need the same kinds of values, not {sorted(kinds)}")
-        self.store, self.fragments, self.is_primary, self.ranks = store, fragments, is_primary, ranks
-        self.is_main = ranks.rank == 0
+        parts = [saved_part(f, *replicas(f)) for f in fragments]
+        self.store, self.fragments, self.ranks, self.asynchronous = store, fragments, ranks, asynchronous
+        self.file = RankFile(ranks.rank, [part for part in parts if part is not None])
+        self.total_bytes: int | None = None  # of the files of all ranks
+        self.copy: HostCopy | None = None
+        self.current: Save | None = None
+        self.bytes_written, self.cancelled = 0, threading.Event()
 
     # ---------------------------------------------------------------- saving
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes a checkpoint; the main process makes it visible once all ranks have written. `state`: JSON values."""
-        if self.is_main:
-            self.store.begin(step)
-        self.ranks.barrier()
+    def save(self, step: int, state: dict[str, Any], heartbeat: Callable[[str], None] = lambda activity: None) -> None:
+        """Begins to save a checkpoint, after waiting for the one before; returns when it is visible, or as soon as the
+        values may change if the saver is asynchronous. `state`: JSON values; those of the main process count."""
+        self.wait(heartbeat)
+        if self.total_bytes is None:
+            self.total_bytes = int(self.ranks.all_reduce_sum(torch.tensor(self.file.size, dtype=torch.float64)))
+        on_main(self.ranks, lambda: self.store.begin(step, self.total_bytes))
+        if self.asynchronous:
+            self.copy = self.copy or HostCopy(self.file.values)
+        values = self.copy.take() if self.copy is not None else self.file.values
         staging = self.store.staging_dir(step)
-        write_fragments(staging, self.ranks.rank, [f for f in self.fragments if self.is_primary(f)])
-        self.ranks.barrier()
-        if self.is_main:
-            self.store.write_state(step, state)
-            self.store.commit(step)
-        self.ranks.barrier()
+        self.current = Save(step, state, Task(lambda: self.file.write(staging, values, self.count), "save"))
+        if not self.asynchronous:
+            self.wait(heartbeat)
 
-    # ---------------------------------------------------------------- loading
+    def count(self, size: int) -> None:
+        if self.cancelled.is_set():
+            raise Cancelled
+        self.bytes_written += size
 
-    def resume(self, start: str, before_load: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
-        """Loads the checkpoint that `run.start=start` asks for into the fragments; returns its state with `step`, or
-        None for step 0. `before_load()` is called before each attempt.
+    # ---------------------------------------------------------------- progress
 
-        Raises MegaSoraError on all ranks if the start is not certain, see `choose_start`, or a checkpoint does not fit.
-        """
-        self.check_same_view()
-        while True:
-            before_load()
-            chosen, digest = self.on_main(lambda: self.choose(start))
-            state, damage = None, ""
-            if chosen.checkpoint is not None:
-                state, damage = self.load(chosen.checkpoint.name, digest)
-            if not damage:
-                self.on_main(lambda c=chosen: self.finish(c, start))
-                return state
-            if chosen.is_exact:
-                raise MegaSoraError(f"run.start={start}: {damage}; resume from another one, e.g. run.start=resume")
-            self.on_main(lambda c=chosen, text=damage: self.set_aside(c.checkpoint, text))
+    def progress(self) -> tuple[int, int]:
+        """(1 if this rank's thread is at work, 1 if it has failed); `advance` needs the sums over all ranks."""
+        if self.current is None:
+            return 0, 0
+        task = self.current.task
+        return int(task.is_alive()), int(not task.is_alive() and task.error is not None)
 
-    def choose(self, start: str) -> tuple[Start, str]:
-        """On the main process: the start and the SHA-256 of the chosen manifest; sets aside what is damaged."""
-        chosen = choose_start(self.store, start)
-        for checkpoint, problem in chosen.damaged:
-            self.set_aside(checkpoint, problem)
-        for note in chosen.notes:
-            print_line(note)
-        if chosen.checkpoint is None:
-            return chosen, ""
-        return chosen, read_manifest(chosen.checkpoint).sha256
-
-    def load(self, name: str, digest: str) -> tuple[dict[str, Any] | None, str]:
-        """Loads checkpoint `name` on all ranks; returns its state and "", or None and what is damaged on some rank.
-
-        `digest`: SHA-256 of its manifest on the main process. Raises MegaSoraError on all ranks for another problem.
-        """
-        state, problem, is_damage = self.try_load(name, digest)
-        problem, is_damage = self.agree(problem, is_damage)
-        if problem and not is_damage:
-            raise MegaSoraError(problem)
-        return (None, problem) if problem else (state, "")
-
-    def try_load(self, name: str, digest: str) -> tuple[dict[str, Any] | None, str, bool]:
-        """Loads checkpoint `name`, whose manifest has the SHA-256 `digest` on the main process.
-
-        Returns (state, problem of this rank or empty, whether the problem is damage).
-        """
-        checkpoint = self.store.folder / name
-        try:
-            own = verify_checksums(checkpoint).sha256
-            if own != digest:
-                raise MegaSoraError(
-                    f"process {self.ranks.rank} sees another {checkpoint} than process 0 (SHA-256 of the manifest "
-                    f"{own[:8]}, {digest[:8]} there); run.dir must be the same folder on all machines"
-                )
-            state, sharded = read_state(checkpoint), ShardedCheckpoint(checkpoint)
-            for fragment in self.fragments:
-                sharded.load_into(fragment)
-            return state, "", False
-        except DamagedCheckpoint as error:
-            return None, error.problem, True
-        except OSError as error:  # while the fragments were read
-            return None, f"{error.filename or checkpoint} cannot be read: {describe(error)}", True
-        except MegaSoraError as error:
-            return None, str(error), False
-
-    def finish(self, chosen: Start, start: str) -> None:
-        """On the main process, after all ranks have loaded: the chosen checkpoint is the newest of the run from now."""
-        self.store.folder.mkdir(parents=True, exist_ok=True)
-        remove_incomplete(self.store.folder)
-        (self.store.run_dir / f".{HISTORY}.part").unlink(missing_ok=True)
-        if chosen.checkpoint is None:
+    def advance(self, busy: float, failed: float) -> None:
+        """Goes on with the save under way. Raises the error of a rank on all ranks. `busy`, `failed`: sums of
+        `progress` over all ranks."""
+        if self.current is None:
             return
-        renamed = self.store.make_newest(chosen.checkpoint)
-        if renamed:
-            print_line(f"resuming from {chosen.checkpoint.name}; later checkpoints are now {', '.join(names(renamed))}")
-        history = read_history(self.store.run_dir)
-        new = History(start if chosen.is_exact else history.start, names(self.store.complete()))
-        if new != history:
-            write_history(self.store.run_dir, new)
+        if failed:
+            self.give_up()
+        elif not busy and not self.current.is_written:
+            self.commit()
+        elif not busy:
+            self.current = None
 
-    def set_aside(self, checkpoint: Path, problem: str) -> None:
-        renamed = self.store.set_aside(checkpoint, DAMAGED)
-        print_line(f"{problem}; {checkpoint.name} is now {renamed.name}, and the checkpoint before it is used")
+    def commit(self) -> None:
+        """All ranks have written."""
+        save, files = self.current, self.ranks.gather_objects((self.file.name, self.current.task.result))
+        save.is_written = True
+        if files is not None:
+            save.task = Task(lambda: self.store.commit(save.step, save.state, dict(files)), "commit")
 
-    # ---------------------------------------------------------------- agreement of all ranks
+    def give_up(self) -> None:
+        """Ends the save on all ranks, removes what is written, and raises the error of the first rank that has one."""
+        save, self.current = self.current, None
+        self.cancelled.set()
+        save.task.join()
+        self.cancelled.clear()
+        error = None if isinstance(save.task.error, Cancelled) else save.task.error
+        failures = self.ranks.gather_objects(failure_of(error))
+        first: Failure | None = next((f for f in failures or () if f is not None), None)
+        if failures is not None:
+            shutil.rmtree(self.store.staging_dir(save.step), ignore_errors=True)
+        raise_failure(self.ranks.broadcast_object(first))
 
-    def check_same_view(self) -> None:
-        """Raises MegaSoraError on all ranks unless all see the same checkpoints."""
-        views = self.ranks.gather_objects(self.view())
-        problem = ""
-        for rank, view in enumerate(views or ()):
-            if not view.agrees_with(views[0]):
-                problem = (
-                    f"process {rank} sees {view} in {self.store.folder}, process 0 sees {views[0]}; run.dir must be "
-                    "the same folder on all machines"
-                )
-                break
-        problem = self.ranks.broadcast_object(problem)
-        if problem:
-            raise MegaSoraError(problem)
-
-    def view(self) -> View:
-        try:
-            complete = self.store.complete()
-        except OSError as error:
-            return View([str(error)], "")
-        try:
-            return View(names(complete), read_manifest(complete[-1]).sha256 if complete else "")
-        except MegaSoraError:
-            return View(names(complete), "")  # loading it says what is wrong
-
-    def agree(self, problem: str, is_damage: bool) -> tuple[str, bool]:
-        """The problem of the first rank that has one, on all ranks; errors that are no damage come first."""
-        by_rank = self.ranks.gather_objects((problem, is_damage))
-        found = sorted((pair for pair in by_rank or () if pair[0]), key=lambda pair: pair[1])
-        return self.ranks.broadcast_object(found[0] if found else ("", False))
-
-    def on_main(self, action: Callable[[], Any]) -> Any:
-        """What `action()` returned on the main process, on all ranks; its MegaSoraError or OSError is raised on all."""
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = action()
-            except (MegaSoraError, OSError) as caught:
-                error = caught
-        is_system = isinstance(error, OSError)
-        result, message, is_system = self.ranks.broadcast_object((result, str(error or ""), is_system))
-        if error is not None:
-            raise error
-        if message:
-            raise OSError(message) if is_system else MegaSoraError(message)
-        return result
-
-
-def print_line(sentence: str) -> None:
-    """Prints a line about the checkpoints; on the main process."""
-    print(f"checkpoints: {sentence}", flush=True)
+    def wait(self, heartbeat: Callable[[str], None] = lambda activity: None) -> None:
+        """Until the save under way is visible; `heartbeat(activity)` is called while any rank goes on writing."""
+        seen = -1.0
+        while self.current is not None:
+            self.current.task.join(POLL_SECONDS)
+            own = torch.tensor([*self.progress(), self.bytes_written], dtype=torch.float64)
+            busy, failed, written = self.ranks.all_reduce_sum(own).tolist()
+            if written != seen:
+                heartbeat(f"the save after step {self.current.step}")
+            seen = written
+            self.advance(busy, failed)

@@ -47,8 +47,12 @@ def initial_weights_path(start: str) -> Path | None:
 
 def initial_weights_to_read(run_dir: Path, start: str) -> Path | None:
     """PATH of `init:PATH` unless the run is resumed, so that it need not exist then; None for another `run.start`."""
-    is_resumed = not begins(run_dir, start) and bool(CheckpointStore(run_dir / "checkpoints").complete())
-    return None if is_resumed else initial_weights_path(start)
+    return None if resumes(run_dir, start) else initial_weights_path(start)
+
+
+def resumes(run_dir: Path, start: str) -> bool:
+    """Whether a launch with this `run.start` loads a checkpoint of the folder, or fails: it begins no training."""
+    return not begins(run_dir, start) and bool(CheckpointStore(run_dir / "checkpoints").complete())
 
 
 def begins(run_dir: Path, start: str) -> bool:

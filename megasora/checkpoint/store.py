@@ -3,8 +3,9 @@
     RUN/checkpoints/step-00001000/     fragments/ (one file per rank, see sharded.py), state.json, manifest.json
     RUN/checkpoints/latest             the name of the newest one, for people and scripts; nothing depends on it
 
-A save is written to the staging folder `.step-XXXXXXXX.part`; its files are flushed, their sizes and SHA-256 go to
-manifest.json, and the folder is renamed; then `latest` and the history of the run (history.py) are replaced. The newest
+A save is written to the staging folder `.step-XXXXXXXX.part`; its files are flushed, their sizes and digests go to
+manifest.json, and the folder is renamed; then `latest` and the history of the run (history.py) are replaced, and older
+checkpoints are deleted as the retention policy says (retention.py). The newest
 checkpoint whose files agree with its manifest is the one that counts. A damaged one is renamed to
 `damaged-step-XXXXXXXX`, one that a run no longer follows to `superseded-step-XXXXXXXX`; both stay until somebody
 deletes them.
@@ -13,25 +14,23 @@ deletes them.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megasora.checkpoint.block_file import digest_of
 from megasora.checkpoint.damage import DamagedCheckpoint
+from megasora.checkpoint.fragment_file import WrittenFile
 from megasora.checkpoint.history import read_history, write_history
-from megasora.checkpoint.manifest import (
-    MANIFEST,
-    read_json,
-    read_manifest,
-    sha256,
-    step_of,
-    verify_checksums,
-    write_manifest,
-)
+from megasora.checkpoint.manifest import MANIFEST, Manifest, read_json, read_manifest, step_of, write_manifest
+from megasora.checkpoint.retention import to_delete
+from megasora.checkpoint.verify import verify_checkpoint
 from megasora.errors import MegaSoraError
 from megasora.files import read_regular_file, sync, write_text_atomic
 
@@ -40,40 +39,57 @@ MAX_LATEST_BYTES = 4096
 DAMAGED, SUPERSEDED = "damaged", "superseded"
 
 
-class CheckpointStore:
-    """The checkpoints of one run, in `folder` of its run folder. `keep`: how many of the newest `commit` keeps."""
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept: the `keep` newest, those at multiples of `every` steps, the `best` ones by validation
+    loss; 0: none."""
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self.folder, self.keep, self.run_dir = folder, keep, folder.parent
+    keep: int = 2
+    every: int = 0
+    best: int = 0
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in `folder` of its run folder."""
+
+    def __init__(self, folder: Path, retention: Retention = Retention()):  # noqa: B008  frozen
+        self.folder, self.retention, self.run_dir = folder, retention, folder.parent
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
     # ---------------------------------------------------------------- saving
 
-    def begin(self, step: int) -> Path:
-        """Creates the empty staging folder; on the main process, before any rank writes. Then see `commit`."""
+    def begin(self, step: int, num_bytes: int = 0) -> Path:
+        """Creates the empty staging folder; on the main process, before any rank writes. Then see `commit`.
+
+        Raises OSError if the disk has no room for `num_bytes`.
+        """
         staging = self.staging_dir(step)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        try:
+            check_room(staging, num_bytes, f"the checkpoint of step {step}")
+        except OSError:
+            staging.rmdir()
+            raise
         return staging
 
     def staging_dir(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.part"
 
-    def write_state(self, step: int, state: dict[str, Any]) -> None:
-        """Writes state.json into the staging folder. `state`: JSON values."""
-        write_text_atomic(self.staging_dir(step) / STATE_FILE, json.dumps({"step": step, **state}) + "\n")
+    def commit(self, step: int, state: dict[str, Any], files: dict[str, WrittenFile]) -> Path:
+        """Makes the save visible, and deletes older ones that are not kept; on the main process, once all have written.
 
-    def commit(self, step: int) -> Path:
-        """Makes the save visible, and deletes older ones beyond `keep`; on the main process, after all have written."""
+        `state`: JSON values for state.json. `files`: what the ranks have written into the staging folder, by name.
+        """
         staging, final = self.staging_dir(step), self.path(step)
-        files = {}
-        for file in sorted(p for p in staging.rglob("*") if p.is_file()):
-            files[file.relative_to(staging).as_posix()] = (file.stat().st_size, sha256(file))
-            sync(file)
-        write_manifest(staging, step, files)
-        for folder in [*(p for p in staging.rglob("*") if p.is_dir()), staging]:
+        text = json.dumps({"step": step, **state}) + "\n"
+        write_text_atomic(staging / STATE_FILE, text)
+        state_file = WrittenFile(len(text.encode()), digest_of(text.encode()).hex())
+        entries = {STATE_FILE: state_file, **files}
+        write_manifest(staging, step, {name: (entries[name].size, entries[name].digest) for name in sorted(entries)})
+        for folder in sorted({(staging / name).parent for name in entries}, reverse=True):
             sync(folder)
         self.delete(final)
         os.replace(staging, final)
@@ -81,10 +97,19 @@ class CheckpointStore:
             sync(folder)
         self.write_latest(final)
         older = [p for p in self.complete() if step_of(p.name) <= step]
-        write_history(self.run_dir, dataclasses.replace(read_history(self.run_dir), saved=names(older[-self.keep :])))
-        for old in older[: -self.keep]:
+        deleted = self.not_kept(older)
+        kept = [p for p in older if p not in deleted]
+        write_history(self.run_dir, dataclasses.replace(read_history(self.run_dir), saved=names(kept)))
+        for old in deleted:
             self.delete(old)
         return final
+
+    def not_kept(self, checkpoints: list[Path]) -> list[Path]:
+        """Those that the retention policy does not keep."""
+        keep, every, best = dataclasses.astuple(self.retention)
+        losses = {step_of(p.name): validation_loss(p) if best else None for p in checkpoints}
+        steps = to_delete(list(losses), losses, keep, every, best)
+        return [p for p in checkpoints if step_of(p.name) in steps]
 
     def delete(self, checkpoint: Path) -> None:
         """Removes a folder, if there is one; first its name, so that a kill does not leave half a checkpoint."""
@@ -148,12 +173,29 @@ def names(checkpoints: list[Path]) -> list[str]:
     return [path.name for path in checkpoints]
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path, manifest: Manifest | None = None) -> dict[str, Any]:
     """The content of state.json, verified. Raises DamagedCheckpoint if it or the manifest is damaged."""
-    state = read_json(checkpoint, read_manifest(checkpoint), STATE_FILE)
+    state = read_json(checkpoint, manifest or read_manifest(checkpoint), STATE_FILE)
     if not isinstance(state, dict) or state.get("step") != step_of(checkpoint.name):
         raise DamagedCheckpoint(checkpoint / STATE_FILE, f"is not the state of step {step_of(checkpoint.name)}")
     return state
+
+
+def validation_loss(checkpoint: Path) -> float | None:
+    """Of the validation at the step of the checkpoint; None if there was none, or it cannot be read."""
+    try:
+        return read_state(checkpoint).get("validation_loss")
+    except MegaSoraError:
+        return None
+
+
+def check_room(folder: Path, num_bytes: int, what: str) -> None:
+    """Raises OSError if the file system of `folder` has not `num_bytes` free."""
+    found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if free < num_bytes:
+        needed = f"{what} needs {num_bytes / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder.parent))
 
 
 def find_checkpoint(path: Path, report: Callable[[str], None]) -> Path:
@@ -162,7 +204,7 @@ def find_checkpoint(path: Path, report: Callable[[str], None]) -> Path:
     Damaged ones of a run folder are skipped, with a sentence to `report`. Raises MegaSoraError if none is whole.
     """
     if os.path.lexists(path / MANIFEST):
-        verify_checksums(path)
+        verify_checkpoint(path)
         return path
     complete, problems = CheckpointStore(path / "checkpoints").complete(), []
     if not complete:
@@ -171,7 +213,7 @@ def find_checkpoint(path: Path, report: Callable[[str], None]) -> Path:
         )
     for checkpoint in reversed(complete):
         try:
-            verify_checksums(checkpoint)
+            verify_checkpoint(checkpoint)
         except DamagedCheckpoint as error:
             if not checkpoint.exists():  # the run has saved a newer one and deleted this one
                 return find_checkpoint(path, report)

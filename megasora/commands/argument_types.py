@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 from megasora.config.convert import convert_float, convert_int, convert_text
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, printable
+
+WEIGHTS = re.compile(r"raw|ema|ema_(?:sigma_)?[0-9][0-9.e-]{0,30}", re.ASCII)  # kinds of megasora/optim/ema_decays.py
 
 
 def whole_number(text: str) -> int:
@@ -37,3 +40,10 @@ def location(text: str) -> str:
 
 def path(text: str) -> Path:
     return Path(location(text))
+
+
+def weights(text: str) -> str:
+    """What `--weights` names: raw, or an average, which the checkpoint must have."""
+    if not WEIGHTS.fullmatch(text):
+        raise ArgumentTypeError(f"{printable(text, 60)} must be raw, ema, or another average, e.g. ema_0.999")
+    return text

@@ -1,4 +1,5 @@
-"""`megasora checkpoint import-wan FOLDER --run RUN`: a run folder of a Wan model, for `megasora sample RUN`.
+"""`megasora checkpoint import-wan FOLDER --out FILE | --run RUN`: the weights of a Wan model as MegaSora reads them, or
+a run folder for `megasora sample RUN`.
 
     FOLDER/transformer    -> RUN/checkpoints/step-00000000, see formats/wan.py and checkpoint/imported.py
     FOLDER/vae            -> codec.name=wan, codec.path=FOLDER     in RUN/config.yaml; both are read when sampling
@@ -15,21 +16,23 @@ import dataclasses
 import os
 import shlex
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
+import torch
+
+from megasora.build import patch_dim
 from megasora.checkpoint.imported import save_imported
 from megasora.checkpoint.store import CheckpointStore
-from megasora.formats.wan import open_weights
-from megasora.formats.wan_folder import WanFolder, read_wan
 from megasora.codec import resolve_codec
-from megasora.commands.checkpoint import num_bytes, parameter_shapes
 from megasora.config import Config, FrameConditioningConfig, load, to_yaml, token_pixels
 from megasora.errors import MegaSoraError
 from megasora.files import check_folder, read_regular_file, write_text_atomic
+from megasora.formats.wan import import_wan, open_weights
+from megasora.formats.wan_folder import WanFolder, read_wan
+from megasora.formats.wan_layers import parameter_shapes
 from megasora.jsonl import parse_json
-from megasora.model.init import initial_value
 from megasora.observe.byte_progress import byte_progress
 from megasora.text import build_text_encoder
 
@@ -45,6 +48,24 @@ SCHEDULER, SHIFT_KEYS = "scheduler/scheduler_config.json", ("flow_shift", "shift
 MAX_JSON_BYTES = 1 << 20
 
 
+def import_wan_to_file(place: Path, out: Path) -> None:
+    """Writes the weights of a Wan model to `out`, and prints the settings of a run that starts from them."""
+    wan = read_wan(place)
+    shapes = shapes_of(wan, load(None, wan.settings()))
+    with byte_progress("import", num_bytes(shapes)) as advance:
+        import_wan(wan, shapes, out, advance)
+    print(f"weights in {out}; to train them further, append to `megasora train YAML`:")
+    print(" \\\n".join(shlex.quote(setting) for setting in (*wan.settings(), f"run.start=init:{out}")))
+
+
+def shapes_of(wan: WanFolder, config: Config) -> dict[str, torch.Size]:
+    return parameter_shapes(config.model, patch_dim(config), wan.text_dim)
+
+
+def num_bytes(shapes: Mapping[str, torch.Size]) -> int:
+    return torch.float32.itemsize * sum(shape.numel() for shape in shapes.values())
+
+
 def import_wan_to_run(place: Path, run: Path, overrides: list[str]) -> None:
     """Writes the run folder `run`, whole or not at all. `overrides`: key=value settings of its config.yaml.
 
@@ -54,13 +75,13 @@ def import_wan_to_run(place: Path, run: Path, overrides: list[str]) -> None:
     wan = read_wan(place)
     config = run_config(place, wan, [*overrides, f"run.dir={quote(str(run))}"])
     check_fit(wan, config)
-    shapes = parameter_shapes(wan)
+    shapes = shapes_of(wan, config)
     staging = run.absolute().with_name(f".{run.absolute().name}.part")
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         store = CheckpointStore(staging / "checkpoints")
-        with open_weights(wan, shapes, partial(initial_value, seed=config.run.seed)) as value_of:
+        with open_weights(wan, shapes) as value_of:
             with byte_progress("import", num_bytes(shapes)) as advance:
                 save_imported(store, shapes, value_of, f"Wan, {place}", advance)
         write_text_atomic(staging / "config.yaml", to_yaml(config))

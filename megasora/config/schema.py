@@ -155,6 +155,7 @@ class ModelConfig:
     heads: int = bounded(6, 1, 4096)  # attention heads
     mlp_ratio: float = bounded(4.0, above(0), 64)  # hidden features of the MLP / width
     modulation: str = "block"  # block: one projection per block (DiT); shared: one, and a table per block (PixArt, Wan)
+    conditioning: str = "full"  # full: timestep, native size, pooled caption, first frame, null token | timestep (Wan)
     qk_norm: str = "per_head"  # RMSNorm of q and k: per_head | across_heads (Wan) | none
     rope_base: float = bounded(10_000.0, 1, 10**12)
     rope_ntk_factor: list[float] = bounded([1.0, 1.0, 1.0], 0.001, 1000)  # t, h, w: new / trained clip size
@@ -220,6 +221,8 @@ class OptimConfig:
     min_lr_ratio: float = bounded(0.05, 0, 1)  # lr at the end of the cosine / lr
     max_grad_norm: float = bounded(1.0, above(0), 10**12)  # clips the global gradient norm
     ema_decay: float = bounded(0.9999, 0, below(1))  # per step; 0: no averaging
+    ema_decays: list[float] = bounded([], above(0), below(1))  # of more averages, 4 bytes per weight each
+    ema_sigmas: list[float] = bounded([], 0.001, 0.25)  # relative widths of power-function averages, e.g. [0.05, 0.1]
     max_skipped_steps: int = bounded(10, 1, 10**6)  # steps in a row that are not finite, at which the run ends
     spike: SpikeConfig = field(default_factory=SpikeConfig)
 

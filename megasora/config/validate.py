@@ -53,6 +53,7 @@ def validate(config: Config) -> None:
     validate_data(config.data)
     validate_ingest(config.ingest)
     validate_model(config.model)
+    validate_conditioning(config.model, config.text)
     validate_objective(config.objective)
     validate_optim(config.optim)
     validate_parallel(config.parallel)
@@ -186,6 +187,7 @@ def validate_ingest(ingest: IngestConfig) -> None:
 
 def validate_model(model: ModelConfig) -> None:
     one_of("model.modulation", model.modulation, ("block", "shared"))
+    one_of("model.conditioning", model.conditioning, ("full", "timestep"))
     one_of("model.qk_norm", model.qk_norm, ("per_head", "across_heads", "none"))
     one_of("model.recompute", model.recompute, ("none", "full", "keep_attention"))
     one_of("model.kernel_backend", model.kernel_backend, ("auto", "triton", "torch"))
@@ -202,6 +204,14 @@ def validate_model(model: ModelConfig) -> None:
         raise MegaSoraError(f"model.rope_ntk_factor={model.rope_ntk_factor} must be three numbers: time, height, width")
     validate_size(model)
     validate_heads(model)
+
+
+def validate_conditioning(model: ModelConfig, text: TextConfig) -> None:
+    if model.conditioning == "timestep" and text.name == "bytes":
+        raise MegaSoraError(
+            "model.conditioning=timestep has no null token: a hidden caption is one of zero features, which "
+            "text.name=bytes has not; use text.name=t5 or clip, or model.conditioning=full"
+        )
 
 
 def validate_size(model: ModelConfig) -> None:
@@ -247,6 +257,12 @@ def validate_optim(optim: OptimConfig) -> None:
     one_of("optim.name", optim.name, ("adamw", "muon"))
     if len(optim.betas) != 2:
         raise MegaSoraError(f"optim.betas={optim.betas} must be two numbers")
+    if optim.ema_decay in optim.ema_decays:
+        raise MegaSoraError(f"optim.ema_decays={optim.ema_decays} has optim.ema_decay={optim.ema_decay}; leave it out")
+    for key in ("ema_decays", "ema_sigmas"):
+        values = getattr(optim, key)
+        if len(set(values)) < len(values):
+            raise MegaSoraError(f"optim.{key}={values}: a value occurs twice; name it once")
 
 
 def validate_parallel(parallel: ParallelConfig) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from zlib_ng.zlib_ng import crc32
 
 from megasora.config import DataConfig
@@ -23,6 +24,7 @@ from megasora.data.shard_reader import ShardSplit
 from megasora.errors import MegaSoraError
 from megasora.files import read_regular_file, write_text_atomic
 from megasora.jsonl import parse_json
+from megasora.random_numbers import GOLDEN, mix
 
 NAME = "captions.json"
 MAX_CAPTIONS = 4096
@@ -83,11 +85,8 @@ def choose_clips(sample_ids: np.ndarray, count: int) -> Iterable[int]:
     """The places of `count` sample ids, int64 [n], in ascending order: those with the smallest hashes (splitmix64)."""
     if len(sample_ids) <= count:
         return range(len(sample_ids))
-    x = sample_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return np.sort(np.argpartition(x, count)[:count]).tolist()
+    hashes = mix(torch.from_numpy(sample_ids.astype(np.int64)) + GOLDEN).numpy().view(np.uint64)
+    return np.sort(np.argpartition(hashes, count)[:count]).tolist()
 
 
 def read_caption(shards: ShardSplit, i: int) -> str | None:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from megasora.batch import VideoBatch, segment_ids
 from megasora.config import FrameConditioningConfig, ObjectiveConfig
-from megasora.diffusion import noise, timesteps
+from megasora.diffusion import timesteps
+from megasora.diffusion.noise import clip_keys
+from megasora.random_numbers import normal, uniform
 
 NOISE, TIMESTEP, CAPTION, CONDITIONING, CONDITIONING_LENGTH = range(5)  # random streams
 VALIDATION_STEP, SAMPLING_STEP = -1, -2  # used in keys instead of the training step
@@ -48,13 +50,13 @@ class FlowMatching:
     def add_noise(self, batch: VideoBatch, step: int) -> tuple[VideoBatch, Tensor, Tensor]:
         """(noised batch with its rows, target velocity [L, P], loss weight [L]) of a clean batch."""
         t_G, clean, drop_text_G = self.draw(batch, step)
-        keys_G = noise.clip_keys(self.seed, step, batch.sample_ids_G, NOISE)
+        keys_G = clip_keys(self.seed, step, batch.sample_ids_G, NOISE)
         return noise_batch(batch, t_G, clean, keys_G, drop_text_G)
 
     def draw(self, batch: VideoBatch, step: int) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
         """Per clip: timestep [G], number of clean latent frames (head, tail), whether the caption is hidden [G]."""
         c, ids = self.config, batch.sample_ids_G
-        u = {stream: noise.uniform(noise.clip_keys(self.seed, step, ids, stream)) for stream in range(1, 5)}
+        u = {stream: uniform(clip_keys(self.seed, step, ids, stream)) for stream in range(1, 5)}
         t_G = timesteps.logit_normal(u[TIMESTEP], c.logit_mean, c.logit_std)
         t_G = timesteps.shift(t_G, timesteps.shift_factor(batch.grids_G3.prod(1), c))
         clean = [
@@ -68,7 +70,7 @@ class FlowMatching:
 
         The noise is the same at each call; `stream` is its random stream.
         """
-        keys_G = noise.clip_keys(self.seed, VALIDATION_STEP, batch.sample_ids_G, stream)
+        keys_G = clip_keys(self.seed, VALIDATION_STEP, batch.sample_ids_G, stream)
         t_G, drop_text_G = torch.full((batch.num_segments,), t), torch.zeros(batch.num_segments, dtype=torch.bool)
         return noise_batch(batch, t_G, [(0, 0)] * batch.num_segments, keys_G, drop_text_G)
 
@@ -84,7 +86,7 @@ def noise_batch(
     cu_rows, timesteps_R, segment_R = build_rows(batch, t_G, clean)
     segment_L = segment_ids(batch.cu_segments, length)
     first_L = batch.positions_L * round_up_to_even(batch.patches_LP.shape[1])
-    noise_LP = noise.normal(keys_G[segment_L].to(device), first_L.to(device), batch.patches_LP.shape[1])
+    noise_LP = normal(keys_G[segment_L].to(device), first_L.to(device), batch.patches_LP.shape[1])
     t_L = timesteps_R[segment_ids(cu_rows, length)]
     is_clip_L = batch.sample_ids_G[segment_L] >= 0  # negative: in place of a clip that could not be read
     weight_L = (t_L > 0) & (torch.arange(length) < batch.num_tokens) & is_clip_L
@@ -102,7 +104,7 @@ def noise_batch(
 
 
 def round_up_to_even(dim: int) -> int:
-    """Elements of the noise stream per token: `noise.normal` needs an even number."""
+    """Elements of the noise stream per token: `normal` needs an even number."""
     return dim + dim % 2
 
 

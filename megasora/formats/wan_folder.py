@@ -3,26 +3,32 @@
 FOLDER[/transformer]   config.json of diffusers or of the original release, one .safetensors file or several with an
                        index; the names of the files may have a variant, e.g. diffusion_pytorch_model.bf16.safetensors
 FILE.safetensors       one file of any name; without config.json beside it, the sizes are those of its tensors
+
+A file may be one of torch.save, .pth, .pt or .bin, instead of .safetensors; in a folder it is read if there is no
+.safetensors.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megasora.formats.wan_tensors import list_names, open_files
 from megasora.errors import MegaSoraError, printable
 from megasora.files import read_regular_file
+from megasora.formats.wan_tensors import ARCHIVES, list_names, open_files
 from megasora.jsonl import parse_json
 
 CLASS, ORIGINAL_CLASS = "WanTransformer3DModel", "WanModel"
 EXPERTS = (("transformer", "transformer_2"), ("low_noise_model", "high_noise_model"))  # of Wan 2.2 A14B
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-INDEX = re.compile(r".+\.safetensors(\.index(\.\w+)?|\.\w+\.index)\.json|.+\.\w+\.safetensors\.index\.json")
-PART = re.compile(r".+-\d{5}-of-\d{5}(\.\w+)?\.safetensors", re.ASCII)
+SAFETENSORS = ".safetensors"
+SUFFIX = r"(\.safetensors|\.pth|\.pt|\.bin)"
+INDEX = re.compile(rf".+{SUFFIX}(\.index(\.\w+)?|\.\w+\.index)\.json|.+\.\w+{SUFFIX}\.index\.json")
+PART = re.compile(rf"(?P<stem>.+)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?P<end>(\.\w+)?{SUFFIX})", re.ASCII)
 MAX_JSON_BYTES = 64 << 20
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "text_dim")
 ORIGINAL_SIZES = ("num_layers", "num_heads", "dim", "ffn_dim", "in_dim", "out_dim")
@@ -49,6 +55,11 @@ class WanFolder:
     text_dim: int
     patch: tuple[int, int, int]
 
+    @property
+    def patch_dim(self) -> int:
+        """Features of a patch."""
+        return self.channels * math.prod(self.patch)
+
     def settings(self) -> list[str]:
         """Configuration overrides `key=value` for a model that fits these weights."""
         return [
@@ -57,6 +68,7 @@ class WanFolder:
             f"model.heads={self.heads}",
             f"model.mlp_ratio={mlp_ratio(self.mlp_hidden, self.width)}",
             "model.modulation=shared",
+            "model.conditioning=timestep",
             "model.qk_norm=across_heads",
             "model.text_depth=0",
             *TEXT_SETTINGS,
@@ -78,8 +90,8 @@ def mlp_ratio(hidden: int, width: int) -> float:
 def read_wan(place: Path) -> WanFolder:
     """Reads config.json and the names of the weight files, but no weights.
 
-    `place`: the folder of a pipeline, with `transformer/` in it, that of the transformer itself, or a .safetensors
-    file. Raises MegaSoraError with the file, the key and its legal values for other models, image-to-video variants and
+    `place`: the folder of a pipeline, with `transformer/` in it, that of the transformer itself, or a file of weights.
+    Raises MegaSoraError with the file, the key and its legal values for other models, image-to-video variants and
     pipelines of two experts.
     """
     folder = place.parent if place.is_file() else transformer_folder(place)
@@ -202,22 +214,45 @@ def image_to_video(file: Path, why: str) -> MegaSoraError:
 
 
 def find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files of the index or the single file; those without a variant first. Raises MegaSoraError if there is not
-    one choice, or a file is missing."""
-    names = sorted(path.name for path in folder.iterdir())
+    """The files of the index, the parts or the single file; .safetensors first, and those without a variant first.
+    Raises MegaSoraError if there is not one choice, or a file is missing."""
+    by_suffix: dict[str, list[str]] = {}
+    for name in sorted(path.name for path in folder.iterdir()):
+        by_suffix.setdefault(weights_suffix(name), []).append(name)
+    names = by_suffix.get(SAFETENSORS) or [name for suffix in ARCHIVES for name in by_suffix.get(suffix, [])]
     indices = [name for name in names if INDEX.fullmatch(name)]
-    single = [name for name in names if name.endswith(".safetensors") and not PART.fullmatch(name)]
+    single = [name for name in names if name not in indices and not PART.fullmatch(name)]
     for name in (f"{WEIGHTS_FILE}.index.json", WEIGHTS_FILE):
         if name in (*indices, *single):
             return weight_files(folder / name)
-    if len(indices + single) > 1:
+    parts = [] if indices + single else complete_parts(names)
+    if len(indices + single) > 1 or len(parts) > 1:
+        choices = indices + single or [part[0] for part in parts]
         raise MegaSoraError(
-            f"{folder} holds several weights, {list_names(indices + single)}; give one of them, e.g. "
-            f"{folder / (indices + single)[0]}"
+            f"{folder} holds several weights, {list_names(choices)}; give one of them, e.g. {folder / choices[0]}"
         )
+    if parts:
+        return tuple(folder / name for name in parts[0])
     if not indices + single:
         raise MegaSoraError(f"{folder} lacks {WEIGHTS_FILE} or its index; download the whole folder")
     return weight_files(folder / (indices + single)[0])
+
+
+def weights_suffix(name: str) -> str:
+    """The suffix of a file of weights, or of those that an index names."""
+    match = INDEX.fullmatch(name)
+    return (match[1] or match[4]) if match else Path(name).suffix
+
+
+def complete_parts(names: list[str]) -> list[list[str]]:
+    """The names of each set of files NAME-00001-of-00002.safetensors of which none is missing."""
+    sets: dict[tuple[str, ...], dict[int, str]] = {}
+    for name in names:
+        if match := PART.fullmatch(name):
+            sets.setdefault(match.group("stem", "count", "end"), {})[int(match["number"])] = name
+    return [
+        list(parts.values()) for (_, count, _), parts in sets.items() if sorted(parts) == list(range(1, int(count) + 1))
+    ]
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
@@ -228,8 +263,9 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise MegaSoraError(f"{path} has no weight_map; download it again")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise MegaSoraError(f"{path} names {printable(str(name), 80)}, no .safetensors file of its own folder")
+        known = isinstance(name, str) and Path(name).suffix in (SAFETENSORS, *ARCHIVES)
+        if not known or Path(name).name != name:
+            raise MegaSoraError(f"{path} names {printable(str(name), 80)}, no weight file of its own folder")
     files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
     if missing := [file.name for file in files if not file.is_file()]:
         raise MegaSoraError(f"{path.parent} lacks {list_names(missing)}; download the whole folder")

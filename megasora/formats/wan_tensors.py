@@ -1,18 +1,26 @@
-"""The tensors of Wan's weight files, by their names in diffusers; each is read only when it is needed."""
+"""The tensors of Wan's weight files, by their names in diffusers; each is read only when it is needed.
+
+Files are safetensors, or archives of torch.save (.pth, .pt, .bin) that hold the tensors of a model by name. Nothing
+that is in an archive is run: it may hold tensors only, see allowed_pickle.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from megasora.checkpoint.safetensors_file import DTYPE_NAMES
+from megasora.errors import MegaSoraError, first_of, printable
+from megasora.files import open_regular
+from megasora.formats.allowed_pickle import StoredTensor, load_torch
 from megasora.formats.wan_names import diffusers_names
-from megasora.errors import MegaSoraError, first_of
 
-DTYPES = ("F32", "BF16", "F16")
+DTYPES = tuple(DTYPE_NAMES.values())
+ARCHIVES = (".pth", ".pt", ".bin")  # suffixes of what torch.save writes
 MAX_LISTED_NAMES = 6
 
 
@@ -20,19 +28,13 @@ MAX_LISTED_NAMES = 6
 class WanTensor:
     path: Path
     name: str  # in the file
-    file: Any  # opened by safetensors
-
-    @property
-    def dtype(self) -> str:
-        return self.file.get_slice(self.name).get_dtype()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
+    dtype: str  # as in safetensors
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
 
     def read(self) -> Tensor:
         """fp32. Raises MegaSoraError if a weight is NaN or infinite."""
-        value = self.file.get_tensor(self.name).float()
+        value = self.load().float()
         if not value.isfinite().all():
             count = int((~value.isfinite()).sum())
             raise MegaSoraError(
@@ -43,23 +45,50 @@ class WanTensor:
 
 def open_files(files: tuple[Path, ...], stack: ExitStack) -> dict[str, WanTensor]:
     """The tensors of all files, by their names in diffusers; the files are closed with `stack`."""
-    from safetensors import SafetensorError, safe_open
-
     tensors: dict[str, WanTensor] = {}
     for path in files:
         if not path.is_file():
             raise MegaSoraError(f"{path} is no regular file; download it again")
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise MegaSoraError(f"{path} cannot be read: {error}; download it again") from None
-        names = list(file.keys())
-        if duplicates := sorted(tensors.keys() & set(names)):
+        found = open_archive(path) if path.suffix in ARCHIVES else open_safetensors(path, stack)
+        if duplicates := sorted(tensors.keys() & found.keys()):
             raise MegaSoraError(
                 f"{path} repeats {list_names(duplicates)} of another file; download the whole folder again"
             )
-        tensors |= {name: WanTensor(path, name, file) for name in names}
+        tensors |= found
     return {name: tensors[stored] for name, stored in diffusers_names(tensors).items()}
+
+
+def open_safetensors(path: Path, stack: ExitStack) -> dict[str, WanTensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = stack.enter_context(safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise MegaSoraError(f"{path} cannot be read: {error}; download it again") from None
+    tensors = {}
+    for name in file.keys():  # noqa: SIM118
+        part = file.get_slice(name)
+        tensors[name] = WanTensor(
+            path, name, part.get_dtype(), tuple(part.get_shape()), lambda name=name: file.get_tensor(name)
+        )
+    return tensors
+
+
+def open_archive(path: Path) -> dict[str, WanTensor]:
+    with open_regular(path) as file:
+        weights = load_torch(file, path)
+    if not isinstance(weights, dict) or not weights:
+        raise MegaSoraError(f"{path} holds a {type(weights).__name__}, no weights by name; save the model's state_dict")
+    others = [
+        name for name, value in weights.items() if not isinstance(name, str) or not isinstance(value, StoredTensor)
+    ]
+    if others:
+        names = printable(first_of([str(name) for name in others], MAX_LISTED_NAMES), 200)
+        raise MegaSoraError(f"{path} holds {names}, no tensors; save the model's state_dict alone")
+    return {
+        name: WanTensor(path, name, DTYPE_NAMES.get(value.dtype, str(value.dtype)), tuple(value.shape), value.read)
+        for name, value in weights.items()
+    }
 
 
 def list_names(names: list[str]) -> str:

@@ -2,8 +2,9 @@
 
     patches [L, P] -> tokens [L, D] -> depth blocks -> [L, P]
 
-Each row (consecutive tokens with one timestep) has a conditioning vector: timestep + native size + pooled caption. Each
-clip attends to itself and to its own caption; the only position information is the rotary embedding of the coords.
+Each row (consecutive tokens with one timestep) has a conditioning vector: timestep + native size + pooled caption, or
+with model.conditioning=timestep the timestep alone. Each clip attends to itself and to its own caption; the only
+position information is the rotary embedding of the coords.
 
 A pipeline stage is this model without some of its blocks, which `keep_stage` deletes. The conditioning modules stay on
 every stage and compute from the pack there, so only hidden states are sent from stage to stage.
@@ -54,16 +55,16 @@ class VideoDiT(nn.Module):
     def __init__(self, config: ModelConfig, patch_dim: int, text: nn.Module):
         super().__init__()
         self.config = config
-        width, shared = config.width, config.modulation == "shared"
+        width, shared, full = config.width, config.modulation == "shared", config.conditioning == "full"
         self.patch_in: nn.Module | None = nn.Linear(patch_dim, width)
-        self.first_frame = nn.Parameter(
-            torch.zeros(width)
-        )  # added to tokens of the first latent frame, which a causal codec encodes alone
+        # added to tokens of the first latent frame, which a causal codec encodes alone
+        self.first_frame = nn.Parameter(torch.zeros(width)) if full else None
         self.timestep = TimestepEmbedding(width)
-        self.native = NativeEmbedding(width)
+        self.native = NativeEmbedding(width) if full else None
         self.text = text
-        self.null_text = nn.Parameter(torch.zeros(width))  # replaces the tokens of a hidden caption
-        self.pooled_text = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width))
+        # replaces the tokens of a hidden caption; without it, zeros replace its features
+        self.null_text = nn.Parameter(torch.zeros(width)) if full else None
+        self.pooled_text = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width)) if full else None
         self.shared_modulation = nn.Linear(width, 6 * width) if shared else None
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.depth)})
         self.final_modulation: nn.Module | None = RowModulation(width, 2, shared)
@@ -115,14 +116,18 @@ class VideoDiT(nn.Module):
     def embed_patches(self, batch: VideoBatch) -> Tensor:
         """Patches to the hidden states [L, D] of this rank."""
         x_LD = self.patch_in(self.scatter_tokens(batch.patches_LP).to(self.patch_in.weight.dtype))
+        if self.first_frame is None:
+            return x_LD
         is_first_L1 = self.scatter_tokens(batch.coords_L3[:, :1] == 0).to(x_LD.dtype)
         return x_LD + is_first_L1 * self.first_frame
 
     def block_inputs(self, batch: VideoBatch) -> BlockInputs:
         """What the blocks need of a pack besides its hidden states."""
-        text_SD, pooled_GD = self.embed_text(batch)
-        clip_GD = self.native(batch.native_size_G4) + pooled_GD
-        cond_RD = self.timestep(batch.timesteps_R) + clip_GD[batch.row_segment_R]
+        text_SD = self.embed_text(batch)
+        cond_RD = self.timestep(batch.timesteps_R)
+        if self.native is not None:
+            clip_GD = self.native(batch.native_size_G4) + self.pool_text(text_SD, batch)
+            cond_RD = cond_RD + clip_GD[batch.row_segment_R]
         shared_RCD = None
         if self.shared_modulation is not None:
             shared_RCD = self.shared_modulation(F.silu(cond_RD)).unflatten(-1, (6, -1))
@@ -138,18 +143,25 @@ class VideoDiT(nn.Module):
         cu_rows = (batch.cu_rows.long() - tokens[0]).clamp(0, len(tokens))
         return Rows.from_cu_seqlens(cu_rows, len(tokens), batch.patches_LP.device)
 
-    def embed_text(self, batch: VideoBatch) -> tuple[Tensor, Tensor]:
-        """Caption tokens [S, D], and a vector [G, D] from their mean over each caption.
+    def embed_text(self, batch: VideoBatch) -> Tensor:
+        """Caption tokens [S, D].
 
-        All tokens of a hidden caption are the null token. Softmax over copies of one key and value returns this value:
-        a hidden caption acts as one null token whatever its length, and no shape changes.
+        All tokens of a hidden caption are the null token, or those of zeros. Softmax over copies of one key and value
+        returns this value: a hidden caption acts as one token whatever its length, and no shape changes.
         """
-        text_SD = self.text(batch.text_SE, batch.cu_text)
-        clip_S = segment_ids(batch.cu_text, len(text_SD)).to(text_SD.device)
-        text_SD = torch.where(batch.drop_text_G[clip_S, None], self.null_text.to(text_SD.dtype), text_SD)
+        text_SE = batch.text_SE
+        clip_S = segment_ids(batch.cu_text, len(text_SE)).to(text_SE.device)
+        is_hidden_S1 = batch.drop_text_G[clip_S, None]
+        if self.null_text is None:
+            return self.text(text_SE.masked_fill(is_hidden_S1, 0), batch.cu_text)
+        text_SD = self.text(text_SE, batch.cu_text)
+        return torch.where(is_hidden_S1, self.null_text.to(text_SD.dtype), text_SD)
+
+    def pool_text(self, text_SD: Tensor, batch: VideoBatch) -> Tensor:
+        """A vector [G, D] from the mean of each caption's tokens."""
         lengths_G = batch.cu_text.diff().to(text_SD.device)
         sums_GD = sum_segments(text_SD, lengths_G)
-        return text_SD, self.pooled_text((sums_GD / lengths_G.clamp_min(1)[:, None]).to(text_SD.dtype))
+        return self.pooled_text((sums_GD / lengths_G.clamp_min(1)[:, None]).to(text_SD.dtype))
 
 
 def sum_segments(x_SD: Tensor, lengths_G: Tensor) -> Tensor:

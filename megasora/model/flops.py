@@ -46,7 +46,7 @@ def pack_flops(
     modulations = 1 if config.modulation == "shared" else depth
     final = 0 if config.modulation == "shared" else 4 * d * d
     per_row = modulations * 12 * d * d + final + 2 * (TIMESTEP_FREQUENCIES * d + d * d)
-    per_clip = 2 * (NATIVE_FEATURES * d + d * d) + 2 * d * d  # native size, pooled caption
+    per_clip = 2 * (NATIVE_FEATURES * d + d * d) + 2 * d * d if has_clip_vector(config) else 0
 
     pairs = depth * sum(n * (n + s) for n, s in zip(video, text, strict=True))
     pairs += config.text_depth * sum(s * s for s in text)
@@ -74,8 +74,15 @@ def num_parameters(config: ModelConfig, patch_dim: int) -> int:
     shared = config.modulation == "shared"
     blocks = config.depth * (attention + mlp + (6 * d if shared else projection))
     timestep = TIMESTEP_FREQUENCIES * d + d * d + 2 * d
-    native = NATIVE_FEATURES * d + d * d + 2 * d
-    caption = d + 2 * d + d * d + d  # null token, norm and projection of the pooled caption
-    ends = 2 * patch_dim * d + 2 * d + patch_dim  # patches in and out, first frame
+    clip = 0
+    if has_clip_vector(config):
+        clip = NATIVE_FEATURES * d + d * d + 2 * d  # native size
+        clip += d + 2 * d + d * d + d + d  # null token, norm and projection of the pooled caption, first frame
+    ends = 2 * patch_dim * d + d + patch_dim  # patches in and out
     ends += 2 * d + (0 if shared else 2 * d * d)  # final modulation
-    return blocks + (projection if shared else 0) + timestep + native + caption + ends
+    return blocks + (projection if shared else 0) + timestep + clip + ends
+
+
+def has_clip_vector(config: ModelConfig) -> bool:
+    """Whether native size and pooled caption are embedded, and there are a null token and a first-frame vector."""
+    return config.conditioning == "full"

@@ -1,17 +1,21 @@
-"""Initial weights: each is a pure function of its name, its full shape and the seed.
+"""Initial weights: each element is a pure function of the seed, the name of its parameter and its place in it.
 
-So a rank draws only the full tensors of its own parameters, one at a time, and all layouts
-start from the same weights. Linear layers are Xavier uniform; modulation and the output layers of branches are zero, so
-that each block starts as the identity (adaLN-Zero, arXiv 2212.09748).
+So a rank draws the elements that it holds and no others, and all layouts start from the same weights. Linear layers are
+Xavier uniform; modulation and the output layers of branches are zero, so that each block starts as the identity
+(adaLN-Zero, arXiv 2212.09748).
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
+from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from megasora.placement import WHOLE, Placement
+from megasora.random_numbers import fill_normal, fill_uniform, text_key
 
 # The first pattern that matches a name applies. 1-D tensors called weight belong to norms.
 RULES: list[tuple[str, float | str]] = [
@@ -31,21 +35,36 @@ RULES: list[tuple[str, float | str]] = [
 ]
 
 
+@dataclass(frozen=True)
+class DrawnWeights:
+    """A `megasora.placement.WeightSource` of the weights at step 0. Raises KeyError for a name that no rule matches."""
+
+    seed: int
+
+    @torch.no_grad()
+    def fill(self, out: Tensor, name: str, placement: Placement = WHOLE, rank: int = 0, size: int = 1) -> None:
+        rule = next((rule for pattern, rule in RULES if fnmatch(name, pattern)), None)
+        if rule is None:
+            raise KeyError(f"no rule initialises parameter '{name}'")
+        shape = placement.full_shape(out.shape, size)
+        if rule == 0.0 or (rule == "xavier" and len(shape) == 1):
+            out.fill_(float(rule != 0.0))
+            return
+        runs = placement.runs(shape, rank, size)
+        out_RN, key = out.view(runs.count, runs.length), text_key(f"{self.seed} {name}")
+        if rule == "xavier":
+            fill_uniform(out_RN, key, runs.first, runs.stride, xavier_bound(shape))
+        else:
+            fill_normal(out_RN, key, runs.first, runs.stride, std=float(rule.split()[1]))
+
+
+def xavier_bound(shape: torch.Size) -> float:
+    """Of the uniform distribution, for a full linear layer [out, in] or convolution [out, in, ...]."""
+    return math.sqrt(6 / ((shape[0] + shape[1]) * shape[2:].numel()))
+
+
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
     """The weight at step 0, full, fp32, on the CPU. Raises KeyError for a name that no rule matches."""
-    rule = next((rule for pattern, rule in RULES if fnmatch(name, pattern)), None)
-    if rule is None:
-        raise KeyError(f"no rule initialises parameter '{name}'")
-    if rule == 0.0:
-        return torch.zeros(shape)
-    if rule == "xavier" and len(shape) == 1:
-        return torch.ones(shape)
-    value, generator = torch.empty(shape), keyed_generator(name, seed)
-    if rule == "xavier":
-        return nn.init.xavier_uniform_(value, generator=generator)
-    return nn.init.normal_(value, std=float(rule.split()[1]), generator=generator)
-
-
-def keyed_generator(name: str, seed: int) -> torch.Generator:
-    """Random numbers on the CPU that depend on the seed and the name only."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1)
+    value = torch.empty(shape)
+    DrawnWeights(seed).fill(value, name)
+    return value

@@ -14,10 +14,11 @@ import zlib
 import torch
 from torch import Tensor
 
+from megasora.random_numbers import GOLDEN, MIX_B, mix
+
 WORD = 8  # bytes
 CHUNK_WORDS = 1 << 20
 LOWER_HALF = 0xFFFFFFFF
-GOLDEN, MIXER, COMBINER = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def tensor_hash(tensor: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def tensor_hash(tensor: Tensor) -> Tensor:
     for chunk in memory.split(CHUNK_WORDS * WORD):
         words = words_of(chunk)
         mixed = (words >> 32).bitwise_and_(LOWER_HALF).bitwise_xor_(words)
-        total = total * signed(COMBINER) + mixed.mul_(constants[: len(words)]).sum()
+        total = total * MIX_B + mixed.mul_(constants[: len(words)]).sum()
     return total
 
 
@@ -43,11 +44,4 @@ def words_of(memory: Tensor) -> Tensor:
 
 def odd_constants(count: int, device: torch.device) -> Tensor:
     """int64 [count]: the same pseudo-random odd numbers on every device."""
-    x = torch.arange(1, count + 1, device=device).mul_(signed(GOLDEN))
-    x = x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(signed(MIXER))
-    return x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).bitwise_or_(1)
-
-
-def signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
-    return value - (1 << 64) if value >> 63 else value
+    return mix(torch.arange(1, count + 1, device=device) * GOLDEN).bitwise_or_(1)

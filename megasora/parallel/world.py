@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from megasora.errors import MegaSoraError
 from megasora.parallel.launcher import Launcher
 from megasora.parallel.rendezvous import Rendezvous
 
+T = TypeVar("T")
 BACKSTOP_SECONDS = 60.0  # of a collective, beyond the watchdog's time: the watchdog ends a hang first
 
 
@@ -31,6 +34,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def node(self) -> int:
+        """The same number for all processes of a machine: the rank of its first one. Launchers number the processes of
+        a machine consecutively."""
+        return self.rank - self.local_rank
+
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all processes, in a new tensor on `device`."""
         sums = values.to(self.device, copy=True)
@@ -47,6 +56,25 @@ class World:
         """The main process's value, on all processes. `value` must be picklable."""
         values = [value]
         dist.broadcast_object_list(values)
+        return values[0]
+
+    @cached_property
+    def node_group(self) -> dist.ProcessGroup | None:
+        """The processes of this machine, for objects on the CPU; None for one that is alone. Made when it is needed."""
+        if self.local_size == 1:
+            return None
+        if self.local_size == self.size and self.device.type == "cpu":
+            return dist.group.WORLD
+        ranks = list(range(self.node, self.node + self.local_size))
+        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # others need not take part
+
+    def share_on_node(self, make: Callable[[], T]) -> T:
+        """What `make()` returned on the first process of this machine, on all of its processes; the others do not call
+        it. It must not raise, and its result must be picklable."""
+        if self.node_group is None:
+            return make()
+        values = [make() if self.local_rank == 0 else None]
+        dist.broadcast_object_list(values, self.node, self.node_group, device=torch.device("cpu"))
         return values[0]
 
     def barrier(self) -> None:

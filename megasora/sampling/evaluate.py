@@ -24,8 +24,11 @@ PROPERTIES = ("color", "direction", "shape", "background")
 SHEET_ROWS = 16
 
 
-def evaluate(sampler: Sampler, out: Path, count: int, seed: int = 0) -> dict[str, Any]:
-    """Samples `count` prompts into `out` (videos, a contact sheet, evaluation.json); returns what is in the latter."""
+def evaluate(sampler: Sampler, out: Path, count: int, seed: int = 0, weights: str = "ema") -> dict[str, Any]:
+    """Samples `count` prompts into `out` (videos, a contact sheet, evaluation.json); returns what is in the latter.
+
+    `weights`: which ones the sampler has, for evaluation.json.
+    """
     start, sample = time.monotonic(), sampler.config.sample
     prompts = evaluation_prompts(count)
     videos = sample_videos(sampler, [text for text, _ in prompts], seed)
@@ -49,7 +52,8 @@ def evaluate(sampler: Sampler, out: Path, count: int, seed: int = 0) -> dict[str
     write_image(sheet, staging / "sheet.png", sampler.provenance("contact sheet", seed))
     correct = {p: [entry["detected"][p] == entry["expected"][p] for entry in entries] for p in PROPERTIES}
     result = {
-        "step": sampler.step, **{f"{p}_accuracy": float(np.mean(values)) for p, values in correct.items()},
+        "step": sampler.step, "weights": weights,
+        **{f"{p}_accuracy": float(np.mean(values)) for p, values in correct.items()},
         "seconds": round(time.monotonic() - start, 1), "guidance_scale": sample.guidance_scale, "solver": sample.solver,
         "num_inference_steps": sample.num_inference_steps, "size": sample.size, "frames": sample.frames, "seed": seed,
         "prompts": entries,

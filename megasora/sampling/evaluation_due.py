@@ -12,8 +12,8 @@ from megasora.jsonl import parse_json
 MAX_RESULT_BYTES = 64 << 20  # of evaluation.json
 
 
-def evaluate_if_due(run: Path) -> None:
-    """Samples the run's evaluation prompts, unless this was already done with the newest checkpoint."""
+def evaluate_if_due(run: Path, weights: str = "ema") -> None:
+    """Samples the prompts of `evaluation`, unless this was done with these weights of the newest checkpoint."""
     if not (run / "config.yaml").is_file():
         return
     config = load_run_config(run)
@@ -21,17 +21,20 @@ def evaluate_if_due(run: Path) -> None:
     if not config.evaluation.prompts or newest is None:
         return
     result = run / "samples" / "evaluation.json"
-    if evaluated_checkpoint(result) == newest.name:
+    if evaluated_checkpoint(result) == (newest.name, weights):
         return
     from megasora.sampling.evaluate import evaluate
     from megasora.sampling.sampler import Sampler
 
-    evaluate(Sampler.from_run(run), run / "samples", config.evaluation.prompts, config.run.seed)
+    sampler = Sampler.from_run(run, weights)
+    evaluate(sampler, run / "samples", config.evaluation.prompts, config.run.seed, weights)
 
 
-def evaluated_checkpoint(result: Path) -> str | None:
-    """The name of the checkpoint of evaluation.json; None if there is no such file, or it is damaged."""
+def evaluated_checkpoint(result: Path) -> tuple[str, str] | None:
+    """The name of the checkpoint of evaluation.json and which of its weights; None if there is no such file, or it is
+    damaged."""
     try:
-        return f"step-{parse_json(read_regular_file(result, MAX_RESULT_BYTES))['step']:08d}"
-    except (OSError, ValueError, TypeError, KeyError):
+        values = parse_json(read_regular_file(result, MAX_RESULT_BYTES))
+        return f"step-{values['step']:08d}", values.get("weights", "ema")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

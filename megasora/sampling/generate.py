@@ -23,11 +23,12 @@ from torch import Tensor
 from megasora.batch import VideoBatch, segment_ids
 from megasora.config import ObjectiveConfig, SampleConfig
 from megasora.data.pack import Record, make_batch
-from megasora.diffusion import noise
 from megasora.diffusion.flow import NOISE, SAMPLING_STEP, round_up_to_even, split_into_rows
 from megasora.diffusion.guidance import Branch, Guidance
+from megasora.diffusion.noise import clip_keys
 from megasora.diffusion.samplers import integrate, num_model_calls
 from megasora.diffusion.timesteps import shift, shift_factor, unshift
+from megasora.random_numbers import normal
 
 Denoise = Callable[[list[VideoBatch]], list[Tensor]]  # noised packs -> velocities [L, P] of each, at least fp32
 
@@ -225,5 +226,5 @@ def draw_noise(prompt: ClipPrompt) -> Tensor:
     """Standard normals fp32 [l, P], a function of the prompt's seed, window and sample id."""
     length, dim = prompt.record.patches_LP.shape
     step = SAMPLING_STEP - prompt.window
-    key_G = noise.clip_keys(prompt.seed, step, torch.tensor([prompt.record.sample_id]), NOISE)
-    return noise.normal(key_G.expand(length), torch.arange(length) * round_up_to_even(dim), dim)
+    key_G = clip_keys(prompt.seed, step, torch.tensor([prompt.record.sample_id]), NOISE)
+    return normal(key_G.expand(length), torch.arange(length) * round_up_to_even(dim), dim)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megasora.build import build_model, patch_dim
 from megasora.checkpoint.manifest import step_of
 from megasora.checkpoint.sharded import ShardedCheckpoint
+from megasora.checkpoint.start import newest_readable
 from megasora.checkpoint.store import CheckpointStore, find_checkpoint
+from megasora.checkpoint.stored_weights import CheckpointWeights
+from megasora.checkpoint.weight_kinds import kind_of
 from megasora.codec.fingerprint import without_tiles
 from megasora.codec.vae.folder import task_of
 from megasora.config import Config, load_run_config
@@ -22,12 +24,12 @@ from megasora.files import read_regular_file
 from megasora.jsonl import parse_json
 
 MAX_RUN_INFO_BYTES = 1 << 20
-CHECKPOINT_KINDS = {"ema": "ema", "raw": "weights"}  # values of --weights -> kinds in a checkpoint
 
 
 @dataclass(frozen=True)
 class RunToSample:
-    """`weights`: ema or raw. `config` has the settings of the run, with the backends of this machine."""
+    """`weights`: of --weights: raw, ema, or another average. `config` has the settings of the run, with the backends of
+    this machine."""
 
     folder: Path
     config: Config
@@ -36,8 +38,12 @@ class RunToSample:
     step: int
 
     @classmethod
-    def open(cls, folder: Path, weights: str = "ema") -> RunToSample:
-        """The newest whole checkpoint of a run folder. Raises MegaSoraError if there is none."""
+    def open(cls, folder: Path, weights: str = "ema", is_verified: bool = True) -> RunToSample:
+        """The newest whole checkpoint of a run folder. Raises MegaSoraError if there is none.
+
+        `is_verified`: every byte is read first, and the checkpoint before a damaged one is taken. Otherwise the newest
+        one is taken whose manifest and state are intact, and its weights are verified when they are read.
+        """
         if not (folder / "config.yaml").is_file():
             raise MegaSoraError(f"{folder} is not a run folder: it has no config.yaml; train one with megasora train")
         if task_of(folder) == "codec":
@@ -46,27 +52,35 @@ class RunToSample:
                 "megasora.train; for reconstructions use: megasora codec eval"
             )
         config = load_run_config(folder)
-        if CheckpointStore(folder / "checkpoints").newest() is None:
+        complete = CheckpointStore(folder / "checkpoints").complete()
+        if not complete:
             raise MegaSoraError(
                 f"{folder / 'checkpoints'} holds no checkpoint to sample from; train until step checkpoint.every="
                 f"{config.checkpoint.every}, or to the end"
             )
-        path = find_checkpoint(folder, report=lambda text: print(text, file=sys.stderr))
+        path = None if is_verified else newest_readable(complete)[0]
+        if path is None:
+            path = find_checkpoint(folder, report=lambda text: print(text, file=sys.stderr))
         config.model.kernel_backend = config.model.attention_backend = "auto"  # this machine may differ from training's
-        return cls(folder, config, weights, ShardedCheckpoint(path), step_of(path.name))
+        opened = cls(folder, config, weights, ShardedCheckpoint(path), step_of(path.name))
+        kind_of(opened.checkpoint, weights)  # raises for an average that it has not
+        return opened
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
-    def weight(self, name: str, shape: torch.Size | None = None) -> Tensor:
-        """The full fp32 weight of this name."""
-        return self.checkpoint.full_tensor(self.checkpoint.stored_kind(CHECKPOINT_KINDS[self.weights]), name)
+    @property
+    def stored_weights(self) -> CheckpointWeights:
+        return CheckpointWeights(self.checkpoint, kind_of(self.checkpoint, self.weights), str(self.folder))
 
     def build_model(self) -> torch.nn.Module:
-        """The whole model, on the CPU."""
-        model = build_model(self.config, patch_dim(self.config))
-        model.load_state_dict({name: self.weight(name) for name in self.checkpoint.shapes})
+        """The whole model, on the CPU, fp32."""
+        with torch.device("meta"):
+            model = build_model(self.config, patch_dim(self.config))
+        weights = self.stored_weights
+        for name, parameter in model.to_empty(device="cpu").named_parameters():
+            weights.fill(parameter, name)
         return model
 
     def trained_on(self) -> TrainedOn:

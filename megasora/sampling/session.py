@@ -159,7 +159,7 @@ def error_of_text(encode: Callable[[str], Tensor], text: str) -> MegaSoraError |
 def checkpoint_of(run: RunToSample) -> dict[str, Any]:
     """What names a checkpoint: the run, its step, the kind of weights, and the hash of its manifest."""
     manifest = read_manifest(run.checkpoint.folder.parent)
-    return {"run": run.name, "step": run.step, "weights": run.weights, "sha256": manifest.sha256}
+    return {"run": run.name, "step": run.step, "weights": run.weights, "digest": manifest.digest}
 
 
 @dataclass

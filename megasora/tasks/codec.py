@@ -25,7 +25,7 @@ from megasora.codec.vae.quantizers import perplexity
 from megasora.config import Config
 from megasora.data.clip_loader import ClipBatch, ClipLoader
 from megasora.data.decoded_clips import DecodedClips
-from megasora.diffusion.noise import clip_keys, normal
+from megasora.diffusion.noise import clip_keys
 from megasora.fragment import Fragment
 from megasora.ingest.listing import listing_hash
 from megasora.ingest.sources import find_clips
@@ -37,6 +37,7 @@ from megasora.parallel.zero import ADAM_MOMENTS, ZeroEngine
 from megasora.parallelize import compute_dtype, muon_rule
 from megasora.parallelize_codec import ContextParallelCodec
 from megasora.placement import Placement
+from megasora.random_numbers import normal
 from megasora.tasks.codec_adversarial import PREFIX, Adversary
 from megasora.tasks.codec_export import export_codec, is_exported
 from megasora.tasks.codec_losses import StepCounts, StepLosses, total_loss
@@ -102,8 +103,8 @@ class CodecTask:
             fragments.append(Fragment(name, buffer.shape, Placement(), 0, 1, 0, values))
         return fragments
 
-    def is_primary(self, fragment: Fragment) -> bool:
-        return fragment.name not in self.buffers or self.world.is_main
+    def replicas(self, fragment: Fragment) -> tuple[int, int]:
+        return (self.world.rank, self.world.size) if fragment.name in self.buffers else (0, 1)
 
     def state_dict(self) -> dict[str, Any]:
         clips = [clip for _, clip in self.train_clips]

@@ -7,7 +7,6 @@ neither               drawn from the seed and the name of each weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,15 +17,17 @@ from megasora.codec.vae.folder import find_codec_folder, read_manifest
 from megasora.codec.vae.network import VideoVAE, init_weights
 from megasora.codec.vae.weights import load_network
 from megasora.config import Config
-from megasora.model.init import keyed_generator
 from megasora.parallelize import initial_weights
+from megasora.random_numbers import fill_normal, text_key
 
 
 def build_network(config: Config) -> VideoVAE:
     """The network with the weights of step 0, in fp32 on the CPU. Raises MegaSoraError."""
     if initial_weights_to_read(Path(config.run.dir), config.run.start) is not None:
         network = empty_network(config)
-        load_weights(network, initial_weights(config))
+        weights = initial_weights(config)
+        for name, tensor in network.state_dict(keep_vars=True).items():
+            weights.fill(tensor, name)
         return network
     if config.codec.path:
         folder = find_codec_folder(Path(config.codec.path))
@@ -41,13 +42,8 @@ def empty_network(config: Config) -> VideoVAE:
     return VideoVAE(config.vae, config.codec.factors, config.codec.channels)
 
 
-@torch.no_grad()
-def load_weights(network: VideoVAE, weight_of: Callable[[str, torch.Size], Tensor]) -> None:
-    """Sets all parameters and buffers."""
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        tensor.copy_(weight_of(name, tensor.shape))
-
-
 def standard_normal(seed: int, name: str, shape: torch.Size) -> Tensor:
-    """fp32, a function of the seed, the name and the shape."""
-    return torch.randn(shape, generator=keyed_generator(name, seed))
+    """fp32; each element is a function of the seed, the name and its place."""
+    value = torch.empty(shape)
+    fill_normal(value.view(1, -1), text_key(f"{seed} {name}"), 0, value.numel(), 1.0)
+    return value

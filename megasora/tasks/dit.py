@@ -95,8 +95,9 @@ class DiTTask:
     def fragments(self) -> list[Fragment]:
         return self.engine.fragments()
 
-    def is_primary(self, fragment: Fragment) -> bool:
-        return fragment.placement.is_primary_replica(self.mesh.pipeline.rank, self.mesh.tensor.rank)
+    def replicas(self, fragment: Fragment) -> tuple[int, int]:
+        pipeline, tensor = self.mesh.pipeline, self.mesh.tensor
+        return fragment.placement.replica(pipeline.rank, pipeline.size, tensor.rank, tensor.size)
 
     def state_dict(self) -> dict[str, Any]:
         return {

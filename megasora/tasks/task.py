@@ -54,8 +54,9 @@ class Task(Protocol):
         An unsharded parameter is `Fragment(name, shape, Placement(), 0, 1, 0, {"weights": flat, ...})`.
         """
 
-    def is_primary(self, fragment: Fragment) -> bool:
-        """Whether this rank saves the fragment; of replicas on several ranks, exactly one is primary."""
+    def replicas(self, fragment: Fragment) -> tuple[int, int]:
+        """(index of this rank among the ranks that hold the same elements of the parameter, their number): together
+        they save them once."""
 
     def state_dict(self) -> dict[str, Any]:
         """What else a checkpoint saves, as JSON, equal on all ranks: the position in the data."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +13,15 @@ import torch
 from torch import Tensor
 
 from megasora.batch import VideoBatch
-from megasora.formats.wan import import_wan
-from megasora.formats.wan_folder import WanFolder, read_wan
 from megasora.config import load
 from megasora.data.pack import Record, make_batch
 from megasora.data.patches import patchify, unpatchify
 from megasora.diffusion.flow import build_rows
+from megasora.formats.wan import import_wan
+from megasora.formats.wan_folder import WanFolder, read_wan
+from megasora.formats.wan_layers import parameter_shapes
 from megasora.model.dit import VideoDiT
 from megasora.model.embed import TIMESTEP_SCALE
-from megasora.model.init import initial_value
 from megasora.text.embedders import FeatureEmbedder
 
 if TYPE_CHECKING:
@@ -70,28 +69,35 @@ def randomise(model: torch.nn.Module) -> None:
 
 def settings_for(wan: WanFolder, text: Path) -> list[str]:
     """`wan.settings()` with an encoder in the folder `text` that has the right feature width and is never run."""
+    return [*wan.settings(), f"text.path={encoder_folder(text, wan.text_dim)}"]
+
+
+def encoder_folder(folder: Path, text_dim: int) -> Path:
+    """A T5 encoder with so many features, without weights: it cannot be run."""
     from safetensors.torch import save_file
 
-    text.mkdir(exist_ok=True)
-    sizes = {"vocab_size": 8, "d_model": wan.text_dim, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 1}
-    (text / "config.json").write_text(json.dumps({"model_type": "t5", **sizes}))
-    save_file({}, text / "model.safetensors")
-    return [*wan.settings(), f"text.path={text}"]
+    folder.mkdir(exist_ok=True)
+    sizes = {"vocab_size": 8, "d_model": text_dim, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", **sizes}))
+    save_file({}, folder / "model.safetensors")
+    return folder
 
 
 def build_dit(wan: WanFolder, settings: list[str]) -> VideoDiT:
     """Uninitialised, on torch's default device; like build_model, but without loading transformers."""
     m = load(None, settings).model
-    patch_dim = wan.channels * wan.patch[0] * wan.patch[1] * wan.patch[2]
-    return VideoDiT(m, patch_dim, FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
+    return VideoDiT(m, wan.patch_dim, FeatureEmbedder(wan.text_dim, m.width, m.text_depth, m.heads))
+
+
+def shapes_of(wan: WanFolder) -> dict[str, torch.Size]:
+    """Of the parameters of the VideoDiT for these weights."""
+    return parameter_shapes(load(None, wan.settings()).model, wan.patch_dim, wan.text_dim)
 
 
 def write_weights(tiny: TinyWan, out: Path) -> Path:
     """Imports the weights into the file `out`."""
     wan = read_wan(tiny.folder)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in build_dit(wan, tiny.settings).named_parameters()}
-    import_wan(wan, shapes, partial(initial_value, seed=0), out)
+    import_wan(wan, shapes_of(wan), out)
     return out
 
 

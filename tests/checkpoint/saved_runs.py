@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from megasora.checkpoint.loader import CheckpointLoader
 from megasora.checkpoint.saver import CheckpointSaver
-from megasora.checkpoint.store import CheckpointStore
+from megasora.checkpoint.store import CheckpointStore, Retention
 from megasora.fragment import Fragment
 from megasora.placement import Placement
 
@@ -19,6 +20,12 @@ SHAPE = torch.Size((3,))
 
 class OneRank:
     rank = 0
+
+    def share_on_node(self, make: Callable[[], Any]) -> Any:
+        return make()
+
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
 
     def barrier(self) -> None:
         pass
@@ -31,13 +38,19 @@ class OneRank:
 
 
 class ThreadRank:
-    """A rank of `size` threads; `exchange` and `meeting` are shared. It has the collectives of World."""
+    """A rank of `size` threads, each a node; `exchange` and `meeting` are shared. It has the collectives of World."""
 
     def __init__(self, rank: int, exchange: list, meeting: threading.Barrier):
         self.rank, self.exchange, self.meeting = rank, exchange, meeting
 
     def barrier(self) -> None:
         self.meeting.wait()
+
+    def share_on_node(self, make: Callable[[], Any]) -> Any:
+        return make()
+
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        return self.broadcast_object(sum(self.gather_objects(values) or [0]))
 
     def gather_objects(self, value: object) -> list | None:
         self.exchange[self.rank] = value
@@ -77,14 +90,20 @@ def on_ranks(size: int, function: Callable[[ThreadRank], Any]) -> list:
 
 
 def build_saver(store: CheckpointStore, ranks: Any = None, shape: torch.Size = SHAPE) -> CheckpointSaver:
-    """The saver of a rank that holds one parameter, `weight`, as a replica of rank 0's."""
+    """The saver of a rank that holds one parameter, `weight`, of which rank 0 saves all."""
     values = {"weights": torch.zeros(shape.numel())}
     fragment = Fragment("weight", shape, Placement(), 0, 1, 0, values)
     ranks = ranks or OneRank()
-    return CheckpointSaver(store, [fragment], lambda _: ranks.rank == 0, ranks)
+    return CheckpointSaver(store, [fragment], lambda _: (0, 1) if ranks.rank == 0 else (1, 1 << 30), ranks)
 
 
-def weights(saver: CheckpointSaver) -> list[float]:
+def build_loader(store: CheckpointStore, ranks: Any = None, shape: torch.Size = SHAPE) -> CheckpointLoader:
+    """The loader of such a rank."""
+    saver = build_saver(store, ranks, shape)
+    return CheckpointLoader(store, saver.fragments, saver.ranks)
+
+
+def weights(saver: CheckpointSaver | CheckpointLoader) -> list[float]:
     return saver.fragments[0].values["weights"].tolist()
 
 
@@ -98,7 +117,7 @@ def save(saver: CheckpointSaver, *steps: int) -> Path:
 
 def store_of(run_dir: Path, keep: int = 9) -> CheckpointStore:
     run_dir.mkdir(exist_ok=True)
-    return CheckpointStore(run_dir / "checkpoints", keep)
+    return CheckpointStore(run_dir / "checkpoints", Retention(keep))
 
 
 def flip(file: Path, offset: int = -1, bit: int = 0) -> None:

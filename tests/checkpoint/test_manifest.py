@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -12,19 +11,20 @@ import pytest
 from saved_runs import build_saver, flip, save, store_of
 
 from megasora.checkpoint import manifest as manifest_module
+from megasora.checkpoint import verify as verify_module
+from megasora.checkpoint.block_file import digest_of
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     read_json,
     read_manifest,
-    sha256,
-    verify_checksums,
     write_manifest,
 )
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.start import choose_start
 from megasora.checkpoint.store import read_state
+from megasora.checkpoint.verify import verify_checkpoint
 from megasora.errors import MegaSoraError
 
 FRAGMENTS = "fragments/rank-00000.safetensors"
@@ -37,20 +37,23 @@ def store(tmp_path):
     return store
 
 
-def test_a_digest_equals_that_of_sha256sum(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def test_a_digest_equals_that_of_b3sum():
+    assert digest_of(b"abc").hex() == "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
 
 
 def test_a_manifest_has_the_size_and_digest_of_every_file_and_of_itself(store):
     checkpoint = store.path(20)
-    manifest = verify_checksums(checkpoint)
-    data = {name: (checkpoint / name).read_bytes() for name in (FRAGMENTS, "state.json")}
+    manifest = verify_checkpoint(checkpoint)
+    fragments, state = ((checkpoint / name).read_bytes() for name in (FRAGMENTS, "state.json"))
     assert manifest.step == 20
-    assert manifest.files == {name: (len(d), hashlib.sha256(d).hexdigest()) for name, d in data.items()}
+    assert manifest.files == {
+        FRAGMENTS: (len(fragments), digest_of(fragments[-32:]).hex()),
+        "state.json": (len(state), digest_of(state).hex()),
+    }
+    assert fragments[-32:] == digest_of(fragments[:-32])  # a table of one block
     values = json.loads((checkpoint / MANIFEST).read_text())
-    own = values.pop("sha256")
-    assert own == manifest.sha256 == hashlib.sha256(json.dumps(values, indent=1).encode()).hexdigest()
+    own = values.pop("blake3")
+    assert own == manifest.digest == digest_of(json.dumps(values, indent=1).encode()).hex()
     assert values["format"] == FORMAT
     assert read_state(checkpoint) == {"step": 20, "task": {"position": 160}}
 
@@ -76,8 +79,8 @@ def test_a_flipped_bit_at_any_byte_of_the_fragments_is_found(store):
     data = file.read_bytes()
     for offset in range(len(data)):
         file.write_bytes(data[:offset] + bytes([data[offset] ^ 1 << offset % 8]) + data[offset + 1 :])
-        with pytest.raises(DamagedCheckpoint, match=f"{FRAGMENTS} is damaged: its SHA-256 differs"):
-            verify_checksums(store.path(20))
+        with pytest.raises(DamagedCheckpoint, match=f"{FRAGMENTS} is damaged: .*differ from "):
+            verify_checkpoint(store.path(20))
 
 
 @pytest.mark.parametrize("name", [FRAGMENTS, "state.json"])
@@ -86,16 +89,16 @@ def test_missing_and_truncated_files_are_named(name, store):
     data = file.read_bytes()
     file.write_bytes(data[:-1])
     with pytest.raises(DamagedCheckpoint, match=f"{name} is damaged: {len(data) - 1} bytes, {len(data)} expected; "):
-        verify_checksums(store.path(20))
+        verify_checkpoint(store.path(20))
     file.unlink()
     with pytest.raises(DamagedCheckpoint, match=f"{name} is missing"):
-        verify_checksums(store.path(20))
+        verify_checkpoint(store.path(20))
 
 
 def rewrite(checkpoint, **changes):
     """A manifest with a correct checksum of its own and other values."""
     values = json.loads((checkpoint / MANIFEST).read_text()) | changes
-    values.pop("sha256")
+    values.pop("blake3")
     (checkpoint / MANIFEST).write_text(manifest_module.manifest_text(values))
 
 
@@ -118,9 +121,9 @@ def rewrite(checkpoint, **changes):
 def test_a_hostile_name_is_refused_before_any_file_is_opened(name, store, monkeypatch):
     checkpoint = store.path(20)
     rewrite(checkpoint, files={name: [3, "0" * 64]})
-    monkeypatch.setattr(manifest_module, "sha256", lambda file: pytest.fail(f"{file} was read"))
+    monkeypatch.setattr(verify_module, "file_actions", lambda *file: pytest.fail(f"{file} was read"))
     with pytest.raises(DamagedCheckpoint, match=r"is no name of a file"):
-        verify_checksums(checkpoint)
+        verify_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "FIFO", "folder"])
@@ -135,7 +138,7 @@ def test_what_is_no_regular_file_is_refused_unread(kind, store, tmp_path):
         make = {"link to a file": lambda f: f.symlink_to(tmp_path / "elsewhere"), "FIFO": os.mkfifo, "folder": os.mkdir}
         make[kind](file)
     with pytest.raises(DamagedCheckpoint, match="is a link|not a regular file|is damaged"):
-        verify_checksums(checkpoint)
+        verify_checkpoint(checkpoint)
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(store):
@@ -159,7 +162,7 @@ def test_files_of_two_checkpoints_that_were_swapped_are_found(store):
 def test_an_invalid_manifest_is_damage(text, store):
     (store.path(20) / MANIFEST).write_text(text, errors="surrogateescape")
     with pytest.raises(DamagedCheckpoint, match="manifest.json cannot be read: .*; use an earlier checkpoint"):
-        verify_checksums(store.path(20))
+        verify_checkpoint(store.path(20))
 
 
 def test_a_json_file_of_more_than_the_limit_is_not_parsed(store, monkeypatch):
@@ -168,39 +171,42 @@ def test_a_json_file_of_more_than_the_limit_is_not_parsed(store, monkeypatch):
         read_manifest(store.path(20))
 
 
-@pytest.mark.parametrize("version", ["before format 1", "format 2"])
+@pytest.mark.parametrize("version", ["before format 1", "format 1", "format 3"])
 def test_a_checkpoint_of_another_version_is_one_sentence_and_no_damage(version, store):
     checkpoint = store.path(20)
-    if version == "format 2":
-        rewrite(checkpoint, format=2)
+    if version == "format 3":
+        rewrite(checkpoint, format=3)
+    elif version == "format 1":
+        values = {"format": 1, "step": 20, "files": {"state.json": [3, "0" * 64]}, "sha256": "0" * 64}
+        (checkpoint / MANIFEST).write_text(json.dumps(values, indent=1))
     else:
         values = json.loads((checkpoint / MANIFEST).read_text())
         (checkpoint / MANIFEST).write_text(json.dumps({key: values[key] for key in ("step", "files")}, indent=1))
-    for read in (verify_checksums, lambda _: choose_start(store, "resume-or-fresh")):
+    for read in (verify_checkpoint, lambda _: choose_start(store, "resume-or-fresh")):
         with pytest.raises(MegaSoraError) as error:
             read(checkpoint)
-        number = 2 if version == "format 2" else 0
+        number = int(version[-1]) if version.startswith("format") else 0
         assert not isinstance(error.value, DamagedCheckpoint)
         assert str(error.value) == (
             f"{checkpoint} was saved by another version of MegaSora (checkpoint format {number}, this version reads "
-            "1); continue with that version, or start the run again in another run.dir"
+            "2); continue with that version, or start the run again in another run.dir"
         )
 
 
 def test_a_disk_error_is_damage(store, monkeypatch):
-    def fail(file):
-        raise OSError(errno.EIO, "Input/output error", str(file))
+    def fail(handle, views, start):
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(manifest_module, "sha256", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(DamagedCheckpoint, match=re.escape(f"{FRAGMENTS} cannot be read: Input/output error")):
-        verify_checksums(store.path(20))
+        verify_checkpoint(store.path(20))
 
 
 def test_a_manifest_is_written_as_it_is_read(tmp_path):
     folder = tmp_path / "step-00000007"
     folder.mkdir()
     (folder / "a.b").write_bytes(b"abc")
-    write_manifest(folder, 7, {"a.b": (3, sha256(folder / "a.b"))})
+    write_manifest(folder, 7, {"a.b": (3, digest_of(b"abc").hex())})
     flip(folder / "a.b")
-    with pytest.raises(DamagedCheckpoint, match="a.b is damaged: its SHA-256"):
-        verify_checksums(folder)
+    with pytest.raises(DamagedCheckpoint, match="a.b is damaged: its digest"):
+        verify_checkpoint(folder)

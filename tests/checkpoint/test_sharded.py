@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from megasora.checkpoint.block_file import DIGEST_BYTES, digest_of
 from megasora.checkpoint.damage import DamagedCheckpoint
-from megasora.checkpoint.manifest import MANIFEST, sha256, write_manifest
-from megasora.checkpoint.safetensors_file import TensorFile, write_tensors
-from megasora.checkpoint.sharded import METADATA, ShardedCheckpoint, export, write_fragments
+from megasora.checkpoint.manifest import MANIFEST, write_manifest
+from megasora.checkpoint.fragment_file import METADATA, FragmentFile
+from megasora.checkpoint.safetensors_file import write_tensors
+from megasora.checkpoint.sharded import RankFile, ShardedCheckpoint, export
 from megasora.errors import MegaSoraError
 from megasora.fragment import Fragment
 from megasora.placement import Placement
@@ -64,14 +66,16 @@ def write(folder, ranks):
     checkpoint = folder / "step-00000001"
     checkpoint.mkdir()
     for rank, fragments in enumerate(ranks):
-        write_fragments(checkpoint, rank, primary_replicas(fragments))
+        file = RankFile(rank, primary_replicas(fragments))
+        file.write(checkpoint, file.values)
     write_manifest_of(checkpoint)
     return checkpoint
 
 
 def write_manifest_of(checkpoint):
-    files = [path for path in checkpoint.rglob("*.*") if path.name != MANIFEST]
-    write_manifest(checkpoint, 1, {f.relative_to(checkpoint).as_posix(): (f.stat().st_size, sha256(f)) for f in files})
+    files = {p.relative_to(checkpoint).as_posix(): p.read_bytes() for p in checkpoint.rglob("*.*") if p.name != MANIFEST}
+    entries = {name: (len(data), digest_of(data[-DIGEST_BYTES:]).hex()) for name, data in files.items()}  # of one block
+    write_manifest(checkpoint, 1, entries)
 
 
 LAYOUT = st.tuples(st.sampled_from([1, 2, 4]), st.lists(st.floats(0, 1), max_size=3))
@@ -92,32 +96,32 @@ def test_a_checkpoint_of_one_layout_loads_bit_for_bit_in_any_other(saved, loadin
                 expected = {kind: values.clone() for kind, values in f.values.items()}
                 for values in f.values.values():
                     values.fill_(-1)
-                checkpoint.load_into(f)
+                checkpoint.load_into([f])
                 assert all(torch.equal(f.values[kind], expected[kind]) for kind in KINDS)
 
 
 def test_only_the_bytes_of_a_fragment_are_read_if_the_sharding_is_unchanged(tmp_path, monkeypatch):
     checkpoint, read = ShardedCheckpoint(write(tmp_path, fragments_of(2, [0.5]))), []
-    original = TensorFile.read
+    original = FragmentFile.read
 
-    def recording_read(file, name, start, count):
-        read.append((file.path.name, name, count))
-        return original(file, name, start, count)
+    def recording_read(file, offset, out):
+        read.append((file.path.name, len(out)))
+        original(file, offset, out)
 
-    monkeypatch.setattr(TensorFile, "read", recording_read)
+    monkeypatch.setattr(FragmentFile, "read", recording_read)
     for fragment in fragments_of(2, [0.25, 0.75])[3]:  # the second tensor rank's, of the second data rank
         read.clear()
         assert torch.equal(checkpoint.read_fragment("ema", fragment), fragment.values["ema"])
-        assert sum(count for _, _, count in read) == fragment.count
+        assert sum(count for _, count in read) == fragment.count
         if fragment.name == "qkv.weight":  # half of each of the two fragments of this tensor rank
-            assert read == [(f"rank-0000{rank}.safetensors", "ema/qkv.weight", 7) for rank in (1, 3)]
+            assert read == [(f"rank-0000{rank}.safetensors", 7) for rank in (1, 3)]
 
 
 def test_a_parameter_with_another_sharding_is_assembled_first(tmp_path):
     checkpoint = ShardedCheckpoint(write(tmp_path, fragments_of(2, [])))
     (first, *_) = fragments_of(2, [])[1]
     full_values = full("ema", "qkv.weight")
-    for placement in (Placement(shard_dim=0), Placement(shard_dim=0, num_chunks=2), Placement()):
+    for placement in (Placement(shard_dim=0, num_chunks=3), Placement()):
         local = placement.local(full_values, 1, 2).reshape(-1)
         fragment = dataclasses.replace(first, placement=placement, values={"ema": local})
         assert torch.equal(checkpoint.read_fragment("ema", fragment), local)
@@ -135,6 +139,7 @@ def test_an_export_is_a_safetensors_file_of_full_tensors(tmp_path):
 
 def test_a_file_of_fragments_is_a_safetensors_file(tmp_path):
     tensors = load_file(write(tmp_path, fragments_of(1, [])) / "fragments" / "rank-00000.safetensors")
+    assert tensors.pop("digests").shape == (1, DIGEST_BYTES)
     assert tensors.keys() == {f"{kind}/{name}" for kind in KINDS for name in WEIGHTS}
     assert all(values.dtype == torch.float32 and values.ndim == 1 for values in tensors.values())
 
@@ -199,7 +204,7 @@ def test_a_fragment_that_was_not_saved_raises_with_both_shapes(tmp_path):
     }
     for words, fragment in changed.items():
         with pytest.raises(MegaSoraError, match=f"{fragment.name} .* cannot be loaded, the checkpoint has {words}"):
-            checkpoint.load_into(fragment)
+            checkpoint.load_into([fragment])
 
 
 def with_metadata(data, fragments):

@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from saved_runs import build_saver, flip, names, save, store_of, weights
+from saved_runs import build_loader, build_saver, flip, names, save, store_of, weights
 
 from megasora.checkpoint.history import HISTORY, History, read_history, write_history
 from megasora.checkpoint.start import begins, choose_start, initial_weights_to_read
@@ -26,9 +26,9 @@ def store(tmp_path):
 
 def resume(store, start=DEFAULT):
     """(step, weights) after a launch with `run.start=start`, and what it printed is left to capsys."""
-    saver = build_saver(store)
-    state = saver.resume(start)
-    return (state["step"] if state else 0), weights(saver)[0]
+    loader = build_loader(store)
+    state = loader.resume(start)
+    return (state["step"] if state else 0), weights(loader)[0]
 
 
 def error_of(store, start=DEFAULT):

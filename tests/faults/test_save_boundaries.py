@@ -2,7 +2,8 @@
 
 Two threads of a forked process save as two ranks; the process ends, without any clean-up, at the n-th change of a file
 by one of them. This is done for every n: before the first file, within a tensor, around each fsync, at the manifest,
-the rename, `latest`, and the deletion of the oldest checkpoint.
+the rename, `latest`, and the deletion of the oldest checkpoint. It is done for saves that stop the ranks, and for
+asynchronous ones, during which the ranks change all values and take part in steps.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasora.checkpoint import safetensors_file
+from megasora.checkpoint import fragment_file
+from megasora.checkpoint import saver as saver_module
+from megasora.checkpoint.loader import CheckpointLoader
 from megasora.checkpoint.saver import CheckpointSaver
-from megasora.checkpoint.store import CheckpointStore
+from megasora.checkpoint.store import CheckpointStore, Retention
 from megasora.fragment import Fragment
 from megasora.placement import Placement
 
@@ -29,7 +32,7 @@ RANKS, KEEP = 2, 2
 DONE, KILLED = 0, 9
 CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}  # audit events, raised before the change
 SAVE_SECONDS = 60  # after which the forked process ends in any case
-OTHER_SECONDS = 20.0  # for the other rank to come to its next barrier
+OTHER_SECONDS = 20.0  # for the other rank to write its file
 
 
 class ThreadRank:
@@ -41,15 +44,25 @@ class ThreadRank:
     def barrier(self) -> None:
         self.barrier_of_all.wait()
 
-    def gather_objects(self, value: object) -> list | None:
+    def share_on_node(self, make):
+        return make()
+
+    def exchange(self, value: object) -> list:
         self.slots[self.rank] = value
         self.barrier()
         values = list(self.slots)
         self.barrier()
+        return values
+
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        return sum(self.exchange(values))
+
+    def gather_objects(self, value: object) -> list | None:
+        values = self.exchange(value)
         return values if self.rank == 0 else None
 
     def broadcast_object(self, value: object) -> object:
-        return (self.gather_objects(value) or list(self.slots))[0]
+        return self.exchange(value)[0]
 
 
 def fragments(rank: int, value: float) -> list[Fragment]:
@@ -62,26 +75,35 @@ def single_rank() -> ThreadRank:
     return ThreadRank(0, threading.Barrier(1), [None])
 
 
-def save_all(folder: Path, step: int) -> None:
+def save_all(folder: Path, step: int, asynchronous: bool = False) -> None:
     """Saves a checkpoint on RANKS threads."""
     barrier, slots = threading.Barrier(RANKS), [None] * RANKS
-    threads = [threading.Thread(target=save, args=(folder, step, ThreadRank(r, barrier, slots))) for r in range(RANKS)]
+    threads = [
+        threading.Thread(target=save, args=(folder, step, ThreadRank(rank, barrier, slots), asynchronous))
+        for rank in range(RANKS)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def save(folder: Path, step: int, rank: ThreadRank) -> None:
-    store = CheckpointStore(folder / "checkpoints", KEEP)
-    CheckpointSaver(store, fragments(rank.rank, step), lambda f: True, rank).save(step, {"tag": f"of {step}"})
+def save(folder: Path, step: int, rank: ThreadRank, asynchronous: bool) -> None:
+    store, values = CheckpointStore(folder / "checkpoints", Retention(KEEP)), fragments(rank.rank, step)
+    saver = CheckpointSaver(store, values, lambda f: (0, 1), rank, asynchronous)
+    saver.save(step, {"tag": f"of {step}"})
+    for tensor in values[0].values.values():
+        tensor.fill_(-7)
+    while saver.current is not None:  # steps of a training
+        busy, failed = rank.all_reduce_sum(torch.tensor(saver.progress())).tolist()
+        saver.advance(busy, failed)
 
 
 def load(folder: Path) -> int:
     """Resumes on one rank; the step, after checking that every element and the state are those of its save."""
     both = [f for rank in range(RANKS) for f in fragments(rank, -100.0)]
-    store = CheckpointStore(folder / "checkpoints", KEEP)
-    state = CheckpointSaver(store, both, lambda f: True, single_rank()).resume("resume-or-fresh")
+    store = CheckpointStore(folder / "checkpoints", Retention(KEEP))
+    state = CheckpointLoader(store, both, single_rank()).resume("resume-or-fresh")
     if state is None:
         return 0
     for rank, loaded in enumerate(both):
@@ -94,7 +116,7 @@ def load(folder: Path) -> int:
 # ---------------------------------------------------------------- the killed save
 
 
-def save_and_kill(folder: Path, step: int, victim: int, number: int) -> int:
+def save_and_kill(folder: Path, step: int, victim: int, number: int, asynchronous: bool) -> int:
     """Saves in a forked process that ends when thread `victim` is about to make its change `number`; DONE or KILLED."""
     child = os.fork()
     if child:
@@ -102,15 +124,15 @@ def save_and_kill(folder: Path, step: int, victim: int, number: int) -> int:
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not pytest's, which is inherited
         signal.alarm(SAVE_SECONDS)
-        save_until(folder, step, victim, number)
+        save_until(folder, step, victim, number, asynchronous)
     finally:
         os._exit(1)
 
 
-def save_until(folder: Path, step: int, victim: int, number: int) -> None:
+def save_until(folder: Path, step: int, victim: int, number: int, asynchronous: bool) -> None:
     """The body of the forked process; never returns."""
     killed, barrier, slots = threading.Event(), threading.Barrier(RANKS), [None] * RANKS
-    own, count = threading.local(), iter(range(number))
+    own, count, tasks = threading.local(), iter(range(number)), list[threading.Thread]()
 
     def change() -> None:
         if getattr(own, "is_victim", False) and next(count, None) is None:
@@ -119,8 +141,23 @@ def save_until(folder: Path, step: int, victim: int, number: int) -> None:
 
     def run(rank: int) -> None:
         own.is_victim = rank == victim
-        save(folder, step, ThreadRank(rank, barrier, slots))
+        save(folder, step, ThreadRank(rank, barrier, slots), asynchronous)
 
+    class TaskOfRank(saver_module.Task):
+        """A thread of a rank belongs to it."""
+
+        def __init__(self, action, name: str):
+            is_victim = getattr(own, "is_victim", False)
+            if not is_victim:
+                tasks.append(self)
+
+            def run_of_rank():
+                own.is_victim = is_victim
+                return action()
+
+            super().__init__(run_of_rank, name)
+
+    saver_module.Task = TaskOfRank
     install(change)
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(RANKS)]
     for thread in threads:
@@ -128,7 +165,7 @@ def save_until(folder: Path, step: int, victim: int, number: int) -> None:
     while not killed.is_set() and any(thread.is_alive() for thread in threads):
         time.sleep(0.0005)
     deadline = time.monotonic() + OTHER_SECONDS
-    while killed.is_set() and barrier.n_waiting < RANKS - 1 and threads[1 - victim].is_alive():
+    while killed.is_set() and any(task.is_alive() for task in tasks):  # the other rank writes on
         if time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.0005)
@@ -143,7 +180,7 @@ def install(change) -> None:
         if writes or event in CHANGES:
             change()
 
-    real_sync, real_writer = os.fsync, safetensors_file.atomic_writer
+    real_sync, real_writer = os.fsync, fragment_file.atomic_writer
 
     def fsync(handle: int) -> None:
         change()
@@ -156,14 +193,14 @@ def install(change) -> None:
             yield Halves(file, change)
 
     sys.addaudithook(audit)
-    os.fsync, safetensors_file.atomic_writer = fsync, writer
+    os.fsync, fragment_file.atomic_writer = fsync, writer
 
 
 class Halves:
     """A file whose writes reach the disk in two halves."""
 
     def __init__(self, file, change):
-        self.file, self.change = file, change
+        self.file, self.change, self.tell = file, change, file.tell
 
     def write(self, data) -> None:
         data = bytes(data)
@@ -181,8 +218,9 @@ class Halves:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("earlier", [(), (10,), (10, 20)], ids=["first", "second", "third_of_two"])
 @pytest.mark.parametrize("victim", range(RANKS))
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
 def test_a_save_killed_at_any_change_of_a_file_is_the_previous_checkpoint_or_whole(
-    victim, earlier, tmp_path, monkeypatch
+    asynchronous, victim, earlier, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # a killed process loses nothing that it has written
     previous, step, reached = max(earlier, default=0), 30, []
@@ -191,11 +229,11 @@ def test_a_save_killed_at_any_change_of_a_file_is_the_previous_checkpoint_or_who
         save_all(tmp_path / "before", saved)
     for number in range(500):
         folder = shutil.copytree(tmp_path / "before", tmp_path / str(number))
-        code = save_and_kill(folder, step, victim, number)
+        code = save_and_kill(folder, step, victim, number, asynchronous)
         assert code in (DONE, KILLED), f"change {number} of rank {victim}"
         reached.append(load(folder))
         assert not list((folder / "checkpoints").glob(".*")), f"change {number} of rank {victim}"
-        save_all(folder, step)  # the resumed run saves it again
+        save_all(folder, step, asynchronous)  # the resumed run saves it again
         assert load(folder) == step
         assert not list(folder.rglob(".*")), f"change {number} of rank {victim} leaves a file behind"
         saved = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))

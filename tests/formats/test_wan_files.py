@@ -6,17 +6,17 @@ import json
 import os
 import re
 import shutil
-from functools import partial
+from collections import OrderedDict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasora.formats.wan import DEFAULT_INIT, import_wan
+from megasora.errors import MegaSoraError
+from megasora.formats.allowed_pickle import StoredTensor
+from megasora.formats.wan import import_wan
 from megasora.formats.wan_folder import WEIGHTS_FILE, WanFolder, read_wan
 from megasora.formats.wan_names import diffusers_names
-from megasora.errors import MegaSoraError
-from megasora.model.init import initial_value
 from megasora.testing.wan import (
     CHANNELS,
     PATCH,
@@ -25,6 +25,7 @@ from megasora.testing.wan import (
     make_pack,
     make_tiny_wan,
     run_reference,
+    shapes_of,
     write_weights,
 )
 
@@ -92,14 +93,9 @@ def original_config(**changes) -> dict:
     }
 
 
-def shapes_of(wan: WanFolder, tiny) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: p.shape for name, p in build_dit(wan, tiny.settings).named_parameters()}
-
-
-def imported(place, out, tiny) -> dict[str, torch.Tensor]:
+def imported(place, out) -> dict[str, torch.Tensor]:
     wan = read_wan(place)
-    import_wan(wan, shapes_of(wan, tiny), partial(initial_value, seed=0), out)
+    import_wan(wan, shapes_of(wan), out)
     return load_file(out)
 
 
@@ -110,7 +106,7 @@ def check_equal(values, expected):
 
 
 def rounded(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: v if name in DEFAULT_INIT else v.bfloat16().float() for name, v in weights.items()}
+    return {name: v.bfloat16().float() for name, v in weights.items()}
 
 
 def write_parts(state, folder, pattern: str, index: str) -> list[str]:
@@ -128,9 +124,9 @@ def write_parts(state, folder, pattern: str, index: str) -> list[str]:
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp16", "non_ema"])
-def test_a_single_file_of_a_variant_is_read(variant, folder, state, weights, tiny, tmp_path):
+def test_a_single_file_of_a_variant_is_read(variant, folder, state, weights, tmp_path):
     save_file({n: w.bfloat16() for n, w in state.items()}, folder / f"diffusion_pytorch_model.{variant}.safetensors")
-    check_equal(imported(folder, tmp_path / "out.safetensors", tiny), rounded(weights))
+    check_equal(imported(folder, tmp_path / "out.safetensors"), rounded(weights))
 
 
 @pytest.mark.parametrize(
@@ -142,10 +138,10 @@ def test_a_single_file_of_a_variant_is_read(variant, folder, state, weights, tin
         ("part-{}.safetensors", INDEX_FILE),
     ],
 )
-def test_several_files_of_a_variant_are_read(pattern, index, folder, state, weights, tiny, tmp_path):
+def test_several_files_of_a_variant_are_read(pattern, index, folder, state, weights, tmp_path):
     files = write_parts(state, folder, pattern, index)
     assert [file.name for file in read_wan(folder).files] == files
-    check_equal(imported(folder, tmp_path / "out.safetensors", tiny), weights)
+    check_equal(imported(folder, tmp_path / "out.safetensors"), weights)
 
 
 def test_the_weights_without_a_variant_are_preferred_and_several_variants_are_an_error(folder, state, tmp_path):
@@ -159,9 +155,9 @@ def test_the_weights_without_a_variant_are_preferred_and_several_variants_are_an
     assert read_wan(folder).files == (folder / WEIGHTS_FILE,)
 
 
-def test_dtypes_may_be_mixed(folder, state, weights, tiny, tmp_path):
+def test_dtypes_may_be_mixed(folder, state, weights, tmp_path):
     save_file({n: w.bfloat16() if w.ndim > 1 else w for n, w in state.items()}, folder / WEIGHTS_FILE)
-    values = imported(folder, tmp_path / "out.safetensors", tiny)
+    values = imported(folder, tmp_path / "out.safetensors")
     for name, value in rounded(weights).items():
         assert torch.equal(values[name], value if weights[name].ndim > 1 else weights[name]), name
 
@@ -210,7 +206,7 @@ def test_the_original_release_gives_the_outputs_of_diffusers(files, state, weigh
         save_file(original, folder / WEIGHTS_FILE)
     else:
         write_parts(original, folder, "diffusion_pytorch_model-{}.safetensors", INDEX_FILE)
-    values = imported(folder, tmp_path / "out.safetensors", tiny)
+    values = imported(folder, tmp_path / "out.safetensors")
     check_equal(values, weights)
     model, batch = build_dit(read_wan(folder), tiny.settings), make_pack()
     model.load_state_dict(values)
@@ -220,12 +216,12 @@ def test_the_original_release_gives_the_outputs_of_diffusers(files, state, weigh
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
-def test_a_file_of_comfyui_needs_no_configuration(prefix, state, weights, tiny, tmp_path):
+def test_a_file_of_comfyui_needs_no_configuration(prefix, state, weights, tmp_path):
     file = tmp_path / "wan2.1_t2v_tiny_bf16.safetensors"
     save_file({prefix + original_name(name): value for name, value in state.items()}, file)
     wan = read_wan(file)
     assert wan == WanFolder((file,), 2, 1, 128, 128 * 8960 // 1536, CHANNELS, TEXT_DIM, PATCH)
-    check_equal(imported(file, tmp_path / "out.safetensors", tiny), weights)
+    check_equal(imported(file, tmp_path / "out.safetensors"), weights)
 
 
 def test_the_two_models_of_an_original_release_are_an_error(tmp_path):
@@ -257,62 +253,157 @@ def test_the_original_config_of_another_model_raises(name, tmp_path):
     assert words in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
 
 
+# ---------------------------------------------------------------- files of torch.save
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
+def test_a_file_of_torch_save_is_read_by_either_kind_of_names(suffix, state, weights, tmp_path):
+    file = tmp_path / f"wan.{suffix}"
+    torch.save({original_name(name): value for name, value in state.items()}, file)
+    assert read_wan(file) == WanFolder((file,), 2, 1, 128, 128 * 8960 // 1536, CHANNELS, TEXT_DIM, PATCH)
+    check_equal(imported(file, tmp_path / "a.safetensors"), weights)
+    parameters = {name: torch.nn.Parameter(value.bfloat16()) for name, value in state.items()}
+    torch.save(OrderedDict(parameters), file)
+    check_equal(imported(file, tmp_path / "b.safetensors"), rounded(weights))
+
+
+@pytest.mark.parametrize("index", [None, "diffusion_pytorch_model.pth.index.json"])
+def test_several_files_of_torch_save_are_read_with_and_without_an_index(index, folder, state, weights, tmp_path):
+    names, weight_map = sorted(state), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"diffusion_pytorch_model-0000{number}-of-00002.pth"
+        torch.save({name: state[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    if index:
+        (folder / index).write_text(json.dumps({"weight_map": weight_map}))
+    assert len(read_wan(folder).files) == 2
+    check_equal(imported(folder, tmp_path / "a.safetensors"), weights)
+    (folder / "diffusion_pytorch_model-00001-of-00002.pth").unlink()
+    check_error(folder, tmp_path, "lacks", "download the whole folder")
+
+
+def test_parts_without_an_index_are_read_if_none_is_missing(folder, state, weights, tmp_path):
+    write_parts(state, folder, "diffusion_pytorch_model-{}.safetensors", INDEX_FILE)
+    (folder / INDEX_FILE).unlink()
+    check_equal(imported(folder, tmp_path / "out.safetensors"), weights)
+
+
+def test_safetensors_are_preferred_to_pickles(folder, state):
+    (folder / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"not read")
+    save_file(state, folder / WEIGHTS_FILE)
+    assert read_wan(folder).files == (folder / WEIGHTS_FILE,)
+
+
+def test_one_tensor_of_a_file_is_read_at_a_time(state, tmp_path, monkeypatch):
+    """By its bytes: the largest read is that of the largest tensor."""
+    file, reads = tmp_path / "wan.pth", []
+    torch.save(state, file)
+    original = StoredTensor.read_elements
+    monkeypatch.setattr(
+        StoredTensor, "read_elements", lambda self, start, count: reads.append(count) or original(self, start, count)
+    )
+    imported(file, tmp_path / "out.safetensors")
+    assert sorted(reads) == sorted(value.numel() for value in state.values())
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/never",)
+
+
+PICKLES = {  # what torch.save is given, words of the error
+    "code": ({"a": Code()}, "holds posix.system"),
+    "a module": (torch.nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear"),
+    "a list": ([torch.zeros(2)], "holds a list, no weights by name"),
+    "a tensor": (torch.zeros(2), "holds a StoredTensor, no weights by name"),
+    "nothing": ({}, "no weights by name"),
+    "a training": ({"model": {"a": torch.zeros(2)}, "step": 5}, "holds model, step, no tensors"),
+    "numbers for names": ({5: torch.zeros(2)}, "holds 5, no tensors"),
+    "another model": ({"lora_A.weight": torch.zeros(2, 2)}, "no weights of a Wan 2.x model"),
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_that_holds_more_than_weights_is_refused_and_not_run(name, folder, tmp_path):
+    value, words = PICKLES[name]
+    torch.save(value, tmp_path / "wan.pth")
+    check_error(tmp_path / "wan.pth", tmp_path, "wan.pth", words)
+    shutil.copy(tmp_path / "wan.pth", folder)
+    if name != "another model":
+        check_error(folder, tmp_path, "wan.pth", words)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\x80\x04\x95" + b"a" * 200, b"PK\5\6" + b"\0" * 18], ids=repr)
+def test_a_damaged_archive_is_one_line(data, folder, tmp_path):
+    (tmp_path / "wan.pth").write_bytes(data)
+    check_error(tmp_path / "wan.pth", tmp_path, "wan.pth", "cannot be read")
+    (folder / "wan.pth").write_bytes(data)
+    check_error(folder, tmp_path, "wan.pth", "cannot be read")
+
+
+def test_a_truncated_archive_is_one_line(state, tmp_path):
+    torch.save(state, tmp_path / "whole.pth")
+    data = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "wan.pth").write_bytes(data[: len(data) // 2])
+    check_error(tmp_path / "wan.pth", tmp_path, "wan.pth", "cannot be read")
+
+
 # ---------------------------------------------------------------- damaged and hostile files
 
 
-def check_error(place, tmp_path, tiny, *words):
+def check_error(place, tmp_path, *words):
     out = tmp_path / "out.safetensors"
     with pytest.raises(MegaSoraError) as caught:
-        imported(place, out, tiny)
+        imported(place, out)
     text = str(caught.value)
     assert "\n" not in text and all(word in text for word in words), text
     assert not list(tmp_path.glob("*out.safetensors*"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_an_error_that_names_the_tensor(value, folder, state, tiny, tmp_path):
+def test_weights_that_are_not_finite_are_an_error_that_names_the_tensor(value, folder, state, tmp_path):
     name = "blocks.1.ffn.net.2.weight"
     damaged = state[name].clone()
     damaged[3, 5] = damaged[0, 0] = value
     save_file({**state, name: damaged}, folder / WEIGHTS_FILE)
-    check_error(folder, tmp_path, tiny, WEIGHTS_FILE, f"2 of {damaged.numel()} weights of {name} are NaN or infinite")
+    check_error(folder, tmp_path, WEIGHTS_FILE, f"2 of {damaged.numel()} weights of {name} are NaN or infinite")
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 5, None, "x.bin"])
-def test_an_index_that_names_files_elsewhere_is_an_error(name, folder, state, tiny, tmp_path):
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 5, None, "x.exe"])
+def test_an_index_that_names_files_elsewhere_is_an_error(name, folder, state, tmp_path):
     save_file(state, tmp_path / "other.safetensors")
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(state, name)}))
-    check_error(folder, tmp_path, tiny, INDEX_FILE, "no .safetensors file of its own folder")
+    check_error(folder, tmp_path, INDEX_FILE, "no weight file of its own folder")
 
 
-def test_a_missing_part_is_named(folder, state, tiny, tmp_path):
+def test_a_missing_part_is_named(folder, state, tmp_path):
     files = write_parts(state, folder, "diffusion_pytorch_model-{}.safetensors", INDEX_FILE)
     (folder / files[1]).unlink()
-    check_error(folder, tmp_path, tiny, "lacks", files[1])
+    check_error(folder, tmp_path, "lacks", files[1])
     (folder / INDEX_FILE).unlink()
-    check_error(folder, tmp_path, tiny, f"lacks {WEIGHTS_FILE} or its index")
+    check_error(folder, tmp_path, f"lacks {WEIGHTS_FILE} or its index")
 
 
 JSONS = ["", "[", "[]", "5", "nul", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"weight_map": []}', "\xff\xfe"]
 
 
 @pytest.mark.parametrize("text", JSONS, ids=lambda text: text[:14])
-def test_a_hostile_config_or_index_is_one_line(text, folder, state, tiny, tmp_path):
+def test_a_hostile_config_or_index_is_one_line(text, folder, state, tmp_path):
     (folder / INDEX_FILE).write_text(text, encoding="latin-1")
-    check_error(folder, tmp_path, tiny, INDEX_FILE)
+    check_error(folder, tmp_path, INDEX_FILE)
     (folder / "config.json").write_text(text, encoding="latin-1")
-    check_error(folder, tmp_path, tiny, "config.json")
+    check_error(folder, tmp_path, "config.json")
 
 
-def test_a_fifo_for_a_file_does_not_block(folder, tiny, tmp_path):
+def test_a_fifo_for_a_file_does_not_block(folder, tmp_path):
     os.mkfifo(folder / INDEX_FILE)
-    check_error(folder, tmp_path, tiny, "not a regular file")
+    check_error(folder, tmp_path, "not a regular file")
     (folder / INDEX_FILE).unlink()
     os.mkfifo(folder / WEIGHTS_FILE)
-    check_error(folder, tmp_path, tiny, WEIGHTS_FILE, "no regular file")
+    check_error(folder, tmp_path, WEIGHTS_FILE, "no regular file")
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    check_error(folder, tmp_path, tiny, "config.json", "not a regular file")
+    check_error(folder, tmp_path, "config.json", "not a regular file")
 
 
 def header_file(header: object, length: int | None = None, data: bytes = b"\0" * 64) -> bytes:
@@ -339,13 +430,13 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_hostile_safetensors_file_is_one_line(name, folder, tiny, tmp_path):
+def test_a_hostile_safetensors_file_is_one_line(name, folder, tmp_path):
     (folder / WEIGHTS_FILE).write_bytes(HEADERS[name])
-    check_error(folder, tmp_path, tiny, WEIGHTS_FILE, "cannot be read")
-    check_error(folder / WEIGHTS_FILE, tmp_path, tiny, WEIGHTS_FILE, "cannot be read")
+    check_error(folder, tmp_path, WEIGHTS_FILE, "cannot be read")
+    check_error(folder / WEIGHTS_FILE, tmp_path, WEIGHTS_FILE, "cannot be read")
 
 
-def test_a_file_of_another_model_is_one_line(tmp_path, tiny):
+def test_a_file_of_another_model_is_one_line(tmp_path):
     file = tmp_path / "other.safetensors"
     save_file({"lora_A.weight": torch.zeros(2, 2)}, file)
-    check_error(file, tmp_path, tiny, "other.safetensors", "no weights of a Wan 2.x model")
+    check_error(file, tmp_path, "other.safetensors", "no weights of a Wan 2.x model")

@@ -227,6 +227,24 @@ def test_output_depends_only_on_differences_of_coords_and_on_which_frame_is_firs
 
 
 @BOTH
+def test_conditioned_on_timesteps_alone_a_model_has_no_other_input_than_patches_coords_and_captions(modulation):
+    model, batch = make_model(modulation, conditioning="timestep"), make_pack()
+    full = {name for name, _ in make_model(modulation).named_parameters()}
+    left_out = full - {name for name, _ in model.named_parameters()}
+    assert {name.split(".")[0] for name in left_out} == {"native", "pooled_text", "first_frame", "null_text"}
+    other = dataclasses.replace(shifted(batch, t=1), native_size_G4=batch.native_size_G4 * 2)
+    torch.testing.assert_close(model(batch), model(other), rtol=1e-4, atol=1e-4)
+    timesteps_R = batch.timesteps_R.clone()
+    timesteps_R[-1] += 0.3
+    changed = outputs(model, dataclasses.replace(batch, timesteps_R=timesteps_R))
+    for i, (a, b) in enumerate(zip(outputs(model, batch), changed, strict=True)):
+        assert torch.allclose(a, b, **EXACT) is (i != len(CLIPS) - 1)
+    hidden = outputs(model, make_pack(hide=[1]))
+    for i, (a, b) in enumerate(zip(outputs(model, batch), hidden, strict=True)):
+        assert torch.allclose(a, b, **EXACT) is (i != 1)
+
+
+@BOTH
 def test_recompute_does_not_change_gradients(modulation):
     expected, recomputed = (gradients(make_model(modulation, recompute=r), [make_pack()]) for r in ("none", "full"))
     assert expected.keys() == recomputed.keys()

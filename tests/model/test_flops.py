@@ -15,6 +15,7 @@ PATCH_DIM = 12
 MODELS = {
     "block": ModelConfig(width=24, depth=3, heads=2, text_depth=2),
     "shared": ModelConfig(width=36, depth=2, heads=3, text_depth=1, modulation="shared", mlp_ratio=2.5),
+    "timestep": ModelConfig(width=24, depth=2, heads=2, modulation="shared", conditioning="timestep"),
     "without QK-norm": ModelConfig(width=16, depth=1, heads=2, text_depth=0, qk_norm="none", mlp_ratio=3.0),
 }
 each_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)

@@ -30,6 +30,7 @@ from megasora.parallel.share import share_pack
 from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
 from megasora.parallelize import LocalModel
+from megasora.placement import WHOLE, Placement
 from megasora.tasks.dit import DiTTask
 
 PATCH_DIM = 6
@@ -129,6 +130,15 @@ def random_weight(name: str, shape: torch.Size) -> Tensor:
     draw = torch.Generator().manual_seed(sum(map(ord, name)) * 7919 + len(name))
     std = 0.25 if len(shape) > 1 else 0.1
     return torch.randn(shape, generator=draw) * std + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+
+
+class RandomWeights:
+    """A WeightSource of `random_weight`."""
+
+    @torch.no_grad()
+    def fill(self, out: Tensor, name: str, placement: Placement = WHOLE, rank: int = 0, size: int = 1) -> None:
+        full = random_weight(name, placement.full_shape(out.shape, size))
+        out.copy_(placement.local(full, rank, size))
 
 
 def objective_of(config: Config) -> FlowMatching:
@@ -294,7 +304,7 @@ class TaskWithoutData(DiTTask):
     def __init__(self, config: Config, world: World, mesh: Mesh):
         self.config, self.world, self.mesh = config, world, mesh
         self.objective, self.reports_packs = objective_of(config), False
-        parallelize.initial_weights = lambda config: random_weight
+        parallelize.initial_weights = lambda config: RandomWeights()
         self.engine = parallelize.parallelize(config, world, mesh)
 
 
@@ -312,7 +322,7 @@ def build_step_batch(config: Config, mesh: Mesh) -> StepBatch:
 
 
 def random_local_model(config: Config, mesh: Mesh) -> LocalModel:
-    parallelize.initial_weights = lambda config: random_weight
+    parallelize.initial_weights = lambda config: RandomWeights()
     return parallelize.build_local_model(config, torch.device("cpu"), mesh)
 
 

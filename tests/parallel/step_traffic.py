@@ -18,6 +18,7 @@ from megasora.batch import VideoBatch
 from megasora.config import Config
 from megasora.data.loader import StepBatch
 from megasora.optim.ema import ShardedEMA
+from megasora.optim.ema_decays import ema_decays
 from megasora.optim.step_guard import StepGuard
 from megasora.parallel.context_split import received_tokens_per_rank, sent_tokens_per_rank
 from megasora.parallel.mesh import Axis, Mesh
@@ -38,7 +39,7 @@ class TrainerOfOneStep(Trainer):
 
     def __init__(self, config: Config, task: DiTTask):
         self.config, self.world, self.task, self.step = config, task.world, task, 0
-        self.ema = ShardedEMA([f.values["weights"] for f in task.fragments()], config.optim.ema_decay)
+        self.ema = ShardedEMA([f.values["weights"] for f in task.fragments()], ema_decays(config.optim))
         self.guard = StepGuard(config.optim)
         self.slow_ranks = SlowRanks(Path(config.run.dir), self.world.rank, self.world.size, None)
         self.stop_requested, self.matmul_flops_per_s = (lambda: False), None

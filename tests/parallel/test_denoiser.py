@@ -7,7 +7,7 @@ import layouts
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import PATCH_DIM, configure, random_weight
+from layouts import PATCH_DIM, RandomWeights, configure, random_weight
 
 from megasora.build import build_model
 from megasora.config import SampleConfig
@@ -88,7 +88,7 @@ def sample_on_ranks(layout_names: list[str], packs_by_data_rank: list) -> list[t
     for layout in (layout for layout in LAYOUTS if layout.name in layout_names):
         config = configure(layout, "shared")
         mesh = build_mesh(config.parallel, "cpu")
-        denoise = build_denoiser(config, torch.device("cpu"), mesh, random_weight)
+        denoise = build_denoiser(config, torch.device("cpu"), mesh, RandomWeights())
         velocities = denoise(packs_by_data_rank[mesh.data.rank])
         samples = run_generate(denoise, config, mesh.data.rank, pad_tokens=denoise.pad_tokens)
         results.append((mesh.data.rank, velocities, samples))

@@ -11,6 +11,7 @@ from megasora.parallel import tensor_hash as module
 from megasora.parallel.tensor_hash import odd_constants, tensor_hash
 
 MASK = (1 << 64) - 1
+GOLDEN, MIX_A, MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64
 
 
 def hash_of(tensor: torch.Tensor) -> int:
@@ -26,11 +27,12 @@ def reference(memory: bytes, start: int, chunk_bytes: int) -> int:
         chunk, part = memory[begin : begin + chunk_bytes], 0
         for i in range(0, len(chunk), 8):
             word = int.from_bytes(chunk[i : i + 8].ljust(8, b"\0"), "little")
-            constant = (i // 8 + 1) * module.GOLDEN & MASK
-            constant = (constant ^ constant >> 30) * module.MIXER & MASK
-            constant = (constant ^ constant >> 27) | 1
+            constant = (i // 8 + 1) * GOLDEN & MASK
+            constant = (constant ^ constant >> 30) * MIX_A & MASK
+            constant = (constant ^ constant >> 27) * MIX_B & MASK
+            constant = (constant ^ constant >> 31) | 1
             part += (word ^ word >> 32) * constant
-        total = (total * module.COMBINER + part) & MASK
+        total = (total * MIX_B + part) & MASK
     return total - (1 << 64) if total >> 63 else total
 
 

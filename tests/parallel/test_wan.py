@@ -1,13 +1,16 @@
-"""Imported Wan weights under tensor 2 x context 2 give what diffusers gives."""
+"""Imported Wan weights under tensor 2 x context 2 give what diffusers gives, and Wan's dialect trains alike in every
+kind of layout."""
 
 import dataclasses
+from functools import cache
 
+import layouts
 import pytest
 import torch
 
 from megasora.config import load
 from megasora.testing.spawn import run_ranks
-from megasora.testing.wan import CLIPS, make_pack, make_tiny_wan, run_reference, write_weights
+from megasora.testing.wan import CLIPS, encoder_folder, make_pack, make_tiny_wan, run_reference, write_weights
 
 
 def predict_share(settings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,3 +54,34 @@ def test_imported_weights_under_tensor_2_context_2_give_what_diffusers_gives(axe
         assert sorted(place_L[here].tolist()) == list(range(len(expected)))
         error = (out_LP[here][place_L[here].argsort()] - expected).abs().max() / expected.abs().max()
         assert error <= 1e-5, f"clip {number}: {float(error):.1e}"
+
+
+TEXT_DIM = 16  # as in the packs of layouts.py
+LAYOUTS = [
+    layouts.layout(2, zero_stage=3, depth=2, packs=2),
+    layouts.layout(8, tensor=2, context=2, pipeline=2, depth=2, packs=2),
+]
+
+
+@cache
+def single_process(settings: tuple[str, ...], depth: int, dtype: torch.dtype, steps: int) -> dict:
+    config = load(None, [*settings, f"model.depth={depth}", "data.packs_per_step=2"])
+    return layouts.single_process(config, dtype, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_layout_trains_the_same_model_of_wans_dialect(layout, tmp_path):
+    text = encoder_folder(tmp_path / "text", TEXT_DIM)
+    dialect = ["model.modulation=shared", "model.conditioning=timestep", "model.qk_norm=across_heads"]
+    settings = (*layouts.BASE, *dialect, "model.text_depth=0", "text.name=t5", f"text.path={text}")
+    config = load(None, [*settings, *layout.settings])
+    results = run_ranks(layouts.train_both, layout.processes, [config])
+    exact = single_process(settings, config.model.depth, torch.float64, 1)
+    assert not [name for name in exact["weights"] if name.startswith(("native", "pooled", "first", "null"))]
+    for what, error in layouts.module_errors([rank[0][0] for rank in results], exact).items():
+        assert error <= 1e-10, f"float64: {what} has error {error:.1e}"
+    exact = single_process(settings, config.model.depth, torch.float32, layouts.STEPS)
+    for what, error in layouts.step_errors(results[0][0][1], exact, config).items():
+        assert error <= 2e-5, f"float32 steps: {what} has error {error:.1e}"

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import configure, global_batch, layout, objective_of, random_weight
+from layouts import RandomWeights, configure, global_batch, layout, objective_of
 
 from megasora.diffusion.flow import velocity_error
 from megasora.optim.schedule import lr_at
@@ -24,7 +24,7 @@ def build_engine(config):
 
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size, torch.device("cpu"))
-    parallelize.initial_weights = lambda config: random_weight
+    parallelize.initial_weights = lambda config: RandomWeights()
     return parallelize.parallelize(config, world, build_mesh(config.parallel, "cpu"))
 
 
