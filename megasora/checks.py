@@ -240,18 +240,18 @@ def check_same_data(config: Config, identity: dict[str, Any]) -> None:
     `identity`: of the clips, as the task saves it.
     """
     from megasora.checkpoint.start import choose_start
-    from megasora.checkpoint.store import CheckpointStore, read_state
+    from megasora.checkpoint.store import CheckpointStore
 
-    checkpoint = choose_start(CheckpointStore(Path(config.run.dir) / "checkpoints"), config.run.start).checkpoint
-    if checkpoint is None:
+    start = choose_start(CheckpointStore(Path(config.run.dir) / "checkpoints"), config.run.start)
+    if start.checkpoint is None:
         return
-    saved = read_state(checkpoint)["task"]["data"]
+    saved = start.state["task"]["data"]
     changed = [
         f"{key}: {shorten(saved.get(key))} -> {shorten(new)}" for key, new in identity.items() if saved.get(key) != new
     ]
     if changed:
         raise MegaSoraError(
-            f"{checkpoint} was trained on other clips ({'; '.join(changed)}); give the shards and mixture weights that "
+            f"{start.checkpoint} was trained on other clips ({'; '.join(changed)}); give the shards and mixture weights that "
             "the run began with, or choose another run.dir"
         )
 

@@ -9,7 +9,7 @@ more than it trains, and every layout starts from the same weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -28,6 +28,7 @@ from megasora.model.init import DrawnWeights
 from megasora.optim.muon import orthogonalize
 from megasora.parallel.collectives import CopyToTensorParallel, GatherTokens, ScatterTokens, all_reduce_sum
 from megasora.parallel.context_attention import ContextAttention
+from megasora.parallel.deepspeed_engine import build_partitioner
 from megasora.parallel.denoiser import Denoiser
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.muon import MuonRule
@@ -78,7 +79,10 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
     weights, dtype = open_on_node(lambda: initial_weights(config), world), compute_dtype(config, world.device)
     is_read = isinstance(weights, StoredWeights)
     with shared_reads(weights, world, mesh.data_context) if is_read else nullcontext(weights) as weights:
-        local = build_local_model(config, world.device, mesh, weights)
+        partition = (
+            build_partitioner(config, mesh, dtype) if config.parallel.zero_stage == 3 else lambda parameter: None
+        )
+        local = build_local_model(config, world.device, mesh, weights, partition)
     engine = ZeroEngine(
         local.stages, local.placements, uses_weight_decay, config, world, mesh, dtype, local.attention,
         muon_rule(config, num_matrices),
@@ -90,9 +94,14 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
 
 
 def build_local_model(
-    config: Config, device: torch.device, mesh: Mesh, weights: WeightSource | None = None
+    config: Config,
+    device: torch.device,
+    mesh: Mesh,
+    weights: WeightSource | None = None,
+    partition: Callable[[nn.Parameter], None] = lambda parameter: None,
 ) -> LocalModel:
-    """This rank's stages in fp32. `weights`: None for those before the first step."""
+    """This rank's stages in fp32. `weights`: None for those before the first step. `partition` is called with each
+    parameter once it is filled and before the next is allocated."""
     weights = weights or initial_weights(config)
     backend = config.model.attention_backend, config.model.deterministic
     attention = ContextAttention(mesh.ring, mesh.ulysses, *backend) if mesh.context.is_split else None
@@ -106,11 +115,21 @@ def build_local_model(
         if attention is not None:
             apply_context_parallel(stage, attention)
         placements |= {name: placement_of(name, stage, mesh) for name, _ in stage.named_parameters()}
-        for name, parameter in stage.to_empty(device=device).named_parameters():
+        for name, parameter in allocated_parameters(stage, device):
             weights.fill(parameter, name, placements[name], mesh.tensor.rank, mesh.tensor.size)
+            partition(parameter)
         stages[number] = stage
     tie_conditioning(list(stages.values()))
     return LocalModel(stages, placements, attention)
+
+
+def allocated_parameters(stage: VideoDiT, device: torch.device) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of a stage that is on the meta device; each is allocated on `device` when its turn comes."""
+    for name, shaped in list(stage.named_parameters()):
+        parent, _, own_name = name.rpartition(".")
+        parameter = nn.Parameter(torch.empty_like(shaped, device=device), shaped.requires_grad)
+        setattr(stage.get_submodule(parent), own_name, parameter)
+        yield name, parameter
 
 
 def build_pipeline(

@@ -142,9 +142,10 @@ def test_the_loop_trains_logs_validates_and_saves_a_task_that_it_does_not_know(u
     assert [line["step"] for line in validation] == [0, 6, 12]
     ids = read_ledger(folder)
     assert [i for step in ids.values() for i in step] == list(range(STEPS * EXAMPLES_PER_STEP))
-    start = ["loading the newest checkpoint", "the validation after step 0", "the loader, for step 1", "step 1"]
+    start = ["choosing a checkpoint", "the validation after step 0", "the loader, for step 1", "step 1"]
     assert activities[:4] == start
-    assert activities[-2:] == ["the validation after step 12", "the save after step 12"]
+    end = activities[activities.index("the validation after step 12") :]
+    assert set(end[1:]) - {"the save after step 8"} == {"the save after step 12"}  # while they are written
 
 
 def test_a_stop_on_one_rank_and_a_resume_change_nothing(uninterrupted, tmp_path):

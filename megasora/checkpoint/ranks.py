@@ -48,6 +48,23 @@ def raise_failure(failure: Failure) -> None:
     raise OSError(number, message, file or None) if is_system else MegaSoraError(message)
 
 
+def attempt(action: Callable[[], object]) -> Failure | None:
+    """Calls `action()`; its MegaSoraError or OSError as it can be sent to other ranks, or None."""
+    try:
+        action()
+    except (MegaSoraError, OSError) as error:
+        return failure_of(error)
+    return None
+
+
+def raise_first(ranks: Ranks, failure: Failure | None) -> None:
+    """Raises the error of the first rank that has one on all ranks; returns if none has."""
+    failures = ranks.gather_objects(failure)
+    first: Failure | None = ranks.broadcast_object(next((f for f in failures or () if f is not None), None))
+    if first is not None:
+        raise_failure(first)
+
+
 def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
     """What `action()` returned on the main process, on all ranks; its MegaSoraError or OSError is raised on all."""
     result, error = None, None

@@ -1,6 +1,6 @@
 """Saves a run: each rank writes its own file, hashed while it is written; the main process gathers the digests.
 
-    save     main process: staging folder, if the disk has room
+    save     main process: staging folder, if the disk has room (or the first process of each node, see node_target.py)
              all ranks: copy of their values in host memory, if asynchronous; a thread writes the file, training goes on
     advance  after each step, all ranks: once all have written, the main process gathers the digests; a thread of it
              writes state.json and manifest.json and renames the folder
@@ -12,7 +12,6 @@ step, and nothing of the save is left.
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasora.checkpoint.ranks import Failure, Ranks, failure_of, on_main, raise_failure
+from megasora.checkpoint.ranks import Ranks, failure_of, raise_first
+from megasora.checkpoint.save_target import SaveTarget, SharedTarget
 from megasora.checkpoint.sharded import RankFile, saved_part
 from megasora.checkpoint.store import CheckpointStore
 from megasora.fragment import Fragment
@@ -69,8 +69,9 @@ class HostCopy:
 
 @dataclass
 class Save:
-    """A save that is not yet visible. `task` of this rank: writing its file, then, on the main process, the commit."""
+    """A save that is not yet visible. `task` of this rank: writing its file, then, on those that commit, the commit."""
 
+    target: SaveTarget
     step: int
     state: dict[str, Any]
     task: Task
@@ -81,7 +82,8 @@ class CheckpointSaver:
     """Saves the checkpoints of a run, as one rank sees them. All ranks must call each method, at the same point.
 
     `fragments`: all of this rank, with live values. `replicas(fragment)`: (index of this rank among the ranks that hold
-    the same fragment, their number); they share the work. Raises ValueError if fragments have different kinds.
+    the same fragment, their number); they share the work. `on_saved(save)` is called on all ranks once a save is
+    visible. Raises ValueError if fragments have different kinds.
     """
 
     def __init__(
@@ -91,32 +93,39 @@ class CheckpointSaver:
         replicas: Replicas,
         ranks: Ranks,
         asynchronous: bool = False,
+        on_saved: Callable[[Save], None] = lambda save: None,
     ):
         kinds = {tuple(fragment.values) for fragment in fragments}
         if len(kinds) > 1:
             raise ValueError(f"all fragments need the same kinds of values, not {sorted(kinds)}")
         parts = [saved_part(f, *replicas(f)) for f in fragments]
         self.store, self.fragments, self.ranks, self.asynchronous = store, fragments, ranks, asynchronous
+        self.shared, self.on_saved = SharedTarget(store, ranks), on_saved
         self.file = RankFile(ranks.rank, [part for part in parts if part is not None])
-        self.total_bytes: int | None = None  # of the files of all ranks
         self.copy: HostCopy | None = None
         self.current: Save | None = None
         self.bytes_written, self.cancelled = 0, threading.Event()
 
     # ---------------------------------------------------------------- saving
 
-    def save(self, step: int, state: dict[str, Any], heartbeat: Callable[[str], None] = lambda activity: None) -> None:
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        heartbeat: Callable[[str], None] = lambda activity: None,
+        target: SaveTarget | None = None,
+    ) -> None:
         """Begins to save a checkpoint, after waiting for the one before; returns when it is visible, or as soon as the
-        values may change if the saver is asynchronous. `state`: JSON values; those of the main process count."""
+        values may change if the saver is asynchronous. `state`: JSON values; those of the main process count.
+        `target`: None for the run folder."""
         self.wait(heartbeat)
-        if self.total_bytes is None:
-            self.total_bytes = int(self.ranks.all_reduce_sum(torch.tensor(self.file.size, dtype=torch.float64)))
-        on_main(self.ranks, lambda: self.store.begin(step, self.total_bytes))
+        target = target or self.shared
+        target.begin(step, state, self.file)
         if self.asynchronous:
             self.copy = self.copy or HostCopy(self.file.values)
         values = self.copy.take() if self.copy is not None else self.file.values
-        staging = self.store.staging_dir(step)
-        self.current = Save(step, state, Task(lambda: self.file.write(staging, values, self.count), "save"))
+        task = Task(lambda: target.write(step, self.file, values, self.count), "save")
+        self.current = Save(target, step, state, task)
         if not self.asynchronous:
             self.wait(heartbeat)
 
@@ -144,14 +153,16 @@ class CheckpointSaver:
         elif not busy and not self.current.is_written:
             self.commit()
         elif not busy:
-            self.current = None
+            save, self.current = self.current, None
+            self.on_saved(save)
 
     def commit(self) -> None:
         """All ranks have written."""
-        save, files = self.current, self.ranks.gather_objects((self.file.name, self.current.task.result))
+        save = self.current
+        action = save.target.commit(save.step, save.state, save.task.result)
         save.is_written = True
-        if files is not None:
-            save.task = Task(lambda: self.store.commit(save.step, save.state, dict(files)), "commit")
+        if action is not None:
+            save.task = Task(action, "commit")
 
     def give_up(self) -> None:
         """Ends the save on all ranks, removes what is written, and raises the error of the first rank that has one."""
@@ -160,11 +171,8 @@ class CheckpointSaver:
         save.task.join()
         self.cancelled.clear()
         error = None if isinstance(save.task.error, Cancelled) else save.task.error
-        failures = self.ranks.gather_objects(failure_of(error))
-        first: Failure | None = next((f for f in failures or () if f is not None), None)
-        if failures is not None:
-            shutil.rmtree(self.store.staging_dir(save.step), ignore_errors=True)
-        raise_failure(self.ranks.broadcast_object(first))
+        save.target.discard(save.step)
+        raise_first(self.ranks, failure_of(error))
 
     def wait(self, heartbeat: Callable[[str], None] = lambda activity: None) -> None:
         """Until the save under way is visible; `heartbeat(activity)` is called while any rank goes on writing."""

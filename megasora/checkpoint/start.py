@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.checkpoint.history import HISTORY, History, read_history
@@ -30,13 +31,14 @@ BEGINNINGS = ("fresh", "init")
 class Start:
     """`checkpoint`: to resume from; None: step 0. `notes`: sentences for people. `damaged`: (checkpoint, problem).
 
-    `is_exact`: no other checkpoint will do.
+    `is_exact`: no other checkpoint will do. `state`: the content of state.json.
     """
 
     checkpoint: Path | None
     notes: list[str] = field(default_factory=list)
     damaged: list[tuple[Path, str]] = field(default_factory=list)
     is_exact: bool = False
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 def initial_weights_path(start: str) -> Path | None:
@@ -68,10 +70,10 @@ def choose_start(store: CheckpointStore, start: str) -> Start:
     history, complete = read_history(store.run_dir), store.complete()
     kind, _, name = start.partition(":")
     if kind == "resume" and name and history.start != start:
-        exact = find_exact(store, complete, name)
-        check_trained(exact, start)
-        return Start(exact, is_exact=True)
-    newest, damaged = newest_readable(complete)
+        exact, state = find_exact(store, complete, name)
+        check_trained(exact, state, start)
+        return Start(exact, is_exact=True, state=state)
+    newest, state, damaged = newest_readable(complete)
     if begins(store.run_dir, start):
         if newest is not None:
             raise MegaSoraError(
@@ -82,7 +84,7 @@ def choose_start(store: CheckpointStore, start: str) -> Start:
     if newest is None:
         check_never_saved(store, history, damaged, start)
         return Start(None)
-    check_trained(newest, start)
+    check_trained(newest, state, start)
     missing = missing_checkpoints(store, history, newest)
     if missing and newest.name not in history.saved and start != "resume":
         raise MegaSoraError(
@@ -95,35 +97,34 @@ def choose_start(store: CheckpointStore, start: str) -> Start:
     latest = store.read_latest()
     if latest != newest.name and latest not in names([path for path, _ in damaged]) and not store.has_set_aside(latest):
         notes.append(f"{store.folder / 'latest'} names {latest or 'nothing'}, not {newest.name}")
-    return Start(newest, notes, damaged)
+    return Start(newest, notes, damaged, state=state)
 
 
-def newest_readable(complete: list[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """(the newest checkpoint with an intact manifest and state.json or None, the later ones with their problems)."""
+def newest_readable(complete: list[Path]) -> tuple[Path | None, dict[str, Any], list[tuple[Path, str]]]:
+    """(the newest checkpoint with an intact manifest and state.json or None, its state, the later ones with their
+    problems)."""
     damaged = []
     for checkpoint in reversed(complete):
         try:
-            read_state(checkpoint)
-            return checkpoint, damaged
+            return checkpoint, read_state(checkpoint), damaged
         except DamagedCheckpoint as error:
             damaged.append((checkpoint, error.problem))
-    return None, damaged
+    return None, {}, damaged
 
 
-def find_exact(store: CheckpointStore, complete: list[Path], name: str) -> Path:
-    """Raises MegaSoraError if there is no checkpoint `name`, or it is damaged."""
+def find_exact(store: CheckpointStore, complete: list[Path], name: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint and its state. Raises MegaSoraError if there is no checkpoint `name`, or it is damaged."""
     for checkpoint in complete:
         if step_of(checkpoint.name) == step_of(name):
-            read_state(checkpoint)
-            return checkpoint
+            return checkpoint, read_state(checkpoint)
     raise MegaSoraError(
         f"run.start=resume:{name}: {store.folder} has no {name}; it has {', '.join(names(complete)) or 'none'}"
     )
 
 
-def check_trained(checkpoint: Path, start: str) -> None:
+def check_trained(checkpoint: Path, state: dict[str, Any], start: str) -> None:
     """Raises MegaSoraError for a checkpoint of imported weights (imported.py): it has no state of a training."""
-    if IMPORTED in read_state(checkpoint):
+    if IMPORTED in state:
         raise MegaSoraError(
             f"run.start={start}: {checkpoint} holds imported weights to sample from, and no state of a training; train "
             f"them in another run.dir, with run.start=init:{checkpoint}"

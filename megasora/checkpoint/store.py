@@ -84,13 +84,7 @@ class CheckpointStore:
         `state`: JSON values for state.json. `files`: what the ranks have written into the staging folder, by name.
         """
         staging, final = self.staging_dir(step), self.path(step)
-        text = json.dumps({"step": step, **state}) + "\n"
-        write_text_atomic(staging / STATE_FILE, text)
-        state_file = WrittenFile(len(text.encode()), digest_of(text.encode()).hex())
-        entries = {STATE_FILE: state_file, **files}
-        write_manifest(staging, step, {name: (entries[name].size, entries[name].digest) for name in sorted(entries)})
-        for folder in sorted({(staging / name).parent for name in entries}, reverse=True):
-            sync(folder)
+        complete_folder(staging, step, {STATE_FILE: state_text(step, state)}, files)
         self.delete(final)
         os.replace(staging, final)
         for folder in (self.folder, self.run_dir):
@@ -112,12 +106,7 @@ class CheckpointStore:
         return [p for p in checkpoints if step_of(p.name) in steps]
 
     def delete(self, checkpoint: Path) -> None:
-        """Removes a folder, if there is one; first its name, so that a kill does not leave half a checkpoint."""
-        hidden = self.folder / f".{checkpoint.name}.old.part"
-        shutil.rmtree(hidden, ignore_errors=True)
-        if checkpoint.exists():
-            os.replace(checkpoint, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+        delete_folder(checkpoint)
 
     def write_latest(self, checkpoint: Path) -> None:
         if self.read_latest() != checkpoint.name:
@@ -167,6 +156,31 @@ class CheckpointStore:
         renamed = [self.set_aside(path, SUPERSEDED) for path in later]
         self.write_latest(checkpoint)
         return renamed
+
+
+def state_text(step: int, state: dict[str, Any]) -> str:
+    """The text of state.json."""
+    return json.dumps({"step": step, **state}) + "\n"
+
+
+def complete_folder(staging: Path, step: int, texts: dict[str, str], files: dict[str, WrittenFile]) -> None:
+    """Adds small files and the manifest to `files`, which are already in `staging`, and flushes all names."""
+    entries = dict(files)
+    for name, text in texts.items():
+        write_text_atomic(staging / name, text)
+        entries[name] = WrittenFile(len(text.encode()), digest_of(text.encode()).hex())
+    write_manifest(staging, step, {name: (entries[name].size, entries[name].digest) for name in sorted(entries)})
+    for folder in sorted({(staging / name).parent for name in entries}, reverse=True):
+        sync(folder)
+
+
+def delete_folder(folder: Path) -> None:
+    """Removes a folder, if there is one; first its name, so that a kill does not leave half a checkpoint."""
+    hidden = folder.with_name(f".{folder.name}.old.part")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def names(checkpoints: list[Path]) -> list[str]:

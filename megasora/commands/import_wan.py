@@ -13,22 +13,19 @@ FOLDER/scheduler for a clip of the default size, and as everywhere in MegaSora l
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from megasora.build import patch_dim
 from megasora.checkpoint.imported import save_imported
-from megasora.checkpoint.store import CheckpointStore
 from megasora.codec import resolve_codec
-from megasora.config import Config, FrameConditioningConfig, load, to_yaml, token_pixels
+from megasora.commands.run_folder import new_run
+from megasora.config import Config, FrameConditioningConfig, load, token_pixels
 from megasora.errors import MegaSoraError
-from megasora.files import check_folder, read_regular_file, write_text_atomic
+from megasora.files import check_folder, read_regular_file
 from megasora.formats.wan import import_wan, open_weights
 from megasora.formats.wan_folder import WanFolder, read_wan
 from megasora.formats.wan_layers import parameter_shapes
@@ -73,23 +70,14 @@ def import_wan_to_run(place: Path, run: Path, overrides: list[str]) -> None:
     """
     check_new_folder(run)
     wan = read_wan(place)
-    config = run_config(place, wan, [*overrides, f"run.dir={quote(str(run))}"])
+    config = run_config(place, wan, overrides)
     check_fit(wan, config)
     shapes = shapes_of(wan, config)
-    staging = run.absolute().with_name(f".{run.absolute().name}.part")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        store = CheckpointStore(staging / "checkpoints")
-        with open_weights(wan, shapes) as value_of:
-            with byte_progress("import", num_bytes(shapes)) as advance:
-                save_imported(store, shapes, value_of, f"Wan, {place}", advance)
-        write_text_atomic(staging / "config.yaml", to_yaml(config))
-        with suppress(FileNotFoundError):
-            run.rmdir()  # it is empty
-        os.replace(staging, run)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    value_of = open_weights(wan, shapes)
+    with byte_progress("import", num_bytes(shapes)) as advance:
+        run.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with new_run(run, config) as store:
+            save_imported(store, shapes, value_of, f"Wan, {place}", advance)
     print(f"{run}: sample a video of {config.sample.size} pixels and {config.sample.frames} frames with")
     print(shlex.join(["megasora", "sample", str(run), "--prompt", "a red circle moves right", "--out", "out.mp4"]))
 

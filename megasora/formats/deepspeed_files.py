@@ -73,10 +73,10 @@ def write_skeleton(path: Path, values: Any) -> Any:
     return read_torch_file(path)
 
 
-def hole(count: int, dtype: torch.dtype = torch.float32, shape: torch.Size | None = None) -> Tensor:
-    """A tensor without memory for `write_skeleton`; `shape`: None for a flat one of `count` elements."""
+def hole(shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory for `write_skeleton`."""
     with FakeTensorMode():
-        return torch.empty(torch.Size((count,)) if shape is None else shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
 
 
 def fill(tensor: StoredTensor, values: Tensor, start: int = 0) -> None:

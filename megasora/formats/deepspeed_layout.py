@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -45,12 +46,13 @@ class ZeroLayout:
     used: list[list[int]]
     pieces: dict[str, list[Piece]]  # of each parameter, in the order of its elements
 
-    def pieces_of_rank(self, rank: int) -> list[dict[str, Piece]]:
-        """By group: the piece of each parameter that has one on this rank."""
-        found: list[dict[str, Piece]] = [{} for _ in self.groups]
-        for name, piece in ((name, piece) for name, pieces in self.pieces.items() for piece in pieces):
-            if piece.rank == rank:
-                found[piece.group][name] = piece
+    @cached_property
+    def by_rank(self) -> list[list[dict[str, Piece]]]:
+        """By rank and group: the piece of each parameter that has one there."""
+        found: list[list[dict[str, Piece]]] = [[{} for _ in self.groups] for _ in range(self.processes)]
+        for name, pieces in self.pieces.items():
+            for piece in pieces:
+                found[piece.rank][piece.group][name] = piece
         return found
 
 

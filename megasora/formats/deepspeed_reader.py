@@ -6,8 +6,7 @@ reads a parameter, whole, by the byte ranges of the ranks' flat tensors.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,14 @@ import torch
 from torch import Tensor
 
 from megasora.errors import MegaSoraError, first_of, printable
-from megasora.files import read_regular_file
 from megasora.formats.allowed_pickle import PARSE_ERRORS, StoredTensor, unreadable
-from megasora.formats.deepspeed_files import CLIENT_KEY, LATEST, model_file, optimizer_file, read_torch_file
+from megasora.formats.deepspeed_files import CLIENT_KEY, model_file, optimizer_file, read_torch_file
+from megasora.formats.deepspeed_folder import SHOWN, check_names, file_of, read_ranks, tag_folder
 from megasora.formats.deepspeed_layout import ZeroLayout, partition_groups, partition_parameters
 from megasora.formats.recognize import check_format
 
-MAX_LATEST_BYTES, MAX_RANKS = 4096, 1 << 20
-SHOWN = 3  # names in a message
+MAX_RANKS = 1 << 20
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
-OTHER_FILES = {  # what files say of checkpoints that are not read
-    re.compile(r".*mp_rank_(?!00_)\d+_.*"): "several tensor parallel ranks (mp_rank_01)",
-    re.compile(r".*expp?_rank_.*|.*expert_.*"): "experts",
-    re.compile(r"layer_\d+-model.*"): "pipeline stages of DeepSpeed (layer_XX-model)",
-    re.compile(r"zero"): "a universal checkpoint",
-    re.compile(r"offloaded_tensors"): "states that were offloaded to NVMe",
-}
 
 
 @dataclass(frozen=True)
@@ -93,10 +84,9 @@ def open_zero(place: Path, tag: str | None, shapes: Mapping[str, torch.Size]) ->
     processes = model["dp_world_size"]
     check_shapes(model_path, model, shapes)
     is_bf16 = optimizer_file(True, 0) in names
-    optimizers = read_ranks(folder, [optimizer_file(is_bf16, rank) for rank in range(processes)], names)
+    optimizers = list(read_ranks(folder, [optimizer_file(is_bf16, rank) for rank in range(processes)], names))
     if stage_3:
-        models = read_ranks(folder, [model_file(3, rank) for rank in range(processes)], names)
-        check_same_save(folder, models)
+        check_same_save(folder, model, read_ranks(folder, [model_file(3, rank) for rank in range(processes)], names))
     try:
         states = [values["optimizer_state_dict"] for values in optimizers]
         layout = layout_of(model, states[0], processes, stage_3)
@@ -107,77 +97,7 @@ def open_zero(place: Path, tag: str | None, shapes: Mapping[str, torch.Size]) ->
         raise unreadable(folder, error) from None
 
 
-# ---------------------------------------------------------------- files
-
-
-def tag_folder(place: Path, tag: str | None) -> Path:
-    latest = place / LATEST
-    if tag is None:
-        try:
-            tag = read_regular_file(latest, MAX_LATEST_BYTES).decode("utf-8", errors="replace").strip()
-        except FileNotFoundError:
-            folders = sorted(path.name for path in place.iterdir() if path.is_dir())
-            found = f"; it has {printable(first_of(folders, SHOWN))}" if folders else ""
-            raise MegaSoraError(
-                f"{place} has no file {LATEST}; give the folder that load_checkpoint of DeepSpeed takes, and --tag "
-                f"NAME{found}"
-            ) from None
-        except OSError as error:
-            raise MegaSoraError(f"{latest} cannot be read: {error.strerror}; give --tag NAME") from None
-    if tag in ("", ".", "..") or "/" in tag or "\0" in tag:
-        raise MegaSoraError(f"{latest}: {printable(tag, 60)!r} is no name of a folder; give --tag NAME")
-    folder = place / tag
-    if folder.is_symlink() or not folder.is_dir():
-        problem = (
-            "is a link; give the folder itself" if folder.is_symlink() else "is not there; give another --tag NAME"
-        )
-        raise MegaSoraError(f"{folder} {problem}")
-    return folder
-
-
-def check_names(folder: Path) -> set[str]:
-    """The names in the folder of a tag. Raises MegaSoraError for a checkpoint of another kind."""
-    names = {path.name for path in folder.iterdir()}
-    for pattern, what in OTHER_FILES.items():
-        if any(pattern.fullmatch(name) for name in names):
-            raise MegaSoraError(
-                f"{folder} has {what}, which is not read; give a ZeRO checkpoint of stage 1, 2 or 3 of data parallel "
-                "ranks, as save_checkpoint of DeepSpeed writes it"
-            )
-    if not names & {model_file(1, 0), model_file(3, 0)}:
-        raise MegaSoraError(
-            f"{folder} has no {model_file(1, 0)} and no {model_file(3, 0)}: it is no whole checkpoint of DeepSpeed; "
-            "copy it again, or give another --tag NAME"
-        )
-    return names
-
-
-def file_of(folder: Path, name: str) -> Path:
-    """Raises MegaSoraError if it is a link."""
-    path = folder / name
-    if path.is_symlink():
-        raise MegaSoraError(f"{path} is a link; the files of a checkpoint are in its folder")
-    return path
-
-
-def read_ranks(folder: Path, wanted: list[str], names: set[str]) -> list[dict[str, Any]]:
-    """The objects of the files of all ranks. Raises MegaSoraError if one is missing or there are more."""
-    missing = [name for name in wanted if name not in names]
-    kind = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_" + re.escape(wanted[0].split("_mp_rank_00_")[-1]))
-    others = sorted(name for name in names if kind.fullmatch(name) and name not in wanted)
-    if missing or others:
-        problem = f"lacks {first_of(missing, SHOWN)}" if missing else f"has {first_of(others, SHOWN)} too"
-        raise MegaSoraError(
-            f"{folder} was saved by {len(wanted)} processes and {problem}: files are missing, or of two saves; copy "
-            "it again"
-        )
-    found = []
-    for name in wanted:
-        values = read_torch_file(file_of(folder, name))
-        if not isinstance(values, dict):
-            raise MegaSoraError(f"{folder / name} holds no states of DeepSpeed; copy it again")
-        found.append(values)
-    return found
+# ---------------------------------------------------------------- agreement of the files
 
 
 def read_model(path: Path) -> dict[str, Any]:
@@ -205,9 +125,6 @@ def is_group(group: Any) -> bool:
     )
 
 
-# ---------------------------------------------------------------- agreement of the files
-
-
 def check_shapes(path: Path, model: dict[str, Any], shapes: Mapping[str, torch.Size]) -> None:
     """Raises MegaSoraError unless the checkpoint has exactly these parameters."""
     saved: dict[str, torch.Size] = {}
@@ -228,11 +145,11 @@ def check_shapes(path: Path, model: dict[str, Any], shapes: Mapping[str, torch.S
         )
 
 
-def check_same_save(folder: Path, models: list[dict[str, Any]]) -> None:
+def check_same_save(folder: Path, first: dict[str, Any], models: Iterable[dict[str, Any]]) -> None:
     """Of stage 3. Raises MegaSoraError unless all ranks have saved after the same step, and the same parameters."""
     for rank, model in enumerate(models):
         for key in ("global_steps", "dp_world_size", "param_shapes"):
-            if model.get(key) != models[0][key]:
+            if model.get(key) != first[key]:
                 raise different_saves(folder, f"{key} of rank {rank}")
 
 

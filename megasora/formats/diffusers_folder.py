@@ -27,7 +27,7 @@ from megasora.formats.diffusers_pipeline import DIFFUSERS_VERSION, TRANSFORMER, 
 from megasora.formats.safetensors_folder import SHARD_BYTES, new_folder, write_parts
 from megasora.formats.source import ExportSource
 from megasora.formats.wan_folder import CLASS, REQUIRED
-from megasora.formats.wan_layers import ADDED_TO_WAN, BEFORE_ADDED, WanLayer, build_layers, parameter_shapes
+from megasora.formats.wan_layers import ADDED_TO_WAN, WanLayer, build_layers, parameter_shapes
 from megasora.formats.wan_tensors import list_names
 
 STEM = "diffusion_pytorch_model"
@@ -67,12 +67,6 @@ def export_diffusers(
     if alone:
         return f"{out}: {alone}; diffusers.{CLASS}.from_pretrained('{out}', subfolder='{TRANSFORMER}') loads it"
     return f"{out}: diffusers.WanPipeline.from_pretrained('{out}') loads it"
-
-
-def num_bytes(source: ExportSource, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that `on_written` counts in all."""
-    shapes = source.sharded.shapes
-    return dtype.itemsize * sum(shapes[name].numel() for name in shapes if name not in (*ADDED_TO_WAN, *BEFORE_ADDED))
 
 
 def check_dialect(source: ExportSource) -> None:

@@ -26,20 +26,21 @@ from megasora.config.validate import parse_size
 from megasora.diffusion.timesteps import shift_factor
 from megasora.files import read_regular_file, sync, write_text_atomic
 from megasora.jsonl import parse_json
+from megasora.text.pretrained import pipeline_folders
 
 TRANSFORMER, SCHEDULER, INDEX = "transformer", "scheduler/scheduler_config.json", "model_index.json"
 DIFFUSERS_VERSION = "0.35.0"  # the first one that reads all keys that are written here
-MAX_JSON_BYTES = 1 << 20
+MAX_JSON_BYTES, MAX_INDEX_BYTES = 1 << 20, 64 << 20
+PART_FILE = re.compile(r"[\w.]+-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 CLASS_NAME = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
-WEIGHTS = ".safetensors"
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index*.json")
 TOKENIZER_FILES = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "*.model", "*.txt", "*.jinja",
 )  # fmt: skip
-PARTS = {  # files, and the library and class that read them
-    "vae": (MODEL_FILES, ["diffusers", "AutoencoderKLWan"]),
-    "text_encoder": (MODEL_FILES, ["transformers", "UMT5EncoderModel"]),
-    "tokenizer": (TOKENIZER_FILES, ["transformers", "T5TokenizerFast"]),
+WEIGHTS = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+CLASSES = {  # of each part, and the library that has it
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
 }
 UNIPC = {  # as released with Wan
     "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000,
@@ -55,12 +56,12 @@ def write_pipeline(config: Config, out: Path, how: str) -> str:
     Returns what is missing, in words, or "".
     """
     sources = find_parts(config)
-    pipeline = sources["vae"].parent if "vae" in sources else None
+    pipeline = sources["vae"][0].parent.parent if "vae" in sources else None
     (out / SCHEDULER).parent.mkdir()
     write_json(out / SCHEDULER, scheduler_config(config, pipeline))
-    for part, folder in sources.items():
-        copy_files(folder, out / part, PARTS[part][0], how == "link")
-    if missing := [part for part in PARTS if part not in sources]:
+    for part, files in sources.items():
+        copy_files(files, out / part, how == "link")
+    if missing := [part for part in CLASSES if part not in sources]:
         return (
             f"without {', '.join(missing)}, as codec.path={config.codec.path or '(none)'} and "
             f"text.path={config.text.path} are no folders of a Wan pipeline"
@@ -69,40 +70,46 @@ def write_pipeline(config: Config, out: Path, how: str) -> str:
     return ""
 
 
-def find_parts(config: Config) -> dict[str, Path]:
-    """The folders of those parts that are on this machine and have their files."""
+def find_parts(config: Config) -> dict[str, list[Path]]:
+    """The files of those parts that are on this machine, whole."""
     codec, text = Path(config.codec.path), Path(config.text.path)
     folders = {}
     if config.codec.name == "wan":
         folders["vae"] = codec / "vae" if (codec / "vae").is_dir() else codec
     if config.text.name == "t5":
-        is_pipeline = (text / "text_encoder").is_dir() and (text / "tokenizer").is_dir()
-        folders["text_encoder"] = text / "text_encoder" if is_pipeline else text
-        folders["tokenizer"] = text / "tokenizer" if is_pipeline else text
-    return {part: folder for part, folder in folders.items() if is_complete(folder, part)}
+        folders["text_encoder"], folders["tokenizer"] = pipeline_folders(text)
+    found = {part: tokenizer_files(f) if part == "tokenizer" else model_files(f, part) for part, f in folders.items()}
+    return {part: files for part, files in found.items() if files}
 
 
-def is_complete(folder: Path, part: str) -> bool:
-    """Whether the folder has the weights and the settings of a model, or the words of a tokenizer."""
-    names = [path.name for path in part_files(folder, PARTS[part][0])]
-    if part == "tokenizer":
-        return "tokenizer_config.json" in names
-    return "config.json" in names and any(name.endswith(WEIGHTS) for name in names)
+def model_files(folder: Path, part: str) -> list[Path]:
+    """config.json and the weights without a variant; [] if one of them is missing."""
+    weights, index = WEIGHTS[part], f"{WEIGHTS[part]}.index.json"
+    names = ["config.json", weights]
+    if not (folder / weights).is_file():
+        weight_map = read_object(folder / index, MAX_INDEX_BYTES).get("weight_map")
+        parts = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not parts or not all(isinstance(name, str) and PART_FILE.fullmatch(name) for name in parts):
+            return []
+        names = ["config.json", index, *sorted(set(parts))]
+    files = [folder / name for name in names]
+    return files if all(path.is_file() for path in files) else []
 
 
-def part_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    if not folder.is_dir():
+def tokenizer_files(folder: Path) -> list[Path]:
+    """[] if there is no tokenizer_config.json."""
+    if not (folder / "tokenizer_config.json").is_file():
         return []
-    paths = (path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, pattern) for pattern in patterns))
+    paths = (path for path in sorted(folder.iterdir()) if any(fnmatch(path.name, name) for name in TOKENIZER_FILES))
     return [path for path in paths if path.is_file()]
 
 
-def copy_files(folder: Path, out: Path, patterns: tuple[str, ...], link: bool) -> None:
+def copy_files(files: list[Path], out: Path, link: bool) -> None:
     """Hard links, if `link`, of weights, where the file system has them; copies of all else. Links are followed."""
     out.mkdir()
-    for path in part_files(folder, patterns):
+    for path in files:
         target = out / path.name
-        if not (link and path.suffix == WEIGHTS and linked(path, target)):
+        if not (link and path.suffix == ".safetensors" and linked(path, target)):
             shutil.copyfile(path, target)
             sync(target)
 
@@ -135,7 +142,7 @@ def sample_tokens(config: Config) -> int:
 def model_index(config: Config, pipeline: Path | None) -> dict[str, Any]:
     """model_index.json; classes of the text encoder and the tokenizer are those of the pipeline, if it says them."""
     known, conditioning = read_object(pipeline / INDEX) if pipeline else {}, config.objective.frame_conditioning
-    parts = {part: entry for part, (_, entry) in PARTS.items()}
+    parts = dict(CLASSES)
     for part in ("text_encoder", "tokenizer"):
         entry = known.get(part)
         if isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers" and is_class_name(entry[1]):
@@ -156,10 +163,10 @@ def is_class_name(value: object) -> bool:
     return isinstance(value, str) and CLASS_NAME.fullmatch(value) is not None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a file of JSON; {} if there is none."""
     try:
-        values = parse_json(read_regular_file(path, MAX_JSON_BYTES))
+        values = parse_json(read_regular_file(path, limit))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

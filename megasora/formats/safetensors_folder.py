@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megasora.checkpoint.safetensors_file import DTYPE_NAMES, write_tensors
+from megasora.checkpoint.store import check_room
 from megasora.errors import MegaSoraError
 from megasora.files import check_folder, sync, write_text_atomic
 
@@ -81,8 +82,11 @@ def write_parts(
     """Writes the tensors `shapes` into files of at most `shard_bytes`, or of one tensor, in the existing `folder`.
 
     Calls `value_of(name)` once per tensor, in the order of `shapes`, and `on_written(bytes)` after each is written.
-    Values are rounded to `dtype`, one of DTYPES. Raises MegaSoraError with the name of a tensor that is not finite.
+    Values are rounded to `dtype`, one of DTYPES. Raises MegaSoraError with the name of a tensor that is not finite, and
+    OSError, before anything is written, if the disk has no room.
     """
+    total = dtype.itemsize * sum(shape.numel() for shape in shapes.values())
+    check_room(folder, total, f"a folder of {len(shapes)} tensors")
     parts = split_parts(shapes, dtype.itemsize, shard_bytes)
     files = [part_name(stem, number, len(parts)) for number in range(1, len(parts) + 1)]
     for file, part in zip(files, parts, strict=True):
@@ -91,7 +95,6 @@ def write_parts(
         )
     if len(parts) > 1:
         weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-        total = dtype.itemsize * sum(shape.numel() for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text_atomic(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 

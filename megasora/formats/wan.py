@@ -8,8 +8,7 @@ memory holds one tensor, however large the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,27 +32,24 @@ def import_wan(
     The other arguments and the errors are those of `open_weights`.
     """
     check_new_file(out)
-    with open_weights(wan, shapes) as value_of:
-        write_tensors(out, shapes, value_of, {}, on_written)
+    write_tensors(out, shapes, open_weights(wan, shapes), {}, on_written)
 
 
-@contextmanager
-def open_weights(wan: WanFolder, shapes: Mapping[str, torch.Size]) -> Iterator[Callable[[str], Tensor]]:
+def open_weights(wan: WanFolder, shapes: Mapping[str, torch.Size]) -> Callable[[str], Tensor]:
     """A function from the name of a VideoDiT parameter to its value, fp32, read when it is called.
 
     `shapes`: of all VideoDiT parameters. Before a weight is read, raises MegaSoraError with the names of tensors if a
     Wan tensor would be unused, a parameter is none of Wan's, or shapes differ.
     """
-    with ExitStack() as stack:
-        wan_tensors = open_files(wan.files, stack)
-        layers = build_layers(wan.depth, wan.channels, wan.patch)
-        check_layers(layers, shapes, wan_tensors)
+    wan_tensors = open_files(wan.files)
+    layers = build_layers(wan.depth, wan.channels, wan.patch)
+    check_layers(layers, shapes, wan_tensors)
 
-        def value_of(name: str) -> Tensor:
-            layer = layers[name]
-            return layer.to_dit(*(wan_tensors[wan_name].read() for wan_name in layer.names))
+    def value_of(name: str) -> Tensor:
+        layer = layers[name]
+        return layer.to_dit(*(wan_tensors[wan_name].read() for wan_name in layer.names))
 
-        yield value_of
+    return value_of
 
 
 def check_layers(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,16 +150,15 @@ def translate(file: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def read_sizes(file: Path) -> dict[str, Any]:
     """Sizes as in config.json of diffusers, from the shapes of tensors. Raises MegaSoraError for other models."""
-    with ExitStack() as stack:
-        tensors = open_files((file,), stack)
-        blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-        try:
-            width, channels, *patch = tensors["patch_embedding.weight"].shape
-            ffn_dim = tensors["blocks.0.ffn.net.0.proj.weight"].shape[0]
-            text_dim = tensors["condition_embedder.text_embedder.linear_1.weight"].shape[1]
-            out = tensors["proj_out.weight"].shape[0]
-        except (KeyError, ValueError, IndexError) as error:
-            raise MegaSoraError(f"{file} holds no weights of a Wan 2.x model ({error}); choose another file") from None
+    tensors = open_files((file,))
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    try:
+        width, channels, *patch = tensors["patch_embedding.weight"].shape
+        ffn_dim = tensors["blocks.0.ffn.net.0.proj.weight"].shape[0]
+        text_dim = tensors["condition_embedder.text_embedder.linear_1.weight"].shape[1]
+        out = tensors["proj_out.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise MegaSoraError(f"{file} holds no weights of a Wan 2.x model ({error}); choose another file") from None
     config = {
         "_class_name": CLASS,
         "num_layers": len(blocks),

@@ -47,7 +47,6 @@ ADDED_TO_WAN = (
     "first_frame", "null_text", "native.mlp.2.weight", "native.mlp.2.bias", "pooled_text.1.weight",
     "pooled_text.1.bias",
 )  # fmt: skip
-BEFORE_ADDED = ("native.mlp.0.weight", "native.mlp.0.bias", "pooled_text.0.weight", "pooled_text.0.bias")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ that is in an archive is run: it may hold tensors only, see allowed_pickle.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -43,13 +45,13 @@ class WanTensor:
         return value
 
 
-def open_files(files: tuple[Path, ...], stack: ExitStack) -> dict[str, WanTensor]:
-    """The tensors of all files, by their names in diffusers; the files are closed with `stack`."""
+def open_files(files: tuple[Path, ...]) -> dict[str, WanTensor]:
+    """The tensors of all files, by their names in diffusers."""
     tensors: dict[str, WanTensor] = {}
     for path in files:
         if not path.is_file():
             raise MegaSoraError(f"{path} is no regular file; download it again")
-        found = open_archive(path) if path.suffix in ARCHIVES else open_safetensors(path, stack)
+        found = open_archive(path) if path.suffix in ARCHIVES else open_safetensors(path)
         if duplicates := sorted(tensors.keys() & found.keys()):
             raise MegaSoraError(
                 f"{path} repeats {list_names(duplicates)} of another file; download the whole folder again"
@@ -58,20 +60,31 @@ def open_files(files: tuple[Path, ...], stack: ExitStack) -> dict[str, WanTensor
     return {name: tensors[stored] for name, stored in diffusers_names(tensors).items()}
 
 
-def open_safetensors(path: Path, stack: ExitStack) -> dict[str, WanTensor]:
+def open_safetensors(path: Path) -> dict[str, WanTensor]:
+    tensors = {}
+    with opened(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            load = partial(read_tensor, path, name)
+            tensors[name] = WanTensor(path, name, part.get_dtype(), tuple(part.get_shape()), load)
+    return tensors
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, which is opened for it alone: pages that were mapped stay in memory until then."""
+    with opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = stack.enter_context(safe_open(path, framework="pt"))
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise MegaSoraError(f"{path} cannot be read: {error}; download it again") from None
-    tensors = {}
-    for name in file.keys():  # noqa: SIM118
-        part = file.get_slice(name)
-        tensors[name] = WanTensor(
-            path, name, part.get_dtype(), tuple(part.get_shape()), lambda name=name: file.get_tensor(name)
-        )
-    return tensors
 
 
 def open_archive(path: Path) -> dict[str, WanTensor]:

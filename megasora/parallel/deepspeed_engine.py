@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megasora.config import Config
+from megasora.parallel.deepspeed_optimizers import local_shape
 from megasora.parallel.mesh import Mesh
 
 MAX_BUCKET_ELEMENTS = 500_000_000  # gradients that stages 2 and 3 reduce in one message
@@ -37,12 +39,37 @@ def build_deepspeed_engine(
     return engine
 
 
+def build_partitioner(config: Config, mesh: Mesh, dtype: torch.dtype) -> Callable[[nn.Parameter], None]:
+    """A function for ZeRO 3: converts a parameter to `dtype` and divides it over data x context, so that no rank has a
+    whole model before `build_deepspeed_engine`. All ranks must call it for the same parameters in the same order; the
+    values of the first rank of data x context count."""
+    deepspeed = import_deepspeed()
+    divided: list[nn.Parameter] = []
+
+    def partition(parameter: nn.Parameter) -> None:
+        parameter.data = parameter.data.to(dtype)
+        if divided:
+            divided[0].convert_to_zero_parameters([parameter])
+            return
+        module, mpu = nn.ParameterList([parameter]), DeepSpeedMPU(mesh) if mesh.model.is_split else None
+        deepspeed.zero.Init(
+            module=module,
+            data_parallel_group=mpu and mpu.get_data_parallel_group(),
+            dtype=dtype,
+            config_dict_or_path=deepspeed_config(module, config, mesh, dtype),
+            mpu=mpu,
+        )
+        divided.append(parameter)
+
+    return partition
+
+
 def deepspeed_config(module: nn.Module, config: Config, mesh: Mesh, dtype: torch.dtype) -> dict[str, Any]:
     """Gradients are accumulated over packs and summed over data x context in fp32, whatever the dtype of the model.
 
     With a pipeline DeepSpeed sees one microbatch per step, and its hooks must do nothing in the backward passes.
     """
-    has_pipeline, num_elements = mesh.pipeline.is_split, sum(p.numel() for p in module.parameters())
+    has_pipeline, num_elements = mesh.pipeline.is_split, sum(local_shape(p).numel() for p in module.parameters())
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1 if has_pipeline else config.data.packs_per_step // mesh.data.size,

@@ -99,10 +99,6 @@ class ZeroAdapter(ABC):
         """The weight that the model computes with; in stage 3 this rank's flat partition of it."""
         return parameter
 
-    def local_shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The shape of the parameter on this tensor rank; in stage 3 the parameter itself is empty between uses."""
-        return parameter.shape
-
 
 class PipelineZeroAdapter(ZeroAdapter):
     """Of the optimizers that DeepSpeed chooses in stage 1, which a pipeline needs (`check_layout`)."""
@@ -221,9 +217,6 @@ class Stage3(ZeroAdapter):
         _, count = self.partition_range(parameter)
         return parameter.ds_tensor.narrow(0, 0, count)
 
-    def local_shape(self, parameter: nn.Parameter) -> torch.Size:
-        return parameter.ds_shape
-
     def partition_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """(start, count) of this rank's partition of the flattened parameter, without padding."""
         size = parameter.ds_tensor.ds_numel
@@ -255,6 +248,11 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
         for name in values:
             del own[name]
         own.update(saved)
+
+
+def local_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the parameter on this tensor rank; in stage 3 the parameter itself is empty between uses."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def set_counted_in_norm(parameter: nn.Parameter, is_counted: bool) -> None:

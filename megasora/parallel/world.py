@@ -77,6 +77,14 @@ class World:
         dist.broadcast_object_list(values, self.node, self.node_group, device=torch.device("cpu"))
         return values[0]
 
+    def gather_on_node(self, value: T) -> list[T] | None:
+        """The value of each process of this machine, by rank, on its first one; None on the others."""
+        if self.node_group is None:
+            return [value]
+        values: list | None = [None] * self.local_size if self.local_rank == 0 else None
+        dist.gather_object(value, values, self.node, self.node_group)
+        return values
+
     def barrier(self) -> None:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 

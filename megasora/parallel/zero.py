@@ -25,7 +25,7 @@ from megasora.fragment import Fragment
 from megasora.parallel.collectives import all_reduce_sum
 from megasora.parallel.context_attention import ContextAttention
 from megasora.parallel.deepspeed_engine import build_deepspeed_engine
-from megasora.parallel.deepspeed_optimizers import build_zero_adapter, set_counted_in_norm
+from megasora.parallel.deepspeed_optimizers import build_zero_adapter, local_shape, set_counted_in_norm
 from megasora.parallel.mesh import Axis, Mesh
 from megasora.parallel.muon import MatrixExchange, MatrixGroup, MuonAdamW, MuonRule
 from megasora.parallel.pipeline import Loss, Pipeline
@@ -41,7 +41,8 @@ class ZeroEngine:
     `discard_grads`; `predict` runs a forward pass without gradients. All ranks must call the same.
 
     stages             {stage number: module}; one, without a pipeline. A module is called with a pack. Parameters that
-                       need no gradient are left out of training, fragments and counts
+                       need no gradient are left out of training, fragments and counts. In stage 3 they may be divided
+                       already, see `build_partitioner`
     placements         of all trained parameters of the stages, by name
     uses_weight_decay  (name, parameter) -> whether weight decay applies
     dtype              the model's: float32 or bfloat16; master weights, moments and gradient sums are fp32
@@ -70,8 +71,10 @@ class ZeroEngine:
         self.names = {parameter: name for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             set_counted_in_norm(parameter, self.is_primary_replica(name))
-        num_matrices = {name: muon.num_matrices(name, p) if muon else 0 for name, p in self.parameters.items()}
-        groups = parameter_groups(self.parameters, placements, uses_weight_decay, num_matrices)
+        shaped = {name: torch.empty(local_shape(p), device="meta") for name, p in self.parameters.items()}
+        num_matrices = {name: muon.num_matrices(name, x) if muon else 0 for name, x in shaped.items()}
+        has_decay = {name: uses_weight_decay(name, x) for name, x in shaped.items()}
+        groups = parameter_groups(self.parameters, placements, has_decay, num_matrices)
         check_same_groups(list(groups), mesh.model)
         self.optimizer = build_optimizer(groups, config.optim, world.device, muon)
         self.deepspeed = build_deepspeed_engine(self.module, self.optimizer, config, mesh, dtype)
@@ -170,7 +173,7 @@ class ZeroEngine:
                 values = {"weights": master.detach()[part]}
                 for kind in ADAM_MOMENTS:
                     values[kind] = state[kind][part] if kind in state else self.zeros[: owned.count]
-                shape = placement.full_shape(self.zero.local_shape(parameter), axis.size)
+                shape = placement.full_shape(local_shape(parameter), axis.size)
                 fragments.append(Fragment(name, shape, placement, axis.rank, axis.size, owned.start, values))
         return fragments
 
@@ -189,7 +192,7 @@ class ZeroEngine:
     def count_parameters(self) -> int:
         """The number of elements of all parameters of the full model; all ranks must call it."""
         primary = [p for name, p in self.parameters.items() if self.is_primary_replica(name)]
-        count = torch.tensor(sum(self.zero.local_shape(p).numel() for p in primary), device=self.world.device)
+        count = torch.tensor(sum(local_shape(p).numel() for p in primary), device=self.world.device)
         return int(all_reduce_sum(count, self.mesh.model))
 
     def is_primary_replica(self, name: str) -> bool:
@@ -199,13 +202,13 @@ class ZeroEngine:
 def parameter_groups(
     parameters: dict[str, nn.Parameter],
     placements: dict[str, Placement],
-    uses_weight_decay: UsesWeightDecay,
+    has_decay: dict[str, bool],
     num_matrices: dict[str, int],
 ) -> dict[tuple[bool, bool, tuple[str, ...]], list[nn.Parameter]]:
     """Parameters by (Muon or not, weight decay or not, axes over which their gradients are partial)."""
     groups: dict[tuple[bool, bool, tuple[str, ...]], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        key = num_matrices[name] > 0, uses_weight_decay(name, parameter), placements[name].partial_axes
+        key = num_matrices[name] > 0, has_decay[name], placements[name].partial_axes
         groups.setdefault(key, []).append(parameter)
     return dict(sorted(groups.items(), reverse=True))
 

@@ -25,7 +25,7 @@ from megasora.model.embed import TIMESTEP_SCALE
 from megasora.text.embedders import FeatureEmbedder
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+    from diffusers import WanPipeline, WanTransformer3DModel
 
 CHANNELS, PATCH, TEXT_DIM = 16, (1, 2, 2), 20
 CLIPS = [  # grid of tokens, words of the caption, clean latent frames at (head, tail), timestep
@@ -55,6 +55,40 @@ def make_tiny_wan(folder: Path, depth: int = 2, heads: int = 4, head_dim: int = 
     randomise(reference)
     reference.save_pretrained(folder / "wan" / "transformer", max_shard_size="400KB")
     return TinyWan(reference, folder / "wan", settings_for(read_wan(folder / "wan"), folder / "text"))
+
+
+def make_tiny_pipeline(folder: Path, words: str, shift: float) -> tuple[WanPipeline, Path]:
+    """diffusers' pipeline with the transformer of `make_tiny_wan`, and its folder `folder`/wan.
+
+    Its umT5 knows the `words`; `shift`: of the timesteps. All weights are random.
+    """
+    import diffusers
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tiny = make_tiny_wan(folder)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
+    randomise(vae)
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", "</s>", *words.split()))}
+    sizes = {"vocab_size": len(vocabulary), "d_model": TEXT_DIM, "d_kv": 4, "d_ff": 20, "num_layers": 2, "num_heads": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    parts = {
+        "vae": vae,
+        "text_encoder": transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)).eval(),
+        "tokenizer": transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+        ),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+    }
+    pipeline = diffusers.WanPipeline(**parts, transformer=tiny.reference.eval())
+    for name, part in parts.items():
+        part.save_pretrained(tiny.folder / name)
+    pipeline.save_config(tiny.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, tiny.folder
 
 
 @torch.no_grad()

@@ -69,9 +69,10 @@ def test_an_impossible_export_prints_one_line_and_writes_nothing(trained, tmp_pa
     manifest = json.loads((earlier / "manifest.json").read_text())
     (earlier / "manifest.json").write_text(json.dumps({"step": 10, "files": manifest["files"]}, indent=1))
     for source, target, words in (
-        (newest, out, f"{file} is damaged: its SHA-256 differs from manifest.json; use an earlier checkpoint"),
+        (newest, out, f"{file} is damaged: bytes "),
+        (newest, out, " differ from their digest; use an earlier checkpoint"),
         (earlier, out, f"{earlier} was saved by another version of MegaSora (checkpoint format 0, "),
-        (tmp_path, out, "is no checkpoint"),
+        (tmp_path, out, "is a folder of something else (run), and no run folder of megasora train or checkpoint of one"),
         (run, tmp_path / "a.bin", "must end in .safetensors"),
         (run, tmp_path / "no" / "a.safetensors", "there is no folder"),
         (run, file, "exists"),
@@ -88,13 +89,13 @@ def test_verify_names_what_is_whole_and_what_is_damaged(tmp_path, capsys):
     lines = []
     for step in (10, 20):
         size = sum(p.stat().st_size for p in store.path(step).rglob("*.*") if p.name != "manifest.json")
-        lines.append(f"step-{step:08d}  whole: 2 files, {size} bytes\n")
+        lines.append(f"step-{step:08d}  whole: 2 files, {size:,} bytes\n")
     assert main(["checkpoint", "verify", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "".join(lines)
     file = store.path(20) / "fragments" / "rank-00000.safetensors"
     flip(file)
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
-    damaged = f"step-00000020  {file} is damaged: its SHA-256 differs from manifest.json\n"
+    damaged = f"step-00000020  {file} is damaged: its digests differ from the manifest\n"
     assert capsys.readouterr().out == lines[0] + damaged
     assert [main(["checkpoint", "verify", str(store.path(step))]) for step in (10, 20)] == [0, 2]
     assert main(["checkpoint", "verify", str(tmp_path / "none")]) == 2
@@ -108,7 +109,8 @@ def test_a_damaged_newest_checkpoint_is_left_out_of_an_export_with_a_line(traine
     flip(file, -100)
     assert main(["checkpoint", "export", str(run), "--out", str(out)]) == 0
     said = capsys.readouterr()
-    assert said.err == f"{file} is damaged: its SHA-256 differs from manifest.json; reading step-00000010 instead\n"
+    assert said.err.startswith(f"{file} is damaged: bytes ") and len(said.err.splitlines()) == 1
+    assert said.err.endswith(" differ from their digest; reading step-00000010 instead\n")
     assert f"step-00000010 in {out}" in said.out
     name = "patch_in.weight"
     assert torch.equal(load_file(out)[name], full_tensors(trained, 10)[f"ema/{name}"])

@@ -6,7 +6,6 @@ resume or a documented exit code. O5 no process, lock or temporary file is left.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from conftest import full_tensors
 from fault_launch import processes_of
 
@@ -24,6 +24,8 @@ CODES = {code for name, code in vars(errors).items() if name.isupper() and isins
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative, where another layout sums in another order
 WEIGHT_TOLERANCE = 1e-4  # of the largest value of a tensor
 FREE_KEY_BIAS = "text.blocks.0.qkv.bias"  # the softmax does not depend on a bias of the keys: AdamW steps with noise
+BLOCK_BYTES = 4 << 20  # of a file with a table of digests
+SAVE_STEPS = 5  # at most so many while a checkpoint is written
 GONE_SECONDS = 5.0  # within which all processes of a launch have ended after their launcher
 
 
@@ -64,7 +66,8 @@ def check_processes(token: str) -> list[str]:
 
 
 def check_resume(resumed: int | None, newest: int, lost: str | None, reached: int, every: int, log: str) -> list[str]:
-    """The launch has resumed from the newest whole checkpoint and has lost at most one save interval.
+    """The launch has resumed from the newest whole checkpoint and has lost at most one save interval, and the steps
+    during which the next checkpoint was written.
 
     `lost`: the name of a checkpoint that was damaged before the launch, which it must name. `reached`: the last step
     that the run had made.
@@ -74,13 +77,13 @@ def check_resume(resumed: int | None, newest: int, lost: str | None, reached: in
     problems = [] if resumed == newest else [f"resumed from step {resumed}, the newest whole checkpoint is {newest}"]
     if lost is not None and lost not in log:
         problems.append(f"the damaged {lost} was not named")
-    if lost is None and resumed < reached - every:
+    if lost is None and resumed < reached - every - SAVE_STEPS:
         problems.append(f"resumed from step {resumed}: more than {every} steps of {reached} are lost")
     return problems
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints whose manifest has its own SHA-256 and whose files have theirs, oldest first."""
+    """Checkpoints whose manifest has its own digest and whose files have theirs, oldest first."""
     return [folder for folder in sorted((run / "checkpoints").glob("step-*")) if is_whole(folder)]
 
 
@@ -89,14 +92,24 @@ def is_whole(folder: Path) -> bool:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         files = {folder / name: (size, digest) for name, (size, digest) in manifest["files"].items()}
         whole = folder.name == f"step-{manifest['step']:08d}" and folder / "state.json" in files
-        own = manifest.pop("sha256")  # of the rest, as it is written
-        whole &= hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest() == own
+        own = manifest.pop("blake3")  # of the rest, as it is written
+        whole &= blake3(json.dumps(manifest, indent=1).encode()).hexdigest() == own
         for file, (size, digest) in files.items():
             data = file.read_bytes()
-            whole &= len(data) == size and hashlib.sha256(data).hexdigest() == digest
+            whole &= len(data) == size and digest_of(file, data) == digest
         return whole
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def digest_of(file: Path, data: bytes) -> str:
+    """Of a safetensors file that of its table at the end, if the table has the digests of the blocks before it."""
+    if file.suffix != ".safetensors":
+        return blake3(data).hexdigest()
+    blocks = -(-len(data) // (BLOCK_BYTES + 32))
+    content, table = data[: len(data) - 32 * blocks], data[len(data) - 32 * blocks :]
+    own = [blake3(content[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]).digest() for i in range(blocks)]
+    return blake3(table).hexdigest() if b"".join(own) == table else ""
 
 
 def step_of(checkpoint: Path) -> int:

@@ -137,7 +137,7 @@ def test_memory_of_an_export_is_one_tensor(export, monkeypatch):
     from megasora.formats.deepspeed_files import fill, hole, write_skeleton
 
     monkeypatch.chdir(export().parent)
-    tensor = write_skeleton(Path("large.pt"), {"x": hole(0, torch.float32, large)})["x"]
+    tensor = write_skeleton(Path("large.pt"), {"x": hole(large)})["x"]
     fill(tensor, torch.tensor([3.0]), large.numel() - 1)
     assert tensor.read_elements(large.numel() - 2, 2).tolist() == [0, 3]
     assert os.stat("large.pt").st_blocks * 512 < 1 << 20
@@ -304,3 +304,11 @@ def test_exports_that_deepspeed_could_not_continue_are_refused(source, tmp_path)
     with pytest.raises(MegaSoraError, match="weights of scale are NaN or infinite"):
         export(save(tmp_path / "infinite", value_of=infinite))
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.part").exists()
+
+
+def test_an_export_that_does_not_fit_on_the_disk_leaves_nothing(export, tmp_path, monkeypatch):
+    export()
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_bavail=1, f_frsize=512))
+    with pytest.raises(OSError, match="the checkpoint for DeepSpeed needs .* GB are free") as caught:
+        export()
+    assert caught.value.filename == str(tmp_path / "out1") and [path.name for path in tmp_path.iterdir()] == ["out0"]

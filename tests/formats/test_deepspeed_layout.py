@@ -110,7 +110,7 @@ def test_a_sub_group_ends_when_it_is_large_enough(seed):
 def test_pieces_of_a_rank_are_by_group_and_name():
     groups = [{"a": torch.Size((3,)), "b": torch.Size((2, 2))}, {"c": torch.Size((1,))}]
     layout = partition_groups(groups, 2)  # a and b: 7 elements in 2 x 4
-    first, second = layout.pieces_of_rank(0), layout.pieces_of_rank(1)
+    first, second = layout.by_rank
     assert {name: (p.offset, p.start, p.count) for name, p in first[0].items()} == {"a": (0, 0, 3), "b": (3, 0, 1)}
     assert {name: (p.offset, p.start, p.count) for name, p in second[0].items()} == {"b": (0, 1, 3)}
     assert set(first[1]) == {"c"} and not second[1]

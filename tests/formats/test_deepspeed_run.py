@@ -22,6 +22,8 @@ from megasora.formats.source import ExportSource
 from megasora.parallelize import uses_weight_decay
 from megasora.testing.spawn import run_ranks
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 START, END = 3, 10  # the script trains steps 4 to 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -137,7 +139,6 @@ def runs(made_once, shards, tiny) -> Runs:
     return Runs(folder, {case.name: found for case, found in zip(CASES, by_script, strict=True)})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_run_that_a_script_of_deepspeed_continues_is_the_uninterrupted_run(runs, case):
     """Also in bf16: DeepSpeed rounds the same fp32 weights in the same way."""

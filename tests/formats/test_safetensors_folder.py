@@ -56,6 +56,21 @@ def test_tensors_that_cannot_be_rounded_to_the_dtype_are_named(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    found = os.statvfs(tmp_path)
+    fields = (found.f_bsize, 100, 5, 2, 2, *tuple(found)[5:])  # two blocks of 100 bytes are free
+    monkeypatch.setattr(os, "statvfs", lambda folder: os.statvfs_result(fields))
+    with (
+        pytest.raises(OSError, match="No space left on device: a folder of 8 tensors needs"),
+        new_folder(tmp_path / "out") as folder,
+    ):
+        write_parts(folder, "model", SHAPES, lambda name: pytest.fail("was read"))
+    assert not list(tmp_path.iterdir())
+    tensors = dict(list(SHAPES.items())[3:5])
+    with new_folder(tmp_path / "out") as folder:
+        write_parts(folder, "model", tensors, TENSORS.__getitem__)
+
+
 def test_a_folder_is_new_and_what_was_left_of_a_killed_export_is_replaced(tmp_path):
     out = tmp_path / "out"
     (tmp_path / ".out.part").mkdir()

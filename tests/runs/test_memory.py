@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,11 @@ from conftest import train_arguments
 from megasora.config import load
 from megasora.testing.spawn import run_ranks
 
-WIDER = ["model.width=384", "model.depth=4", "model.heads=6", "run.dtype=float32"]  # 17 M weights
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+WIDER = ["model.width=256", "model.depth=4", "model.heads=4", "run.dtype=float32"]  # 8 M weights
 MIB = 1 << 20
+M_MMAP_THRESHOLD = -3  # of mallopt in glibc
+READ_BUFFERS = 16  # MiB: of blocks of 4 MiB, in some threads
 
 
 def resident_mib(key: str) -> float:
@@ -45,13 +49,13 @@ def train_and_measure(arguments: list[str]) -> Memory:
         if activity.startswith("the save") and len(peaks) == 1:
             peaks.append(resident_mib("VmHWM") - before)
 
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)  # what is freed is no longer resident
     before = resident_mib("VmRSS")
     task = DiTTask(config, world, build_mesh(config.parallel, "cpu"))
     trainer = Trainer(config, world, task, heartbeat=heartbeat)
     peaks.append(resident_mib("VmHWM") - before)
     trainer.run()
     weights = sum(p.numel() for p in task.engine.parameters.values())
-    print(Memory(weights, *peaks), flush=True)
     return Memory(weights, *peaks)
 
 
@@ -70,18 +74,17 @@ def fresh(arguments) -> Memory:
 def check(resumed: Memory, fresh: Memory) -> None:
     tensor = 4 * fresh.weights / MIB  # MiB of one fp32 number for each weight of this rank
     assert fresh.until_saved > 5 * tensor  # weights, two moments, EMA, gradients
-    assert resumed.until_saved < fresh.until_saved + 0.2 * tensor
-    assert resumed.until_started < fresh.until_started + 0.5 * tensor
+    assert resumed.until_saved < fresh.until_saved + READ_BUFFERS
+    assert resumed.until_started < fresh.until_started + READ_BUFFERS
+    assert READ_BUFFERS < tensor  # a copy of one kind of values would be seen
 
 
-@pytest.mark.timeout(120)
 def test_a_resume_needs_no_more_memory_than_training(arguments, fresh):
     check(run_ranks(train_and_measure, 1, [*arguments, "run.steps=2"])[0], fresh)
 
 
-@pytest.mark.timeout(120)
 def test_neither_does_a_resume_in_another_layout(arguments, fresh, tmp_path):
-    tensor = [*arguments, "run.steps=2", "parallel.tensor=2"]
+    tensor = [*arguments, "run.steps=3", "parallel.tensor=2"]
     resumed = run_ranks(train_and_measure, 2, tensor)
     fresh = run_ranks(train_and_measure, 2, [*tensor, "run.steps=1", f"run.dir={tmp_path / 'run'}"])
     for pair in zip(resumed, fresh, strict=True):

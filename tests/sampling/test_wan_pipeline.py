@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +27,16 @@ from megasora.config import IngestConfig, load_run_config
 from megasora.data.clip_reader import read_clip
 from megasora.data.patches import unpatchify
 from megasora.errors import MegaSoraError
-from megasora.formats.diffusers_folder import export_diffusers
-from megasora.formats.source import ExportSource
 from megasora.sampling.generate import draw_noise
 from megasora.sampling.latents import WindowLatents
 from megasora.sampling.sampler import Sampler
 from megasora.sampling.timeline import Given, Timeline
 from megasora.sampling.window_sampling import Job, WindowSampling
+from megasora.testing.wan import make_tiny_pipeline
 
 diffusers = pytest.importorskip("diffusers", reason="pip install megasora[encoders]")
 
 PROMPT, NEGATIVE = "a red circle moves right", "blue square"
-WORDS = ["<pad>", "<unk>", "</s>", *PROMPT.split(), *NEGATIVE.split()]
 HEIGHT, WIDTH, FRAMES, STEPS, SCALE, SHIFT = 32, 48, 5, 4, 3.0, 3.0
 TOKENS = 2 * 2 * 3  # of such a clip: 2 latent frames of 4 x 6 latents, in patches of 2 x 2
 SETTINGS = [
@@ -51,37 +47,11 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
-    """diffusers' pipeline, saved in the folder `folder`; its timesteps are those of the sampler here."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    from megasora.testing.wan import TEXT_DIM, make_tiny_wan, randomise
-
-    root = tmp_path_factory.mktemp("wan")
-    tiny = make_tiny_wan(root)
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
-    randomise(vae)
-    text_encoder = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(vocab_size=16, d_model=TEXT_DIM, d_kv=4, d_ff=20, num_layers=2, num_heads=3)
-    ).eval()
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    pipeline = diffusers.WanPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=tiny.reference.eval()
-    )
-    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
-        getattr(pipeline, name).save_pretrained(tiny.folder / name)
-    pipeline.save_config(tiny.folder)
-    set_timesteps = scheduler.set_timesteps  # without sigmas, it would shift the timesteps twice
-    scheduler.set_timesteps = lambda n, device: set_timesteps(sigmas=np.linspace(1, 1 / n, n), device=device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, tiny.folder
+    """diffusers' pipeline, saved in a folder; its timesteps are those of the sampler here."""
+    pipeline, folder = make_tiny_pipeline(tmp_path_factory.mktemp("wan"), f"{PROMPT} {NEGATIVE}", SHIFT)
+    set_timesteps = pipeline.scheduler.set_timesteps  # without sigmas, it would shift the timesteps twice
+    pipeline.scheduler.set_timesteps = lambda n, device: set_timesteps(sigmas=np.linspace(1, 1 / n, n), device=device)
+    return pipeline, folder
 
 
 @pytest.fixture(autouse=True)
@@ -303,99 +273,3 @@ def test_a_pipeline_without_a_part_or_with_a_foreign_one_is_one_line_and_leaves_
     assert "has 24 features, the transformer reads 20" in error_of(encoder.parent, *new)
     assert "is not empty; give a new folder" in error_of(wan[1], "--run", str(other))
     assert "settings are of --run" in error_of(wan[1], "--out", str(tmp_path / "x.safetensors"), "sample.frames=1")
-
-
-# ---------------------------------------------------------------- back to diffusers
-
-
-def export_source(run: Path, **config) -> ExportSource:
-    folder = run / "checkpoints" / "step-00000000"
-    return ExportSource(
-        folder, dataclasses.replace(load_run_config(run), **config), {}, ShardedCheckpoint(folder), "weights"
-    )
-
-
-def load_pipeline(out: Path, monkeypatch) -> diffusers.WanPipeline:
-    if find_spec("accelerate") is None:  # diffusers needs it to keep some weights of 16 bits in fp32
-        monkeypatch.setattr(diffusers.WanTransformer3DModel, "_keep_in_fp32_modules", None)
-    return diffusers.WanPipeline.from_pretrained(out, local_files_only=True)
-
-
-@pytest.mark.parametrize("how", ["link", "copy"])
-def test_a_run_becomes_the_pipeline_that_it_was_imported_from(how, wan, run, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    words = export_diffusers(export_source(run), out, pipeline=how)
-    assert words == f"{out}: diffusers.WanPipeline.from_pretrained('{out}') loads it"
-    pipeline = load_pipeline(out, monkeypatch)
-    assert pipeline.config.expand_timesteps is False and pipeline.scheduler.config.shift == SHIFT
-    for name in ("transformer", "vae", "text_encoder"):
-        loaded, expected = getattr(pipeline, name).state_dict(), getattr(wan[0], name).state_dict()
-        assert loaded.keys() == expected.keys()
-        assert all(torch.equal(loaded[key], expected[key]) for key in expected), name
-    assert pipeline.tokenizer(PROMPT).input_ids == wan[0].tokenizer(PROMPT).input_ids
-    pipeline.scheduler, noise = wan[0].scheduler, torch.randn(1, 16, 2, 4, 6)
-    pipeline.set_progress_bar_config(disable=True)
-    assert torch.equal(sample_diffusers((pipeline,), noise), sample_diffusers(wan, noise))
-    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert not [name for name in files if not name.endswith((".json", ".safetensors"))], files
-    same = {name for name in files if (wan[1] / name).exists() and (out / name).samefile(wan[1] / name)}
-    weights = {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
-    assert same == (weights if how == "link" else set())
-
-
-def test_an_exported_pipeline_takes_image_prompts_as_its_run_does(run, tmp_path, monkeypatch):
-    config = load_run_config(run)
-    config.objective.frame_conditioning.first = 1
-    config.objective.shift = 4.5
-    export_diffusers(export_source(run, objective=config.objective), tmp_path / "out")
-    pipeline = load_pipeline(tmp_path / "out", monkeypatch)
-    assert pipeline.config.expand_timesteps is True and pipeline.scheduler.config.shift == 4.5
-
-
-def test_without_the_other_parts_of_a_pipeline_the_transformer_is_exported_alone(wan, run, tmp_path):
-    config = load_run_config(run)
-    alone = [
-        "scheduler/scheduler_config.json",
-        "transformer/config.json",
-        "transformer/diffusion_pytorch_model.safetensors",
-    ]
-    for number, (changes, how, words) in enumerate(
-        [
-            (
-                {"text": dataclasses.replace(config.text, path="google/umt5-xxl")},
-                "link",
-                "without text_encoder, tokenizer, as",
-            ),
-            ({"codec": dataclasses.replace(config.codec, name="dct", path="")}, "link", "without vae, as"),
-            ({}, "none", "the transformer alone"),
-        ]
-    ):
-        out = tmp_path / str(number)
-        assert words in export_diffusers(export_source(run, **changes), out, pipeline=how)
-        files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-        assert "model_index.json" not in files and set(alone[1:]) <= set(files)
-        scheduler = json.loads((out / alone[0]).read_text()) if how == "link" else None
-        assert how == "none" or scheduler.get("flow_shift", scheduler.get("shift")) == SHIFT
-    assert files == alone[1:]
-
-
-def test_only_known_files_of_a_pipeline_are_copied_and_no_code_is_named(wan, run, tmp_path, monkeypatch):
-    source = shutil.copytree(wan[1], tmp_path / "source")
-    for name in ("vae/evil.py", "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "tokenizer/x.py"):
-        (source / name).write_bytes(b"import os")
-    os.mkfifo(source / "vae" / "generation_config.json")
-    weights = source / "text_encoder" / "model.safetensors"
-    os.replace(weights, tmp_path / "blob")  # as in the cache of the hub
-    weights.symlink_to(tmp_path / "blob")
-    index = json.loads((source / "model_index.json").read_text())
-    index |= {"_class_name": ["evil", "Evil"], "text_encoder": ["evil", "Evil"], "vae": ["os", "system"]}
-    (source / "model_index.json").write_text(json.dumps(index))
-    config = load_run_config(run)
-    config.codec.path = config.text.path = str(source)
-    out = tmp_path / "out"
-    export_diffusers(export_source(run, codec=config.codec, text=config.text), out)
-    assert not [p for p in out.rglob("*") if p.is_symlink() or p.suffix in (".py", ".bin") or "generation" in p.name]
-    written = json.loads((out / "model_index.json").read_text())
-    assert written["text_encoder"] == ["transformers", "UMT5EncoderModel"] and "vil" not in json.dumps(written)
-    assert (out / "text_encoder" / "model.safetensors").samefile(tmp_path / "blob")
-    load_pipeline(out, monkeypatch)

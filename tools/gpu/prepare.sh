@@ -21,7 +21,7 @@ version=${PYTHON_VERSION:-3.12}
 folder=.whl
 
 # What training, ingest and sampling import and a plain PyTorch image lacks. DeepSpeed is published as source only.
-wheels=(hjson pydantic pydantic-core annotated-types typing-inspection webdataset braceexpand omegaconf av zlib-ng)
+wheels=(hjson pydantic pydantic-core annotated-types typing-inspection webdataset braceexpand omegaconf av zlib-ng blake3)
 sources=(deepspeed)
 has=${HAS:-torch triton numpy packaging psutil tqdm typing-extensions pyyaml pillow einops msgpack ninja py-cpuinfo \
   fsspec rich safetensors matplotlib pytest pytest-timeout pytest-xdist hypothesis aiohttp transformers}

@@ -1,0 +1,117 @@
+"""Copies of the files of ranks: to another file, or over a channel to another node; verified block by block.
+
+A file is sent as messages, so that both ends always come to the end of it, whatever fails on either:
+
+    [bytes] block, [bytes] block, ..., [0] digest    the file is whole
+    ..., [-1]                                        the sender has failed; the receiver removes what it has written
+
+A receiver that fails reads on, and drops the blocks. Memory: a few blocks of 4 MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megasora.checkpoint.block_file import BLOCK_BYTES, DIGEST_BYTES, BlockReader, BlockWriter
+from megasora.checkpoint.damage import DamagedCheckpoint
+from megasora.checkpoint.fragment_file import WrittenFile
+from megasora.files import atomic_writer
+
+END, FAILED = 0, -1  # in place of the bytes of a block
+OnCopied = Callable[[int], None]
+
+
+class Channel(Protocol):
+    """`megasora.parallel.channel.Channel` has them."""
+
+    def send(self, data: Tensor) -> None: ...
+
+    def receive(self, count: int, dtype: torch.dtype) -> Tensor: ...
+
+
+class SenderFailed(Exception):
+    """The other end could not send the file; it raises the reason."""
+
+
+def read_blocks(path: Path, written: WrittenFile) -> Iterator[bytearray]:
+    """The content of a file without its table. Raises DamagedCheckpoint."""
+    reader = BlockReader(path, written.size, bytes.fromhex(written.digest))
+    for start in range(0, reader.content_bytes, BLOCK_BYTES):
+        block = bytearray(min(BLOCK_BYTES, reader.content_bytes - start))
+        reader.read_into(start, memoryview(block))
+        yield block
+
+
+def copy_file(path: Path, written: WrittenFile, target: Path, on_copied: OnCopied) -> None:
+    """Copies a file atomically. Raises DamagedCheckpoint if it is not what was written, OSError of the target."""
+    with atomic_writer(target) as file, BlockWriter(file, on_copied) as writer:
+        for block in read_blocks(path, written):
+            writer.write(block)
+
+
+def send_file(channel: Channel, path: Path, written: WrittenFile, on_sent: OnCopied) -> None:
+    """Sends a file, and tells the receiver if that fails."""
+    try:
+        for block in read_blocks(path, written):
+            on_sent(len(block))
+            channel.send(torch.tensor([len(block)]))
+            channel.send(torch.frombuffer(block, dtype=torch.uint8))
+    except BaseException:
+        send_failure(channel)
+        raise
+    channel.send(torch.tensor([END]))
+    channel.send(torch.frombuffer(bytearray.fromhex(written.digest), dtype=torch.uint8))
+
+
+def send_failure(channel: Channel) -> None:
+    channel.send(torch.tensor([FAILED]))
+
+
+class ReceivedBlocks:
+    """The blocks of the next file of a channel. `digest`: of the file, after the last block."""
+
+    def __init__(self, channel: Channel):
+        self.channel, self.digest, self.at_end = channel, b"", False
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """Raises SenderFailed."""
+        while not self.at_end:
+            size = int(self.channel.receive(1, torch.int64))
+            if size > 0:
+                yield memoryview(self.channel.receive(size, torch.uint8).numpy())
+                continue
+            self.at_end = True
+            if size == FAILED:
+                raise SenderFailed
+            self.digest = bytes(self.channel.receive(DIGEST_BYTES, torch.uint8).numpy())
+
+    def drop(self) -> None:
+        """Receives what is left, so that the sender does not wait."""
+        try:
+            for _ in self:
+                pass
+        except SenderFailed:
+            pass
+
+
+def receive_file(channel: Channel, path: Path, on_received: OnCopied) -> WrittenFile:
+    """Writes the next file of a channel atomically. Raises SenderFailed, OSError, or DamagedCheckpoint if its digest
+    differs from the sender's."""
+    blocks = ReceivedBlocks(channel)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with atomic_writer(path) as file:
+            with BlockWriter(file, on_received) as writer:
+                for block in blocks:
+                    writer.write(block)
+            size = file.tell()
+            if writer.digest != blocks.digest:
+                raise DamagedCheckpoint(path, "was damaged on its way from the other node")
+    finally:
+        blocks.drop()
+    return WrittenFile(size, writer.digest.hex())
