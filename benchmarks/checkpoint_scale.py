@@ -1,4 +1,4 @@
-"""What a checkpoint of thousands of ranks costs each of them, counted: python -m benchmarks.checkpoint_scale [--out FILE]
+"""What a checkpoint costs each of thousands of ranks, counted: python -m benchmarks.checkpoint_scale [--out FILE]
 
 No rank runs. The local model of each pipeline stage is built on the meta device with the product's code, its parameters
 are partitioned over data x context as DeepSpeed does (megasora/formats/deepspeed_layout.py), and the product's own code
@@ -19,16 +19,18 @@ is made up to --max-index fragments.
 from __future__ import annotations
 
 import argparse
+import itertools
 import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +39,14 @@ from benchmarks.record import environment, write_record
 from megasora.checkpoint.block_file import BLOCK_BYTES, DIGEST_BYTES, num_blocks
 from megasora.checkpoint.fragment_file import FragmentFile, WrittenFile
 from megasora.checkpoint.manifest import manifest_text
-from megasora.checkpoint.sharded import CheckpointIndex, RankFile, ShardedCheckpoint, add_file, check_complete, saved_part
+from megasora.checkpoint.sharded import (
+    CheckpointIndex,
+    RankFile,
+    ShardedCheckpoint,
+    add_file,
+    check_complete,
+    saved_part,
+)
 from megasora.checkpoint.store import CheckpointStore
 from megasora.config import Config, load
 from megasora.formats.deepspeed_layout import SUB_GROUP_SIZE, partition_groups, partition_parameters, split_sub_groups
@@ -50,8 +59,6 @@ from megasora.placement import Placement
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 DIGEST = "0" * 2 * DIGEST_BYTES
-RANKS_PER_NODE = 8
-SAMPLED_DATA_RANKS = 3  # with ZeRO 3: the first, one in the middle, the last
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ def owned_fragments(config: Config, layout: Layout, pipeline_rank: int) -> list[
     local = build_local_model(config, torch.device("meta"), mesh_of(layout, pipeline_rank), Undrawn())
     parameters = {name: p for stage in local.stages.values() for name, p in stage.named_parameters()}
     names = {p: name for name, p in parameters.items()}
-    groups = parameter_groups(parameters, local.placements, uses_weight_decay, dict.fromkeys(parameters, 0))
+    has_decay = {name: uses_weight_decay(name, p) for name, p in parameters.items()}
+    groups = parameter_groups(parameters, local.placements, has_decay, dict.fromkeys(parameters, 0))
     shapes = [{names[p]: p.shape for p in group} for group in groups.values()]
     if layout.zero_stage == 3:
         sub_groups = [part for parts in split_sub_groups(shapes, layout.data_context, SUB_GROUP_SIZE) for part in parts]
@@ -142,16 +150,19 @@ def fragments(owned: list[Owned], layout: Layout, tensor_rank: int) -> list[Frag
     return result
 
 
-def ranks_of(layout: Layout) -> Iterator[tuple[int, int, int, int]]:
-    """(rank, pipeline rank, data rank, tensor rank) of those that are counted, in the order of the mesh."""
-    dp, rank = layout.data_context, 0
-    sampled = {0, dp // 2, dp - 1} if layout.zero_stage == 3 else range(dp)
-    for pipeline in range(layout.pipeline):
-        for data in range(dp):
-            for tensor in range(layout.tensor):
-                if data in sampled:
-                    yield rank, pipeline, data, tensor
-                rank += 1
+Rank = tuple[int, int, int, int]  # rank, pipeline rank, data rank, tensor rank
+
+
+def all_ranks(layout: Layout) -> Iterator[Rank]:
+    """In the order of the mesh."""
+    places = itertools.product(range(layout.pipeline), range(layout.data_context), range(layout.tensor))
+    return ((rank, *place) for rank, place in enumerate(places))
+
+
+def counted_ranks(layout: Layout) -> Iterator[Rank]:
+    """With ZeRO 3, where all data ranks but the last are alike, those of three data ranks."""
+    sampled = {0, layout.data_context // 2, layout.data_context - 1}
+    return (rank for rank in all_ranks(layout) if layout.zero_stage != 3 or rank[2] in sampled)
 
 
 def rank_file(layout: Layout, rank: int, pipeline: int, tensor: int, owned: list[Owned]) -> RankFile:
@@ -246,8 +257,6 @@ class CountedCheckpoint(ShardedCheckpoint):
 
 def build_index(files: list[RankFile]) -> tuple[CheckpointIndex, list[int]]:
     """As `read_index` does, from headers in memory."""
-    import numpy as np
-
     index = CheckpointIndex(Path(), [(file.name, WrittenFile(file.size, DIGEST)) for file in files], [], {})
     contents = []
     for number, file in enumerate(files):
@@ -306,25 +315,90 @@ def header_reads(file: RankFile) -> int:
 def count(layout: Layout, settings: list[str], max_index: int) -> dict[str, Any]:
     config = load_config(layout, settings)
     owned = [owned_fragments(config, layout, pipeline) for pipeline in range(layout.pipeline)]
-    files = [
-        rank_file(layout, rank, pipeline, tensor, owned[pipeline][data])
-        for rank, pipeline, data, tensor in ranks_of(layout)
-    ]
+
+    def files_of(ranks: Iterable[tuple[int, int, int, int]]) -> list[RankFile]:
+        return [
+            rank_file(layout, rank, pipeline, tensor, owned[pipeline][data]) for rank, pipeline, data, tensor in ranks
+        ]
+
+    files = files_of(counted_ranks(layout))
     row = {**asdict(layout), **count_save(files, layout.world)}
-    row["state_bytes"] = row["bytes_written_mean"] * layout.world
-    num_fragments = statistics.mean(len(o) for ranks in owned for o in ranks) * layout.world
-    row["fragments"] = num_fragments
-    row["header_bytes_of_all"] = row["header_bytes_mean"] * layout.world
-    if num_fragments <= max_index:
+    row["fragments"] = round(statistics.mean(len(o) for ranks in owned for o in ranks) * layout.world)
+    row["state_bytes"] = 4 * len(KINDS) * num_elements(owned, layout)
+    if row["fragments"] <= max_index:
         if len(files) < layout.world:
-            everything = replace_sampling(layout)
-            files = [
-                rank_file(layout, rank, pipeline, tensor, owned[pipeline][data])
-                for rank, pipeline, data, tensor in everything
-            ]
+            files = files_of(all_ranks(layout))
         row["resume"] = count_resume(files, layout, owned, settings)
     return row
 
 
-def replace_sampling(layout: Layout) -> Iterator[tuple[int, int, int, int]]:
-    return ranks_of(replace(layout, zero_stage=1))
+def num_elements(owned: list[list[list[Owned]]], layout: Layout) -> int:
+    """Of the full model: replicas count once."""
+    shapes = {o.name: o.shape for ranks in owned for fragments_of_rank in ranks for o in fragments_of_rank}
+    return sum(shape.numel() for shape in shapes.values())
+
+
+def table_of_saves(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="a save: before, rank 0 hashed the whole state", title_justify="left")
+    for name in ("layout", "state, GB", "MB a rank: min", "mean", "max", "max / mean", "headers, KB a rank",
+                 "to rank 0, B a rank", "manifest, KB", "files"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    for r in rows:
+        low, mean, high = (r[f"bytes_written_{x}"] for x in ("min", "mean", "max"))
+        table.add_row(
+            name_of(r), f"{r['state_bytes'] / 1e9:.1f}", *(f"{x / 1e6:.2f}" for x in (low, mean, high)),
+            f"{high / mean:.4f}", f"{r['header_bytes_mean'] / 1e3:.1f}", f"{r['gathered_bytes_per_object']}",
+            f"{r['manifest_bytes'] / 1e3:.1f}", f"{r['files']:,}",
+        )  # fmt: skip
+    return table
+
+
+def table_of_resumes(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="a resume: before, every rank read the whole state", title_justify="left")
+    for name in ("layout", "headers a node", "MB of them", "index, s", "MB to the node", "needed, MB a rank", "read, MB",
+                 "read / needed", "files", "tensor / 2: read / needed"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    for r in (r for r in rows if "resume" in r):
+        resume = r["resume"]
+        same, other = resume["same_layout"], resume["half_the_tensor_ranks"]
+        table.add_row(
+            name_of(r), f"{resume['header_reads_per_node']:,}", f"{resume['header_bytes_read_per_node'] / 1e6:,.1f}",
+            f"{resume['index_seconds']:.2f}", f"{resume['index_bytes'] / 1e6:.1f}", f"{same['needed'] / 1e6:.1f}",
+            f"{same['read'] / 1e6:.1f}", f"{same['ratio']:.2f}", f"{same['files']}", f"{other['ratio']:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def name_of(row: dict[str, Any]) -> str:
+    pipeline = f", pipeline {row['pipeline']}" if row["pipeline"] > 1 else ""
+    return f"{row['preset']}, {row['world']:,} ranks, tensor {row['tensor']}{pipeline}, ZeRO {row['zero_stage']}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file for all results")
+    parser.add_argument("--max-index", type=int, default=200_000, help="fragments of an index that is made")
+    parser.add_argument("--quick", action="store_true", help="a small model on 16 ranks")
+    options = parser.parse_args(arguments)
+    layouts, settings = LAYOUTS, ["text.name=bytes", "text.path="]
+    if options.quick:
+        layouts = [Layout("small", 16, 4, zero_stage=stage) for stage in (1, 3)]
+        settings = ["model.width=64", "model.depth=2", "model.heads=4", "codec.channels=4"]
+
+    head, console, rows = environment(), Console(width=200), []
+    for layout in layouts:
+        rows.append(count(layout, settings, options.max_index))
+    with tempfile.TemporaryDirectory(prefix=".checkpoint-benchmark-", dir=".") as folder:
+        worlds = sorted({layout.world for layout in layouts})
+        commits = {world: measure_commit(Path(folder) / str(world), world) for world in worlds}
+    console.print(table_of_saves(rows))
+    console.print(table_of_resumes(rows))
+    for world, seconds in commits.items():
+        console.print(f"commit of {world:,} files on rank 0: {seconds:.3f} s")
+    if options.out:
+        write_record(options.out, head, {"layouts": rows, "commit_seconds": commits})
+        console.print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

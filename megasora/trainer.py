@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 
-from megasora.checkpoint.loader import CheckpointLoader
 from megasora.checkpoint.rollback import roll_back
-from megasora.checkpoint.saver import CheckpointSaver
-from megasora.checkpoint.store import CheckpointStore, Retention
+from megasora.checkpoint.run_checkpoints import RunCheckpoints
 from megasora.config import Config
 from megasora.errors import NonFiniteError, StopRequested
 from megasora.optim.ema import ShardedEMA
 from megasora.optim.ema_decays import ema_decays
 from megasora.optim.schedule import lr_at
 from megasora.optim.step_guard import ABORT, APPLY, NON_FINITE, ROLL_BACK, SPIKE, StepGuard, Verdict
+from megasora.parallel.channel import Channel
 from megasora.parallel.world import World
 from megasora.run_log.code_version import source_hash
 from megasora.run_log.device_stats import measure_matmul_flops_per_s, speed_columns
@@ -58,11 +57,12 @@ class Trainer:
         fragments = task.fragments()
         self.ema = ShardedEMA([f.values["weights"] for f in fragments], ema_decays(config.optim))
         self.guard, self.slow_ranks = StepGuard(config.optim), build_slow_ranks(Path(config.run.dir), world)
-        settings, self.validated = config.checkpoint, (-1, None)  # step and loss of the last validation
-        retention = Retention(settings.keep, settings.keep_every, settings.keep_best)
-        store, saved = CheckpointStore(Path(config.run.dir) / "checkpoints", retention), self.ema.extend(fragments)
-        self.saver = CheckpointSaver(store, saved, task.replicas, world, settings.asynchronous)
-        self.loader = CheckpointLoader(store, saved, world, frozenset(self.ema.averages), heartbeat)
+        self.validated = -1, None  # step and loss of the last validation
+        self.checkpoints = RunCheckpoints(
+            Path(config.run.dir), config.checkpoint, self.ema.extend(fragments), task.replicas,
+            frozenset(self.ema.averages), world, Channel, heartbeat,
+        )  # fmt: skip
+        self.saver = self.checkpoints.saver
         self.parallel_settings = {"processes": world.size, **dataclasses.asdict(config.parallel)}
         self.step, self.saved_settings = self.resume()
         on_gpu = world.device.type == "cuda"
@@ -103,17 +103,15 @@ class Trainer:
                 log.log_skipped(self.skipped)
             if self.verdict.action == ABORT:
                 self.saver.wait(self.heartbeat)
-                raise NonFiniteError(self.guard.describe_abort(self.verdict, self.saver.store.newest()))
+                raise NonFiniteError(self.guard.describe_abort(self.verdict, self.checkpoints.store.newest()))
             is_last, is_rolled_back = self.step == config.run.steps, self.verdict.action == ROLL_BACK
             if is_last or self.step % config.validation.every == 0:
                 self.validate(log)
-            must_save = is_last or is_rolled_back or self.stopping
-            if must_save or (self.step % config.checkpoint.every == 0 and not self.skips_save()):
-                self.save()
+            self.checkpoints.save_if_due(self.step, is_last or is_rolled_back or self.stopping, self.state)
             if config.sample.every and not self.stopping and (is_last or self.step % config.sample.every == 0):
                 self.sample()
             if is_last or self.stopping:
-                self.saver.wait(self.heartbeat)
+                self.checkpoints.finish()
                 return
             stopwatch.lap("between_steps")  # validation and saving are not part of a step
             stopwatch.read()
@@ -166,7 +164,7 @@ class Trainer:
         if self.verdict.action == ROLL_BACK:
             self.heartbeat(f"the rollback after step {self.step + 1}")
             self.saver.wait(self.heartbeat)
-            state = roll_back(self.loader, self.guard.first_spike - 1, self.config.checkpoint.every)
+            state = roll_back(self.checkpoints.loader, self.guard.first_spike - 1, self.config.checkpoint.every)
             if state is None:
                 self.verdict = Verdict(ABORT, SPIKE)
             else:
@@ -187,31 +185,22 @@ class Trainer:
         with self.ema.in_place_of_weights(lambda: self.task.sync_after_load(self.ema.updates)):
             self.task.sample(self.step, self.heartbeat, self.stop_requested)
 
-    def skips_save(self) -> bool:
-        """Whether a scheduled checkpoint is left out, because the one before is still being written."""
-        return self.config.checkpoint.when_busy == "skip" and self.saver.current is not None
-
-    def save(self) -> None:
-        """Begins to save a checkpoint; a synchronous one is visible afterwards."""
-        self.heartbeat(f"the save after step {self.step}")
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has besides the fragments: JSON values."""
         step, loss = self.validated
-        self.saver.save(
-            self.step,
-            {
-                "parallel": self.parallel_settings,
-                "ema_updates": self.ema.updates,
-                "task": self.task.state_dict(),
-                "guard": self.guard.state_dict(),
-                "validation_loss": loss if step == self.step else None,
-                "code": source_hash(),
-                "config": dataclasses.asdict(self.config),
-            },
-            self.heartbeat,
-        )
+        return {
+            "parallel": self.parallel_settings,
+            "ema_updates": self.ema.updates,
+            "task": self.task.state_dict(),
+            "guard": self.guard.state_dict(),
+            "validation_loss": loss if step == self.step else None,
+            "code": source_hash(),
+            "config": dataclasses.asdict(self.config),
+        }
 
     def resume(self) -> tuple[int, dict[str, Any]]:
         """Loads the checkpoint that `run.start` asks for; returns (its step or 0, the settings that saved it)."""
-        state = self.loader.resume(self.config.run.start)
+        state = self.checkpoints.resume(self.config.run.start)
         if self.world.is_main:
             prepare_run_folder(self.config, state["step"] if state is not None else 0)
         self.world.barrier()
@@ -224,7 +213,7 @@ class Trainer:
 
     def load_updates(self, state: dict[str, Any]) -> None:
         """Call after the fragments of a checkpoint were loaded, with its state."""
-        for sentence in self.ema.start_missing(self.loader.kinds):
+        for sentence in self.ema.start_missing(self.checkpoints.loader.kinds):
             if self.world.is_main:
                 print(sentence, flush=True)
         self.ema.updates = state["ema_updates"]

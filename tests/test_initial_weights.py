@@ -17,7 +17,7 @@ from megasora.config import load
 from megasora.errors import MegaSoraError
 from megasora.formats.safetensors_folder import write_parts
 from megasora.model.init import DrawnWeights
-from megasora.parallel.shared_reads import SharedReads, shared_reads
+from megasora.parallel.shared_reads import SharedReads, open_on_node, shared_reads
 from megasora.parallel.world import World
 from megasora.parallelize import WeightsToLoad, initial_weights
 from megasora.placement import Placement
@@ -239,7 +239,7 @@ def test_the_weights_of_a_resumed_run_are_not_drawn_but_those_that_are_not_train
 
 def read_on_ranks(folder: str, local_sizes: list[int]) -> list[tuple]:
     """For each number of ranks of a machine: (the weight, bytes that this rank has read, the error for a weight that is
-    not finite, process groups that are left)."""
+    not finite, process groups that are left, headers that this rank has read, the error for a missing file)."""
     from megasora.config import ParallelConfig
     from megasora.parallel.mesh import build_mesh
 
@@ -253,9 +253,18 @@ def read_on_ranks(folder: str, local_sizes: list[int]) -> list[tuple]:
     foreign_file.read_into = counted
     for local_size in local_sizes:
         world = World(rank, size, rank % local_size, local_size, torch.device("cpu"))
-        groups, out, problem = len(dist.distributed_c10d._world.pg_names), torch.nn.Parameter(torch.zeros(5, 7)), ""
+        out, problem = torch.nn.Parameter(torch.zeros(5, 7)), ""
         sizes.clear()
-        weights = open_weights(Path(folder) / "w.safetensors", "PATH")
+        opened = []
+
+        def open_file(name: str, opened: list[str] = opened) -> FileWeights:
+            opened.append(name)
+            return open_weights(Path(folder) / name, "PATH")
+
+        weights = open_on_node(lambda opener=open_file: opener("w.safetensors"), world)
+        with pytest.raises(MegaSoraError) as missing:
+            open_on_node(lambda opener=open_file: opener("missing"), world)
+        groups = len(dist.distributed_c10d._world.pg_names)
         with shared_reads(weights, world, mesh.data_context) as shared:
             assert isinstance(shared, SharedReads if local_size > 1 else FileWeights)
             shared.fill(out, "a")
@@ -265,7 +274,7 @@ def read_on_ranks(folder: str, local_sizes: list[int]) -> list[tuple]:
             except MegaSoraError as error:
                 problem = str(error)
         left = len(dist.distributed_c10d._world.pg_names) - groups
-        results.append((out.detach(), num_bytes, problem, left))
+        results.append((out.detach(), num_bytes, problem, left, len(opened), str(missing.value)))
     return results
 
 
@@ -274,7 +283,8 @@ def test_a_weight_is_read_once_on_each_machine(tmp_path):
     save_file({"a": full, "b": torch.full((3,), torch.inf)}, tmp_path / "w.safetensors")
     readers = {4: [0], 2: [0, 2], 1: [0, 1, 2, 3]}  # by the ranks of a machine
     for rank, results in enumerate(run_ranks(read_on_ranks, 4, str(tmp_path), list(readers))):
-        for local_size, (weight, num_bytes, problem, left) in zip(readers, results, strict=True):
+        for local_size, (weight, num_bytes, problem, left, opened, missing) in zip(readers, results, strict=True):
             assert torch.equal(weight, full) and left == 0
+            assert opened == (2 if rank in readers[local_size] else 0) and "PATH cannot be read: [Errno 2]" in missing
             assert num_bytes == (full.nbytes if rank in readers[local_size] else 0)
             assert problem.startswith("PATH: b is float32, or some of its weights are NaN or infinite")

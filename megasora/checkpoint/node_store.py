@@ -29,7 +29,6 @@ from megasora.checkpoint.store import (
     complete_folder,
     delete_folder,
     read_state,
-    remove_incomplete,
 )
 from megasora.errors import MegaSoraError
 from megasora.files import read_regular_file, sync, write_text_atomic
@@ -118,7 +117,7 @@ class NodeStore:
             try:
                 parts.append(self.read_part(folder))
             except (MegaSoraError, OSError) as error:
-                problems.append(str(error))
+                problems.append(getattr(error, "problem", str(error)))
         return parts, problems
 
     def read_part(self, folder: Path) -> StoredPart:
@@ -165,15 +164,15 @@ def run_folder(folder: str, ids: NodeIds) -> Path:
 
 
 def read_ids(run_dir: Path) -> NodeIds:
-    """New ones for a run that has none. Raises MegaSoraError if the file is damaged."""
+    """Writes new ones for a run that has none. Raises MegaSoraError if the file is damaged."""
     path = run_dir / IDS
     try:
         ids = NodeIds(**parse_json(read_regular_file(path, MAX_IDS_BYTES)))
-        if not (ID.fullmatch(ids.run) and ID.fullmatch(ids.launch)):
+        if not (ID.fullmatch(ids.run) and (not ids.launch or ID.fullmatch(ids.launch))):
             raise ValueError("run and launch have 16 hexadecimal digits")
         return ids
     except FileNotFoundError:
-        return NodeIds(new_id())
+        return write_ids(run_dir, NodeIds(new_id()))
     except (OSError, ValueError, TypeError) as error:
         problem = describe(error)
         raise MegaSoraError(
@@ -181,8 +180,9 @@ def read_ids(run_dir: Path) -> NodeIds:
         ) from None
 
 
-def write_ids(run_dir: Path, ids: NodeIds) -> None:
+def write_ids(run_dir: Path, ids: NodeIds) -> NodeIds:
     write_text_atomic(run_dir / IDS, json.dumps(dataclasses.asdict(ids)) + "\n")
+    return ids
 
 
 def new_id() -> str:
@@ -191,8 +191,9 @@ def new_id() -> str:
 
 def prepare(store: NodeStore) -> None:
     """Makes the folder of a launch, and removes those of earlier ones."""
-    for other in store.folder.parent.glob("*"):
-        if other != store.folder:
-            shutil.rmtree(other, ignore_errors=True)
     store.folder.mkdir(parents=True, exist_ok=True)
-    remove_incomplete(store.folder)
+    for other in store.folder.parent.iterdir():
+        if other.is_symlink() or not other.is_dir():
+            other.unlink(missing_ok=True)
+        elif other != store.folder:
+            shutil.rmtree(other, ignore_errors=True)

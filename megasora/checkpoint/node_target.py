@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,15 +42,13 @@ class NodeTarget:
         self.own, self.is_first = nodes.number_of(ranks.rank), ranks.local_rank == 0
         self.outgoing = next((c for (sender, _), c in channels.items() if sender == ranks.rank), None)
         self.incoming = {sender: c for (sender, _), c in channels.items() if sender != ranks.rank}
-        has_copies = bool(nodes.pairs_of(ranks.rank)) and bool(channels)
-        self.stored = [self.own, (self.own - 1) % len(nodes)] if has_copies else [self.own]  # parts on this node
+        self.stored = [self.own, (self.own - 1) % len(nodes)] if channels else [self.own]  # parts on this node
         self.bytes: list[float] = []  # of the files of each node
         self.text, self.parts = "", dict[int, Part]()  # of the save under way
         self.receivers: dict[int, Task] = {}
         self.deleting: Task | None = None
 
     def begin(self, step: int, state: dict[str, Any], file: RankFile) -> None:
-        self.finish_deleting()
         texts = (state_text(step, state), secrets.token_hex(8)) if self.ranks.rank == 0 else None
         self.text, save = self.ranks.broadcast_object(texts)
         bounds = {k: self.nodes.ranks(k) for k in self.stored}
@@ -58,13 +57,16 @@ class NodeTarget:
             sizes = torch.zeros(len(self.nodes), dtype=torch.float64)
             sizes[self.own] = file.size
             self.bytes = self.ranks.all_reduce_sum(sizes).tolist()
-        needed = int(sum(self.bytes[k] for k in self.stored))
-        failure = self.ranks.share_on_node(lambda: attempt(lambda: self.store.begin(step, self.stored, needed)))
+        failure = self.ranks.share_on_node(lambda: attempt(lambda: self.begin_on_node(step)))
         try:
             raise_first(self.ranks, failure)
         except BaseException:
             self.discard(step)
             raise
+
+    def begin_on_node(self, step: int) -> None:
+        self.finish_deleting()
+        self.store.begin(step, self.stored, int(sum(self.bytes[k] for k in self.stored)))
 
     def write(self, step: int, file: RankFile, values: Iterable[Tensor], on_written: OnWritten) -> Written:
         own, before = self.store.staging_dir(step, self.own), self.store.staging_dir(step, self.stored[-1])
@@ -122,10 +124,22 @@ class NodeTarget:
     def after_save(self, save: Save) -> None:
         """Once a save is visible everywhere, here or in the run folder: deletes in a thread what is not kept."""
         if self.is_first:
-            self.finish_deleting()
             superseded = -1 if save.target is self else save.step
+            self.finish_deleting()
             self.deleting = Task(lambda: self.store.keep_newest(self.keep, superseded), "delete")
 
+    def finish(self) -> None:
+        """Before the end of a launch: removes the folder if it is empty, as after a save to the run folder."""
+        if self.is_first:
+            self.finish_deleting()
+            with suppress(OSError):
+                self.store.folder.rmdir()
+                self.store.folder.parent.rmdir()
+
     def finish_deleting(self) -> None:
-        if self.deleting is not None:
-            self.deleting.join()
+        """Raises what the thread has raised."""
+        task, self.deleting = self.deleting, None
+        if task is not None:
+            task.join()
+            if task.error is not None:
+                raise task.error

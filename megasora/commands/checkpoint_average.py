@@ -17,10 +17,10 @@ from torch import Tensor
 
 from megasora.checkpoint.imported import save_imported
 from megasora.checkpoint.sharded import ShardedCheckpoint
-from megasora.checkpoint.store import CheckpointStore, read_state
+from megasora.checkpoint.store import read_state
 from megasora.checkpoint.verify import verify_checkpoint
 from megasora.checkpoint.weight_kinds import kind_of
-from megasora.commands.checkpoint_source import check_same_model, config_of, find, num_bytes
+from megasora.commands.checkpoint_source import check_same_model, complete, config_of, find, num_bytes
 from megasora.commands.run_folder import new_run
 from megasora.errors import MegaSoraError
 from megasora.formats.recognize import check_format
@@ -96,7 +96,7 @@ def describe(combination: Combination, sigma: float, out: Path) -> str:
 def whole_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run whose bytes are all as they were saved; a line for each other one."""
     whole = []
-    for folder in CheckpointStore(run / "checkpoints").complete():
+    for folder in complete(run):
         try:
             verify_checkpoint(folder)
             whole.append(folder)

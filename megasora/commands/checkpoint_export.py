@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megasora.build import build_model, patch_dim
 from megasora.checkpoint.safetensors_file import check_new_file, write_tensors
-from megasora.commands.checkpoint_source import num_bytes, open_source
+from megasora.commands.checkpoint_source import num_bytes, open_source, with_newest
 from megasora.config import Config
 from megasora.errors import MegaSoraError
 from megasora.formats.safetensors_folder import DTYPES, SHARD_BYTES, check_new_folder, rounded
@@ -45,14 +45,19 @@ def export_checkpoint(place: Path, name: str, weights: str | None, out: Path, gi
     if not 1 <= options.get("shard_bytes", 1):
         raise MegaSoraError(f"--shard-bytes {options['shard_bytes']} must be at least 1; of a file, e.g. 5_000_000_000")
     (check_new_file if chosen.is_file else check_new_folder)(out)
-    source = open_source(place, weights or ("raw" if name == "deepspeed" else "ema"))
-    if name == "deepspeed" and source.kind != "weights":
+    if name == "deepspeed" and weights not in (None, "raw"):
         raise MegaSoraError(
             f"--weights {weights}: --format deepspeed has the moments of the raw weights; leave --weights out"
         )
-    with byte_progress("export", chosen.num_bytes(source, **options)) as advance:
-        sentence = chosen.write(source, out, advance, **options)
-    print(sentence or f"{described(source, weights or 'ema')} of {source.folder} in {out}")
+    weights = weights or ("raw" if name == "deepspeed" else "ema")
+
+    def export(folder: Path) -> str:
+        source = open_source(folder, weights)
+        with byte_progress("export", chosen.num_bytes(source, **options)) as advance:
+            sentence = chosen.write(source, out, advance, **options)
+        return sentence or f"{described(source, weights)} of {source.folder} in {out}"
+
+    print(with_newest(place, export))
 
 
 def check_options(name: str, chosen: Format, given: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megasora.checkpoint.manifest import read_manifest
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.store import read_state
 from megasora.checkpoint.weight_kinds import kind_of
-from megasora.commands.checkpoint_source import BYTES_PER_VALUE, find, num_bytes
+from megasora.commands.checkpoint_source import BYTES_PER_VALUE, num_bytes, with_newest
 from megasora.commands.tables import print_table
 from megasora.commands.tensor_statistics import Statistics, statistics_of
 from megasora.errors import MegaSoraError, printable
@@ -26,7 +28,22 @@ COLUMNS = ("norm", "mean", "std", "max")
 
 def inspect_checkpoint(place: Path, weights: str, pattern: str | None, as_json: bool) -> None:
     """Prints a table per module, or of each tensor whose name fits `pattern`, e.g. blocks.0.*; or all of it as JSON."""
-    folder = find(place)
+    facts, shapes, tensors = with_newest(place, lambda folder: read(folder, weights, pattern))
+    if as_json:
+        values = {"tensors": {name: as_dict(shapes[name], s) for name, s in tensors.items()}}
+        print(json.dumps(finite_or_none(facts | values), indent=1))
+        return
+    print_facts(facts)
+    if pattern is None:
+        print_modules(tensors)
+    else:
+        print_rows(("tensor", "shape"), {name: (str(list(shapes[name])), s) for name, s in tensors.items()})
+
+
+def read(
+    folder: Path, weights: str, pattern: str | None
+) -> tuple[dict[str, Any], dict[str, torch.Size], dict[str, Statistics]]:
+    """(what is known of a checkpoint, shapes and statistics of the parameters whose names fit `pattern`)."""
     sharded = ShardedCheckpoint(folder)
     kind, shapes = kind_of(sharded, weights), dict(sharded.shapes)
     if pattern is not None:
@@ -35,16 +52,7 @@ def inspect_checkpoint(place: Path, weights: str, pattern: str | None, as_json: 
             raise MegaSoraError(f"--tensors {printable(pattern, 100)} fits none of {len(sharded.shapes):,} parameters")
     with byte_progress("inspect", num_bytes(shapes)) as advance:
         tensors = read_statistics(sharded, kind, list(shapes), advance)
-    facts = describe(folder, sharded, kind)
-    if as_json:
-        values = {"tensors": {name: as_dict(sharded, name, s) for name, s in tensors.items()}}
-        print(json.dumps(finite_or_none(facts | values), indent=1))
-        return
-    print_facts(facts)
-    if pattern is None:
-        print_modules(tensors)
-    else:
-        print_rows(("tensor", "shape"), {name: (str(list(shapes[name])), s) for name, s in tensors.items()})
+    return describe(folder, sharded, kind), shapes, tensors
 
 
 def read_statistics(
@@ -150,6 +158,6 @@ def print_rows(first: tuple[str, str], rows: dict[str, tuple[str, Statistics]]) 
     print_table(columns, cells, texts=2)
 
 
-def as_dict(sharded: ShardedCheckpoint, name: str, s: Statistics) -> dict[str, Any]:
+def as_dict(shape: torch.Size, s: Statistics) -> dict[str, Any]:
     numbers = {column: getattr(s, column) for column in COLUMNS}
-    return {"shape": list(sharded.shapes[name]), **numbers, "non_finite": s.non_finite}
+    return {"shape": list(shape), **numbers, "non_finite": s.non_finite}

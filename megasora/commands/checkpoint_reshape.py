@@ -8,7 +8,7 @@ from megasora.checkpoint.full_tensors import save_full_tensors
 from megasora.checkpoint.manifest import read_manifest
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.checkpoint.store import read_state
-from megasora.commands.checkpoint_source import config_of, find, num_bytes
+from megasora.commands.checkpoint_source import config_of, num_bytes, with_newest
 from megasora.commands.run_folder import new_run
 from megasora.errors import MegaSoraError
 from megasora.observe.byte_progress import byte_progress
@@ -16,7 +16,11 @@ from megasora.observe.byte_progress import byte_progress
 
 def reshape(place: Path, files: int, out: Path) -> None:
     """Writes the run folder `out` with the checkpoint at `place` in `files` files of about equal size."""
-    folder = find(place)
+    print(with_newest(place, lambda folder: rewrite(folder, files, out)))
+
+
+def rewrite(folder: Path, files: int, out: Path) -> str:
+    """A sentence about what was written."""
     sharded, state, step = ShardedCheckpoint(folder), read_state(folder), read_manifest(folder).step
     shapes, kinds = sharded.shapes, list(sharded.index.kinds)
     if not 1 <= files <= len(shapes):
@@ -25,4 +29,4 @@ def reshape(place: Path, files: int, out: Path) -> None:
     with byte_progress("reshape", num_bytes(shapes, len(kinds))) as advance:
         with new_run(out, config_of(folder, state), folder) as store:
             made = save_full_tensors(store, step, shapes, kinds, sharded.full_tensor, kept, advance, files)
-    print(f"{made.name} of {folder.parent.parent} in {files} files in {out}; a run goes on from it with run.dir={out}")
+    return f"{made.name} of {folder.parent.parent} in {files} files in {out}; a run goes on from it with run.dir={out}"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from megasora.checkpoint.damage import DamagedCheckpoint
+from megasora.checkpoint.manifest import check_kind_and_size, read_manifest
 from megasora.checkpoint.sharded import ShardedCheckpoint
-from megasora.checkpoint.store import find_checkpoint, read_state
+from megasora.checkpoint.store import CheckpointStore, read_state
 from megasora.checkpoint.weight_kinds import kind_of
 from megasora.config import Config, load, load_run_config
 from megasora.errors import MegaSoraError, first_of, printable
@@ -20,18 +22,55 @@ from megasora.formats.source import ExportSource
 
 BYTES_PER_VALUE = 4  # fp32
 SHOWN = 2  # names in a message
+Result = TypeVar("Result")
+
+
+def with_newest(place: Path, action: Callable[[Path], Result]) -> Result:
+    """What `action(checkpoint)` returns for the checkpoint at `place`, or for the newest of the run folder `place` that
+    does not raise DamagedCheckpoint: all that is read is verified, so nothing is read twice.
+
+    Prints a line on standard error for each checkpoint that is damaged. Raises MegaSoraError if `place` is something
+    else, with the command that reads it, or if no checkpoint is whole.
+    """
+    if check_format(place, "run", "checkpoint").format == "checkpoint":
+        return action(place)
+    problems: list[str] = []
+    for checkpoint in reversed(complete(place)):
+        if problems:
+            print(printable(f"{problems[-1]}; reading {checkpoint.name} instead"), file=sys.stderr)
+        try:
+            return action(checkpoint)
+        except DamagedCheckpoint as error:
+            if not checkpoint.exists():  # the run has saved a newer one and deleted this one
+                return with_newest(place, action)
+            problems.append(error.problem)
+    raise MegaSoraError(f"no checkpoint of {place} is whole: {'; '.join(problems)}; restore one from a copy")
+
+
+def complete(run: Path) -> list[Path]:
+    """Its checkpoints, oldest first. Raises MegaSoraError if it has none."""
+    found = CheckpointStore(run / "checkpoints").complete()
+    if not found:
+        raise MegaSoraError(f"{run} is a run folder that has no checkpoint yet")
+    return found
 
 
 def find(place: Path) -> Path:
-    """The checkpoint at `place`, or the newest whole one of the run folder; a line on standard error for each that is
-    damaged. Raises MegaSoraError if `place` is something else, with the command that reads it."""
-    check_format(place, "run", "checkpoint")
-    return find_checkpoint(place, report=lambda text: print(printable(text), file=sys.stderr))
+    """The checkpoint at `place`, or the newest of a run folder whose manifest, state and sizes of files are intact; the
+    rest is verified when it is read. Raises MegaSoraError as with_newest."""
+
+    def check(checkpoint: Path) -> Path:
+        read_state(checkpoint)
+        manifest = read_manifest(checkpoint)
+        for name in manifest.files:
+            check_kind_and_size(checkpoint, manifest, name)
+        return checkpoint
+
+    return with_newest(place, check)
 
 
-def open_source(place: Path, weights: str) -> ExportSource:
-    """`weights`: of --weights."""
-    folder = find(place)
+def open_source(folder: Path, weights: str) -> ExportSource:
+    """`folder`: of a checkpoint. `weights`: of --weights."""
     sharded, state = ShardedCheckpoint(folder), read_state(folder)
     return ExportSource(folder, config_of(folder, state), state, sharded, kind_of(sharded, weights))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from megasora.checkpoint.damage import DamagedCheckpoint
-from megasora.checkpoint.manifest import MANIFEST, read_manifest
-from megasora.checkpoint.store import CheckpointStore
+from megasora.checkpoint.manifest import read_manifest
 from megasora.checkpoint.verify import verify_checkpoint
+from megasora.commands.checkpoint_source import complete
 from megasora.errors import MegaSoraError, printable
 from megasora.formats.recognize import check_format
 from megasora.observe.byte_progress import byte_progress
@@ -23,12 +22,10 @@ def verify_checkpoints(path: Path, threads: int = 0) -> int:
     Every byte is read, nothing is changed. `threads`: that read; 0: one per core. Raises MegaSoraError if there is no
     checkpoint.
     """
-    check_format(path, "run", "checkpoint")
+    found = check_format(path, "run", "checkpoint")
     if not 0 <= threads <= MAX_THREADS:
         raise MegaSoraError(f"--threads {threads} must be from 0 to {MAX_THREADS}")
-    checkpoints = [path] if os.path.lexists(path / MANIFEST) else CheckpointStore(path / "checkpoints").complete()
-    if not checkpoints:
-        raise MegaSoraError(f"{path} is a run folder that has no checkpoint yet")
+    checkpoints = [path] if found.format == "checkpoint" else complete(path)
     verdicts = {}
     with byte_progress("verify", sum(map(num_bytes, checkpoints))) as advance:
         for checkpoint in checkpoints:

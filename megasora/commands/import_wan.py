@@ -26,6 +26,7 @@ from megasora.commands.run_folder import new_run
 from megasora.config import Config, FrameConditioningConfig, load, token_pixels
 from megasora.errors import MegaSoraError
 from megasora.files import check_folder, read_regular_file
+from megasora.formats.recognize import what_is
 from megasora.formats.wan import import_wan, open_weights
 from megasora.formats.wan_folder import WanFolder, read_wan
 from megasora.formats.wan_layers import parameter_shapes
@@ -43,16 +44,25 @@ SAMPLE = (  # as in WanPipeline of diffusers
 )  # fmt: skip
 SCHEDULER, SHIFT_KEYS = "scheduler/scheduler_config.json", ("flow_shift", "shift")
 MAX_JSON_BYTES = 1 << 20
+OTHERS = ("run", "checkpoint", "megasora", "deepspeed", "dcp")  # formats that are not read here
 
 
 def import_wan_to_file(place: Path, out: Path) -> None:
     """Writes the weights of a Wan model to `out`, and prints the settings of a run that starts from them."""
-    wan = read_wan(place)
+    wan = read_model(place)
     shapes = shapes_of(wan, load(None, wan.settings()))
     with byte_progress("import", num_bytes(shapes)) as advance:
         import_wan(wan, shapes, out, advance)
     print(f"weights in {out}; to train them further, append to `megasora train YAML`:")
     print(" \\\n".join(shlex.quote(setting) for setting in (*wan.settings(), f"run.start=init:{out}")))
+
+
+def read_model(place: Path) -> WanFolder:
+    """As `read_wan`. Raises MegaSoraError also for what another command reads."""
+    found = what_is(place)
+    if found.format in OTHERS:
+        raise MegaSoraError(f"{place} is {found.description}, and no model of Wan; {found.remedy}")
+    return read_wan(place)
 
 
 def shapes_of(wan: WanFolder, config: Config) -> dict[str, torch.Size]:
@@ -69,7 +79,7 @@ def import_wan_to_run(place: Path, run: Path, overrides: list[str]) -> None:
     Raises MegaSoraError if `run` is not empty, or the codec or text encoder is missing or does not fit the weights.
     """
     check_new_folder(run)
-    wan = read_wan(place)
+    wan = read_model(place)
     config = run_config(place, wan, overrides)
     check_fit(wan, config)
     shapes = shapes_of(wan, config)

@@ -272,6 +272,11 @@ def validate_parallel(parallel: ParallelConfig) -> None:
 
 def validate_checkpoint(checkpoint: CheckpointConfig) -> None:
     one_of("checkpoint.when_busy", checkpoint.when_busy, ("wait", "skip"))
+    if checkpoint.node.dir and checkpoint.node.every >= checkpoint.every:
+        raise MegaSoraError(
+            f"checkpoint.node.every={checkpoint.node.every} must be less than checkpoint.every={checkpoint.every}: the "
+            "disks of the nodes have what is newer than the checkpoints of the run folder"
+        )
 
 
 def validate_sample(sample: SampleConfig) -> None:

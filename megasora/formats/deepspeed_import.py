@@ -23,7 +23,7 @@ from megasora.checkpoint.imported import save_imported
 from megasora.checkpoint.manifest import step_of
 from megasora.checkpoint.store import CheckpointStore
 from megasora.data.packing_plan import Cursor
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, printable
 from megasora.formats.deepspeed_files import CLIENT_KEY
 from megasora.formats.deepspeed_reader import KINDS, ZeroFiles, open_zero
 from megasora.jsonl import parse_json
@@ -70,7 +70,7 @@ def check_newest(store: CheckpointStore, step: int) -> None:
 
 def check_updates(saved: ZeroFiles) -> None:
     """Raises MegaSoraError unless the optimizer has had all steps of the model."""
-    steps = saved.model["global_steps"] - saved.model.get("skipped_steps", 0)
+    steps = saved.model["global_steps"] - saved.model["skipped_steps"]
     if saved.updates != steps:
         raise MegaSoraError(
             f"{saved.folder}: the optimizer has had {saved.updates} steps, the model {steps}; its files belong to "
@@ -92,9 +92,10 @@ def read_state(saved: ZeroFiles) -> dict[str, Any] | None:
     missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise MegaSoraError(f"{where} has no {', '.join(missing)}; {remedy}")
-    if state["step"] != saved.model["global_steps"]:
+    if type(state["step"]) is not int or state["step"] != saved.model["global_steps"]:
         raise MegaSoraError(
-            f"{where} is the state of step {state['step']}, the checkpoint is of step {saved.model['global_steps']}; "
+            f"{where} is the state of step {printable(str(state['step']), 40)}, the checkpoint is of step "
+            f"{saved.model['global_steps']}; "
             'set its "step", and its "task"["cursor"] to the next pack, before save_checkpoint'
         )
     check_updates(saved)

@@ -21,7 +21,7 @@ from megasora.formats.deepspeed_folder import SHOWN, check_names, file_of, read_
 from megasora.formats.deepspeed_layout import ZeroLayout, partition_groups, partition_parameters
 from megasora.formats.recognize import check_format
 
-MAX_RANKS = 1 << 20
+MAX_RANKS, MAX_STEPS = 1 << 20, 10**12
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 
@@ -103,26 +103,29 @@ def open_zero(place: Path, tag: str | None, shapes: Mapping[str, torch.Size]) ->
 def read_model(path: Path) -> dict[str, Any]:
     """The model states of a file. Raises MegaSoraError unless it has those that are needed."""
     values = read_torch_file(path)
-    fields = {"dp_world_size": int, "param_shapes": list, "module": dict, "global_steps": int}
-    wrong = [name for name, kind in fields.items() if not isinstance(dict_of(values).get(name), kind)]
-    if wrong or not all(is_group(group) for group in values["param_shapes"]):
+    found = values if isinstance(values, dict) else {}
+    wrong = [name for name, is_right in MODEL_FIELDS.items() if not is_right(found.get(name))]
+    if wrong:
         raise MegaSoraError(
-            f"{path} has no {first_of(wrong or ['param_shapes'], SHOWN)} of a ZeRO checkpoint of stage 1, 2 or 3; give "
-            "one, as save_checkpoint of DeepSpeed writes it"
+            f"{path} has no {first_of(wrong, SHOWN)} of a ZeRO checkpoint of stage 1, 2 or 3; give one, as "
+            "save_checkpoint of DeepSpeed writes it"
         )
-    if not 1 <= values["dp_world_size"] <= MAX_RANKS:
-        raise MegaSoraError(f"{path} is of {values['dp_world_size']} processes; copy it again")
-    return values
-
-
-def dict_of(values: Any) -> dict:
-    return values if isinstance(values, dict) else {}
+    return found
 
 
 def is_group(group: Any) -> bool:
     return isinstance(group, dict) and all(
         isinstance(name, str) and isinstance(shape, torch.Size) for name, shape in group.items()
     )
+
+
+MODEL_FIELDS = {
+    "dp_world_size": lambda value: type(value) is int and 1 <= value <= MAX_RANKS,
+    "param_shapes": lambda value: isinstance(value, list) and all(is_group(group) for group in value),
+    "module": lambda value: isinstance(value, dict),
+    "global_steps": lambda value: type(value) is int and 0 <= value < MAX_STEPS,
+    "skipped_steps": lambda value: type(value) is int and value >= 0,
+}
 
 
 def check_shapes(path: Path, model: dict[str, Any], shapes: Mapping[str, torch.Size]) -> None:

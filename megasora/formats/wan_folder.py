@@ -11,24 +11,16 @@ A file may be one of torch.save, .pth, .pt or .bin, instead of .safetensors; in 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megasora.errors import MegaSoraError, printable
-from megasora.files import read_regular_file
-from megasora.formats.wan_tensors import ARCHIVES, list_names, open_files
-from megasora.jsonl import parse_json
+from megasora.formats.wan_files import find_weight_files, read_json, weight_files
+from megasora.formats.wan_tensors import open_files
 
 CLASS, ORIGINAL_CLASS = "WanTransformer3DModel", "WanModel"
 EXPERTS = (("transformer", "transformer_2"), ("low_noise_model", "high_noise_model"))  # of Wan 2.2 A14B
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-SAFETENSORS = ".safetensors"
-SUFFIX = r"(\.safetensors|\.pth|\.pt|\.bin)"
-INDEX = re.compile(rf".+{SUFFIX}(\.index(\.\w+)?|\.\w+\.index)\.json|.+\.\w+{SUFFIX}\.index\.json")
-PART = re.compile(rf"(?P<stem>.+)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?P<end>(\.\w+)?{SUFFIX})", re.ASCII)
-MAX_JSON_BYTES = 64 << 20
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "text_dim")
 ORIGINAL_SIZES = ("num_layers", "num_heads", "dim", "ffn_dim", "in_dim", "out_dim")
 ORIGINAL_TYPES = ("t2v", "ti2v")  # ti2v: an image is a clean latent frame, as here
@@ -209,74 +201,3 @@ def image_to_video(file: Path, why: str) -> MegaSoraError:
         f"{file} describes an image-to-video model ({why}), which cannot be imported; "
         "use a text-to-video model: MegaSora takes image prompts as clean latent frames"
     )
-
-
-def find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files of the index, the parts or the single file; .safetensors first, and those without a variant first.
-    Raises MegaSoraError if there is not one choice, or a file is missing."""
-    by_suffix: dict[str, list[str]] = {}
-    for name in sorted(path.name for path in folder.iterdir()):
-        by_suffix.setdefault(weights_suffix(name), []).append(name)
-    names = by_suffix.get(SAFETENSORS) or [name for suffix in ARCHIVES for name in by_suffix.get(suffix, [])]
-    indices = [name for name in names if INDEX.fullmatch(name)]
-    single = [name for name in names if name not in indices and not PART.fullmatch(name)]
-    for name in (f"{WEIGHTS_FILE}.index.json", WEIGHTS_FILE):
-        if name in (*indices, *single):
-            return weight_files(folder / name)
-    parts = [] if indices + single else complete_parts(names)
-    if len(indices + single) > 1 or len(parts) > 1:
-        choices = indices + single or [part[0] for part in parts]
-        raise MegaSoraError(
-            f"{folder} holds several weights, {list_names(choices)}; give one of them, e.g. {folder / choices[0]}"
-        )
-    if parts:
-        return tuple(folder / name for name in parts[0])
-    if not indices + single:
-        raise MegaSoraError(f"{folder} lacks {WEIGHTS_FILE} or its index; download the whole folder")
-    return weight_files(folder / (indices + single)[0])
-
-
-def weights_suffix(name: str) -> str:
-    """The suffix of a file of weights, or of those that an index names."""
-    match = INDEX.fullmatch(name)
-    return (match[1] or match[4]) if match else Path(name).suffix
-
-
-def complete_parts(names: list[str]) -> list[list[str]]:
-    """The names of each set of files NAME-00001-of-00002.safetensors of which none is missing."""
-    sets: dict[tuple[str, ...], dict[int, str]] = {}
-    for name in names:
-        if match := PART.fullmatch(name):
-            sets.setdefault(match.group("stem", "count", "end"), {})[int(match["number"])] = name
-    return [
-        list(parts.values()) for (_, count, _), parts in sets.items() if sorted(parts) == list(range(1, int(count) + 1))
-    ]
-
-
-def weight_files(path: Path) -> tuple[Path, ...]:
-    """The file itself, or those that it names if it is an index."""
-    if not INDEX.fullmatch(path.name):
-        return (path,)
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MegaSoraError(f"{path} has no weight_map; download it again")
-    for name in weight_map.values():
-        known = isinstance(name, str) and Path(name).suffix in (SAFETENSORS, *ARCHIVES)
-        if not known or Path(name).name != name:
-            raise MegaSoraError(f"{path} names {printable(str(name), 80)}, no weight file of its own folder")
-    files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise MegaSoraError(f"{path.parent} lacks {list_names(missing)}; download the whole folder")
-    return files
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = parse_json(read_regular_file(file, MAX_JSON_BYTES))
-    except (OSError, ValueError) as error:
-        raise MegaSoraError(
-            f"{file} cannot be read ({error}); use a folder that diffusers saved, or one of the release of Wan"
-        ) from None
-    if not isinstance(values, dict):
-        raise MegaSoraError(f"{file} holds a {type(values).__name__}, not an object; download it again")
-    return values

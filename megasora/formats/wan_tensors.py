@@ -71,7 +71,7 @@ def open_safetensors(path: Path) -> dict[str, WanTensor]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file, which is opened for it alone: pages that were mapped stay in memory until then."""
+    """A tensor of a safetensors file, opened for it alone: as long as it is open, all that was read stays mapped."""
     with opened(path) as file:
         return file.get_tensor(name)
 

@@ -29,7 +29,7 @@ from megasora.kernels.rows import Rows
 from megasora.model.attention import NORM_EPS
 from megasora.model.block import Block, BlockInputs, RowModulation, run_block
 from megasora.model.embed import NativeEmbedding, TimestepEmbedding
-from megasora.model.init import initial_value
+from megasora.model.init import DrawnWeights
 
 
 def build_segments(batch: VideoBatch) -> Segments:
@@ -78,8 +78,9 @@ class VideoDiT(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Sets all weights to their values at step 0; see `megasora.model.init`."""
+        weights = DrawnWeights(seed)
         for name, parameter in self.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, seed))
+            weights.fill(parameter, name)
 
     def keep_stage(self, first_block: int, num_blocks: int) -> None:
         """Deletes the blocks outside `first_block .. first_block + num_blocks - 1`.

@@ -61,10 +61,3 @@ class DrawnWeights:
 def xavier_bound(shape: torch.Size) -> float:
     """Of the uniform distribution, for a full linear layer [out, in] or convolution [out, in, ...]."""
     return math.sqrt(6 / ((shape[0] + shape[1]) * shape[2:].numel()))
-
-
-def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """The weight at step 0, full, fp32, on the CPU. Raises KeyError for a name that no rule matches."""
-    value = torch.empty(shape)
-    DrawnWeights(seed).fill(value, name)
-    return value

@@ -72,7 +72,7 @@ def test_an_impossible_export_prints_one_line_and_writes_nothing(trained, tmp_pa
         (newest, out, f"{file} is damaged: bytes "),
         (newest, out, " differ from their digest; use an earlier checkpoint"),
         (earlier, out, f"{earlier} was saved by another version of MegaSora (checkpoint format 0, "),
-        (tmp_path, out, "is a folder of something else (run), and no run folder of megasora train or checkpoint of one"),
+        (tmp_path, out, "is a folder of something else (run), and no run folder of megasora train or "),
         (run, tmp_path / "a.bin", "must end in .safetensors"),
         (run, tmp_path / "no" / "a.safetensors", "there is no folder"),
         (run, file, "exists"),

@@ -220,7 +220,7 @@ DAMAGE = {  # what was done to the folder -> words of the message
     "code in the state": (edit_state(lambda state: state.update(x=Code())), "holds posix.system, which is not loaded"),
     "a class": (edit_model(lambda model: model.update(args=Path("x"))), "holds pathlib"),
     "a list": (lambda out: torch.save([1], out / TAG / MODEL), "has no dp_world_size, param_shapes, module"),
-    "no processes": (edit_model(lambda model: model.update(dp_world_size=0)), "is of 0 processes"),
+    "no processes": (edit_model(lambda model: model.update(dp_world_size=0)), "has no dp_world_size of a ZeRO"),
     "other world": (edit_model(lambda model: model.update(dp_world_size=1)), f"has {RANK_1} too"),
     "other shape": (
         edit_model(lambda model: model["param_shapes"][0].update({"up.weight": torch.Size((5, 7))})),
@@ -245,6 +245,9 @@ DAMAGE = {  # what was done to the folder -> words of the message
     ),
     "old state": (edit_state(lambda state: state.update(step=7)), "the state of step 7, the checkpoint is of step 12"),
     "other optimizer": (edit_model(lambda model: model.update(skipped_steps=0)), "had 11 steps, the model 12"),
+    "step of text": (edit_model(lambda model: model.update(skipped_steps="1")), "has no skipped_steps"),
+    "step 12.0": (edit_state(lambda state: state.update(step=12.0)), "the state of step 12.0"),
+    "step of lines": (edit_state(lambda state: state.update(step="1\n2")), "the state of step 1\\n2, the checkpoint"),
     "no cursor": (edit_state(lambda state: state["task"].pop("cursor")), '["task"]["cursor"] is not'),
     "cursor of text": (edit_state(lambda state: state["task"]["cursor"].update(pack="3")), '["task"]["cursor"] is not'),
     "half a state": (edit_state(lambda state: state.pop("guard")), "has no guard; pass what load_checkpoint returned"),

@@ -47,7 +47,6 @@ CASES = [
     Case(2, zero=(("parameter_alignment", True),)),
     Case(3),
     Case(1, "bf16"),
-    Case(3, "bf16"),
     Case(1, processes=3, zero=(("elastic_checkpoint", True),)),
     Case(3, processes=1, zero=(("sub_group_size", 5000),)),
 ]

@@ -19,7 +19,8 @@ from megasora.errors import MegaSoraError
 from megasora.formats.diffusers_folder import export_diffusers
 from megasora.formats.source import ExportSource
 from megasora.formats.wan import open_weights
-from megasora.formats.wan_folder import WEIGHTS_FILE, read_wan
+from megasora.formats.wan_files import WEIGHTS_FILE
+from megasora.formats.wan_folder import read_wan
 from megasora.formats.wan_layers import ADDED_TO_WAN, parameter_shapes
 from megasora.testing.wan import build_dit, make_pack, make_tiny_wan, run_reference, shapes_of
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from megasora.config import load
 from megasora.errors import MegaSoraError
 from megasora.formats.wan import import_wan
-from megasora.formats.wan_folder import WEIGHTS_FILE, mlp_ratio, read_wan
+from megasora.formats.wan_files import WEIGHTS_FILE
+from megasora.formats.wan_folder import mlp_ratio, read_wan
 from megasora.formats.wan_layers import build_layers
 from megasora.testing.wan import (
     CLIPS,
@@ -171,6 +172,15 @@ def test_the_settings_of_the_released_model(tmp_path):
     ]  # fmt: skip
     config = load(None, read_wan(tmp_path).settings())
     assert config.text.pad and config.model.mlp_hidden == 8960
+
+
+def test_a_model_without_a_null_token_needs_text_features_that_can_be_zero():
+    with pytest.raises(
+        MegaSoraError, match=r"conditioning=timestep has no null token: .*text\.name=bytes has not; use"
+    ):
+        load(None, ["model.conditioning=timestep"])
+    with pytest.raises(MegaSoraError, match=r"model\.conditioning=none.* full.*timestep"):
+        load(None, ["model.conditioning=none"])
 
 
 def test_the_ratio_gives_the_hidden_width_exactly():

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from megasora.errors import MegaSoraError
 from megasora.formats.allowed_pickle import StoredTensor
 from megasora.formats.wan import import_wan
-from megasora.formats.wan_folder import WEIGHTS_FILE, WanFolder, read_wan
+from megasora.formats.wan_files import WEIGHTS_FILE
+from megasora.formats.wan_folder import WanFolder, read_wan
 from megasora.formats.wan_names import diffusers_names
 from megasora.testing.wan import (
     CHANNELS,

@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from megasora.model.init import DrawnWeights, initial_value, xavier_bound
+from megasora.model.init import DrawnWeights, xavier_bound
 from megasora.placement import Placement
 
 NAMES = ("blocks.0.mlp.up.weight", "timestep.0.weight")  # Xavier uniform, normal
+
+
+def initial_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    value = torch.full(shape, torch.nan)
+    DrawnWeights(seed).fill(value, name)
+    return value
+
+
 PLACEMENTS = [Placement(), Placement(0), Placement(1), Placement(0, 3), Placement(1, 2)]
 
 

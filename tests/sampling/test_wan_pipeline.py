@@ -249,7 +249,7 @@ def copy_pipeline(wan, to: Path, *without: str) -> Path:
     return to
 
 
-def test_a_pipeline_without_a_part_or_with_a_foreign_one_is_one_line_and_leaves_nothing(wan, tmp_path, capsys):
+def test_a_pipeline_without_a_part_or_with_a_foreign_one_is_one_line_and_leaves_nothing(wan, run, tmp_path, capsys):
     def error_of(folder: Path, *more: str) -> str:
         before = sorted(tmp_path.rglob("*"))
         assert main(["checkpoint", "import-wan", str(folder), *more]) == 2
@@ -272,4 +272,6 @@ def test_a_pipeline_without_a_part_or_with_a_foreign_one_is_one_line_and_leaves_
     (encoder / "config.json").write_text(json.dumps({**values, "d_model": 24}))
     assert "has 24 features, the transformer reads 20" in error_of(encoder.parent, *new)
     assert "is not empty; give a new folder" in error_of(wan[1], "--run", str(other))
+    back = error_of(run, "--out", str(tmp_path / "x.safetensors"))
+    assert "is a run folder of MegaSora, and no model of Wan; it is read with: megasora checkpoint inspect" in back
     assert "settings are of --run" in error_of(wan[1], "--out", str(tmp_path / "x.safetensors"), "sample.frames=1")
