@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import environment, write_record
-from megasora.checkpoint.block_file import BLOCK_BYTES, DIGEST_BYTES, num_blocks
+from megasora.checkpoint.block_file import DIGEST_BYTES, BlockLayout
 from megasora.checkpoint.fragment_file import FragmentFile, WrittenFile
 from megasora.checkpoint.manifest import manifest_text
 from megasora.checkpoint.sharded import (
@@ -221,24 +221,27 @@ class HeaderFile(FragmentFile):
 
     def __init__(self, file: RankFile):
         self.path, self.header = Path(file.name), file.header
-        blocks = -(-file.size // (BLOCK_BYTES + DIGEST_BYTES))
-        self.reader = SimpleNamespace(content_bytes=file.size - DIGEST_BYTES * blocks)
+        self.reader = SimpleNamespace(content_bytes=layout_of(file).content_bytes)
 
     def read_bytes(self, start: int, count: int) -> bytes:
         return self.header[start : start + count]
 
 
+def layout_of(file: RankFile) -> BlockLayout:
+    return BlockLayout.of_file(len(file.header), file.size)
+
+
 class CountedFile:
     """Counts what `FragmentFile.read` would read: whole blocks, the last one that was read in part is kept."""
 
-    def __init__(self, content_bytes: int):
-        self.content_bytes, self.kept = content_bytes, -1
-        self.num_bytes = DIGEST_BYTES * num_blocks(content_bytes)  # the table
+    def __init__(self, layout: BlockLayout):
+        self.layout, self.kept = layout, -1
+        self.num_bytes = DIGEST_BYTES * layout.num_blocks  # the table
 
     def read(self, offset: int, out: torch.Tensor) -> None:
         stop = offset + 4 * len(out)
-        for block in range(offset // BLOCK_BYTES, num_blocks(stop)):
-            first, last = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.content_bytes)
+        for block in range(self.layout.block_at(offset), self.layout.block_at(stop - 1) + 1):
+            first, last = self.layout.range_of(block)
             is_whole = offset <= first and stop >= last
             if is_whole or self.kept != block:
                 self.num_bytes += last - first
@@ -247,32 +250,29 @@ class CountedFile:
 
 
 class CountedCheckpoint(ShardedCheckpoint):
-    def __init__(self, index: CheckpointIndex, contents: list[int]):
+    def __init__(self, index: CheckpointIndex, layouts: list[BlockLayout]):
         super().__init__(Path(), index)
-        self.contents, self.counted = contents, dict[int, CountedFile]()
+        self.layouts, self.counted = layouts, dict[int, CountedFile]()
 
     def file(self, number: int) -> CountedFile:
-        return self.counted.setdefault(number, CountedFile(self.contents[number]))
+        return self.counted.setdefault(number, CountedFile(self.layouts[number]))
 
 
-def build_index(files: list[RankFile]) -> tuple[CheckpointIndex, list[int]]:
+def build_index(files: list[RankFile]) -> CheckpointIndex:
     """As `read_index` does, from headers in memory."""
     index = CheckpointIndex(Path(), [(file.name, WrittenFile(file.size, DIGEST)) for file in files], [], {})
-    contents = []
     for number, file in enumerate(files):
-        header = HeaderFile(file)
-        contents.append(header.reader.content_bytes)
-        add_file(index, number, header)
+        add_file(index, number, HeaderFile(file))
     for name, parameter in index.parameters.items():
         for rank, rows in parameter.fragments.items():
             parameter.fragments[rank] = np.array(sorted(rows), dtype=np.int64)
         check_complete(index, name, parameter)
-    return index, contents
+    return index
 
 
-def count_reads(index: CheckpointIndex, contents: list[int], wanted: list[Fragment]) -> dict[str, float]:
+def count_reads(index: CheckpointIndex, layouts: list[BlockLayout], wanted: list[Fragment]) -> dict[str, float]:
     """Of one rank that loads `wanted`, in the order of `ShardedCheckpoint.load_into`."""
-    checkpoint = CountedCheckpoint(index, contents)
+    checkpoint = CountedCheckpoint(index, layouts)
     with torch.device("meta"):
         for kind in KINDS:
             for f in wanted:
@@ -287,7 +287,7 @@ def count_resume(
 ) -> dict[str, Any]:
     """Of a resume of all files: what a node reads first, and what ranks read, with the same and with another layout."""
     start = time.perf_counter()
-    index, contents = build_index(files)
+    index, layouts = build_index(files), [layout_of(file) for file in files]
     seconds, pickled = time.perf_counter() - start, len(pickle.dumps(index))
     data, other = layout.data_context // 2, replace(layout, tensor=layout.tensor // 2)
     same = fragments(owned[0][data], layout, layout.tensor - 1)
@@ -298,15 +298,14 @@ def count_resume(
         "index_rows": sum(len(rows) for p in index.parameters.values() for rows in p.fragments.values()),
         "header_reads_per_node": len(files),
         "header_bytes_read_per_node": sum(header_reads(file) for file in files),
-        "same_layout": count_reads(index, contents, same),
-        "half_the_tensor_ranks": count_reads(index, contents, resharded),
+        "same_layout": count_reads(index, layouts, same),
+        "half_the_tensor_ranks": count_reads(index, layouts, resharded),
     }
 
 
 def header_reads(file: RankFile) -> int:
-    """The table of digests and the blocks that have the header."""
-    content = HeaderFile(file).reader.content_bytes
-    return DIGEST_BYTES * num_blocks(content) + min(content, BLOCK_BYTES * num_blocks(len(file.header)))
+    """The header and the table of digests."""
+    return len(file.header) + DIGEST_BYTES * layout_of(file).num_blocks
 
 
 # ---------------------------------------------------------------- output

@@ -70,14 +70,11 @@ def check_run_folder(config: Config) -> None:
 
     A run folder belongs to one configuration, except for the keys of MUTABLE_ON_RESUME.
     """
-    from megasora.checkpoint.node_store import expanded
     from megasora.checkpoint.start import begins, choose_start
     from megasora.checkpoint.store import CheckpointStore
 
     run_dir = Path(config.run.dir)
     check_folder(run_dir, f"run.dir={run_dir}")
-    if config.checkpoint.node.dir:
-        check_folder(expanded(config.checkpoint.node.dir), f"checkpoint.node.dir={config.checkpoint.node.dir}")
     choose_start(CheckpointStore(run_dir / "checkpoints"), config.run.start)
     if begins(run_dir, config.run.start) or not (run_dir / "config.yaml").is_file():
         return

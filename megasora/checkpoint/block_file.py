@@ -1,11 +1,11 @@
-"""Files in blocks of 1 MiB with a BLAKE3 digest each: hashed while they are written, verified while any range is read.
+"""Files in blocks with a BLAKE3 digest each: hashed while they are written, verified while any range is read.
 
-    [ content: blocks 0 .. n - 1, the last one shorter | table: n digests of 32 bytes ]
+    [ block 0: header of a safetensors file | blocks 1 .. n - 1 of 1 MiB, the last one shorter | n digests of 32 bytes ]
 
 The digest of a file is that of its table. So a file is identified by 32 bytes, every byte that is read has been
 verified, and a reader of a part reads no more than the blocks around it: with thousands of ranks parts are small, and
-larger blocks would be read several times. BLAKE3 is as strong as SHA-256 and takes a
-third of its time or less, so hashing is hidden by a disk of 5 GB/s; blocks are independent, so threads share a file.
+larger blocks would be read several times. BLAKE3 is as strong as SHA-256 and takes a third of its time or less, so
+hashing is hidden by a disk of 5 GB/s; blocks are independent, so threads share a file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,34 +33,59 @@ def digest_of(data: bytes | bytearray | memoryview) -> bytes:
     return blake3.blake3(data).digest()
 
 
-def num_blocks(content_bytes: int) -> int:
-    return -(-content_bytes // BLOCK_BYTES)
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the blocks of a file are. The content is all but the table."""
 
+    header_bytes: int
+    content_bytes: int
 
-def table_bytes(content_bytes: int) -> int:
-    return DIGEST_BYTES * num_blocks(content_bytes)
+    @classmethod
+    def of_file(cls, header_bytes: int, file_bytes: int) -> BlockLayout:
+        blocks = 1 + -(-(file_bytes - header_bytes - DIGEST_BYTES) // (BLOCK_BYTES + DIGEST_BYTES))
+        return cls(header_bytes, file_bytes - DIGEST_BYTES * blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        return 1 + -(-(self.content_bytes - self.header_bytes) // BLOCK_BYTES)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.content_bytes + DIGEST_BYTES * self.num_blocks
+
+    def block_at(self, position: int) -> int:
+        return 0 if position < self.header_bytes else 1 + (position - self.header_bytes) // BLOCK_BYTES
+
+    def range_of(self, block: int) -> tuple[int, int]:
+        """(first byte, one past the last) of a block."""
+        if not block:
+            return 0, self.header_bytes
+        start = self.header_bytes + (block - 1) * BLOCK_BYTES
+        return start, min(start + BLOCK_BYTES, self.content_bytes)
 
 
 class BlockWriter:
-    """Writes the content to `file` and hashes it in a thread beside. Use as a context manager; after it, `digest`.
-
-    `on_written(bytes)` is called after each write.
+    """Writes the content to `file`, an empty one, and hashes it in a thread beside. Use as a context manager; after it,
+    `digest`. `header`: block 0. `on_written(bytes)` is called after each write.
     """
 
-    def __init__(self, file: BinaryIO, on_written: Callable[[int], None] = lambda size: None):
-        self.file, self.on_written = file, on_written
-        self.table, self.hasher, self.room = bytearray(), blake3.blake3(), BLOCK_BYTES
+    def __init__(
+        self, file: BinaryIO, header: bytes | memoryview, on_written: Callable[[int], None] = lambda size: None
+    ):
+        self.file, self.header, self.on_written = file, header, on_written
+        self.table, self.hasher, self.room, self.is_new_block = bytearray(), blake3.blake3(), len(header), False
         self.pool, self.waiting = ThreadPoolExecutor(1, "hash"), list[Future]()
         self.digest, self.position = b"", 0
 
     def __enter__(self) -> BlockWriter:
+        self.write(self.header)
         return self
 
     def __exit__(self, kind, *_) -> None:
         self.pool.shutdown()
         if kind is None:
             self.check_hashed(0)
-            if self.room < BLOCK_BYTES:
+            if not self.is_new_block:
                 self.table += self.hasher.digest()
             self.file.write(self.table)
             self.digest = digest_of(self.table)
@@ -86,7 +112,8 @@ class BlockWriter:
             part, piece = piece[: self.room], piece[self.room :]
             self.hasher.update(part)
             self.room -= len(part)
-            if not self.room:
+            self.is_new_block = not self.room
+            if self.is_new_block:
                 self.table += self.hasher.digest()
                 self.hasher, self.room = blake3.blake3(), BLOCK_BYTES
 
@@ -101,9 +128,7 @@ class BlockReader:
     file. `size` and `digest`: of the whole file. May be used by several threads."""
 
     def __init__(self, path: Path, size: int, digest: bytes):
-        self.path = path
-        self.blocks = -(-size // (BLOCK_BYTES + DIGEST_BYTES))
-        self.content_bytes = size - DIGEST_BYTES * self.blocks
+        self.path, self.layout = path, BlockLayout(0, 0)
         self.kept: tuple[int, bytes | bytearray] = (-1, b"")  # the last block that was read in part
         self.handle = -1
         try:
@@ -113,11 +138,19 @@ class BlockReader:
                 raise DamagedCheckpoint(path, "cannot be read: not a regular file")
             if found.st_size != size:
                 raise DamagedCheckpoint(path, f"is damaged: {found.st_size} bytes, {size} expected")
-            self.table = self.pread(self.content_bytes, DIGEST_BYTES * self.blocks)
+            header_bytes = 8 + int.from_bytes(self.pread(0, 8), "little")
+            self.layout = BlockLayout.of_file(header_bytes, size)
+            if header_bytes > self.content_bytes:
+                raise DamagedCheckpoint(path, f"is damaged: a header of {header_bytes} bytes, the file has {size}")
+            self.table = self.pread(self.content_bytes, size - self.content_bytes)
         except OSError as error:
             raise DamagedCheckpoint(path, f"cannot be read: {error.strerror or error}") from None
         if digest_of(self.table) != digest:
             raise DamagedCheckpoint(path, "is damaged: its digests differ from the manifest")
+
+    @property
+    def content_bytes(self) -> int:
+        return self.layout.content_bytes
 
     def __del__(self):
         if self.handle >= 0:
@@ -144,8 +177,9 @@ class BlockReader:
         if not 0 <= start <= stop <= self.content_bytes:
             raise DamagedCheckpoint(self.path, f"has {self.content_bytes} bytes of content, not {stop}")
         tasks = []
-        for block in range(start // BLOCK_BYTES, num_blocks(stop)):
-            first, last = max(start, block * BLOCK_BYTES), min(stop, (block + 1) * BLOCK_BYTES)
+        for block in range(self.layout.block_at(start), self.layout.block_at(max(start, stop - 1)) + 1):
+            first, last = self.layout.range_of(block)
+            first, last = max(start, first), min(stop, last)
             tasks.append((block, first, view[first - start : last - start]))
         if len(tasks) < MIN_SHARED_BLOCKS or threads == 1:
             self.read_blocks(tasks)
@@ -161,32 +195,31 @@ class BlockReader:
 
     def read_block(self, block: int, start: int, view: memoryview) -> None:
         """Fills `view` with bytes of one block from `start` on; the whole block is read and verified."""
-        first = block * BLOCK_BYTES
-        size = min(BLOCK_BYTES, self.content_bytes - first)
-        if len(view) == size:
+        first, stop = self.layout.range_of(block)
+        if len(view) == stop - first:
             self.pread_into(first, view)
             self.verify(block, view)
             return
         kept, data = self.kept
         if kept != block:
-            data = self.pread(first, size)
+            data = self.pread(first, stop - first)
             self.verify(block, data)
             self.kept = block, data
         view[:] = data[start - first : start - first + len(view)]
 
     def verify(self, block: int, data: bytearray | memoryview) -> None:
         if digest_of(data) != self.table[DIGEST_BYTES * block : DIGEST_BYTES * (block + 1)]:
-            first = block * BLOCK_BYTES
+            first, _ = self.layout.range_of(block)
             raise DamagedCheckpoint(
                 self.path, f"is damaged: bytes {first} to {first + len(data) - 1} differ from their digest"
             )
 
     def verify_blocks(self, first: int, stop: int, on_read: Callable[[int], None] = lambda size: None) -> None:
         """Reads and verifies blocks `first .. stop - 1`, as far as there are so many."""
-        buffer = memoryview(bytearray(BLOCK_BYTES))
-        for block in range(first, min(stop, self.blocks)):
-            start = block * BLOCK_BYTES
-            view = buffer[: min(BLOCK_BYTES, self.content_bytes - start)]
+        buffer = memoryview(bytearray(max(BLOCK_BYTES, self.layout.header_bytes)))
+        for block in range(first, min(stop, self.layout.num_blocks)):
+            start, end = self.layout.range_of(block)
+            view = buffer[: end - start]
             self.pread_into(start, view)
             self.verify(block, view)
             on_read(len(view))

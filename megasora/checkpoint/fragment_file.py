@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasora.checkpoint.block_file import DIGEST_BYTES, BlockReader, BlockWriter, num_blocks, table_bytes
+from megasora.checkpoint.block_file import DIGEST_BYTES, BlockLayout, BlockReader, BlockWriter
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.checkpoint.safetensors_file import MAX_HEADER_BYTES, header_bytes
 from megasora.files import atomic_writer
@@ -51,18 +51,14 @@ def file_header(counts: Mapping[str, int], fragments: Mapping[str, Any]) -> byte
         end = offset + ITEM_BYTES * count
         entries[key] = {"dtype": "F32", "shape": [count], "data_offsets": [offset, end]}
         offset = end
-    metadata, header, blocks = {"format": "pt", METADATA: json.dumps(fragments)}, b"", -1
-    while blocks != num_blocks(len(header) + offset):  # the header has the number of blocks
-        blocks = num_blocks(len(header) + offset)
-        end = offset + DIGEST_BYTES * blocks
-        table = {"dtype": "U8", "shape": [blocks, DIGEST_BYTES], "data_offsets": [offset, end]}
-        header = header_bytes({"__metadata__": metadata, **entries, DIGESTS: table})
-    return header
+    blocks = BlockLayout(0, offset).num_blocks
+    end = offset + DIGEST_BYTES * blocks
+    table = {"dtype": "U8", "shape": [blocks, DIGEST_BYTES], "data_offsets": [offset, end]}
+    return header_bytes({"__metadata__": {"format": "pt", METADATA: json.dumps(fragments)}, **entries, DIGESTS: table})
 
 
 def file_bytes(header: bytes, counts: Mapping[str, int]) -> int:
-    content = len(header) + ITEM_BYTES * sum(counts.values())
-    return content + table_bytes(content)
+    return BlockLayout(len(header), len(header) + ITEM_BYTES * sum(counts.values())).file_bytes
 
 
 def write_fragment_file(
@@ -73,8 +69,7 @@ def write_fragment_file(
 ) -> WrittenFile:
     """Writes the file atomically, flushed to the disk. `values`: fp32 [n] on any device, in the order of the header."""
     with atomic_writer(path) as file:
-        with BlockWriter(file, on_written) as writer:
-            writer.write(header)
+        with BlockWriter(file, header, on_written) as writer:
             for tensor in values:
                 assert tensor.dtype == torch.float32, tensor.dtype
                 writer.write(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))

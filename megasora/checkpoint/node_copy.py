@@ -5,7 +5,7 @@ A file is sent as messages, so that both ends always come to the end of it, what
     [bytes] block, [bytes] block, ..., [0] digest    the file is whole
     ..., [-1]                                        the sender has failed; the receiver removes what it has written
 
-A receiver that fails reads on, and drops the blocks. Memory: a few blocks of 4 MiB.
+A receiver that fails reads on, and drops the blocks. Memory: a few blocks of 1 MiB.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megasora.checkpoint.block_file import BLOCK_BYTES, DIGEST_BYTES, BlockReader, BlockWriter
+from megasora.checkpoint.block_file import DIGEST_BYTES, BlockReader, BlockWriter
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.checkpoint.fragment_file import WrittenFile
 from megasora.files import atomic_writer
@@ -41,16 +41,18 @@ class SenderFailed(Exception):
 def read_blocks(path: Path, written: WrittenFile) -> Iterator[bytearray]:
     """The content of a file without its table. Raises DamagedCheckpoint."""
     reader = BlockReader(path, written.size, bytes.fromhex(written.digest))
-    for start in range(0, reader.content_bytes, BLOCK_BYTES):
-        block = bytearray(min(BLOCK_BYTES, reader.content_bytes - start))
+    for number in range(reader.layout.num_blocks):
+        start, stop = reader.layout.range_of(number)
+        block = bytearray(stop - start)
         reader.read_into(start, memoryview(block))
         yield block
 
 
 def copy_file(path: Path, written: WrittenFile, target: Path, on_copied: OnCopied) -> None:
     """Copies a file atomically. Raises DamagedCheckpoint if it is not what was written, OSError of the target."""
-    with atomic_writer(target) as file, BlockWriter(file, on_copied) as writer:
-        for block in read_blocks(path, written):
+    blocks = read_blocks(path, written)
+    with atomic_writer(target) as file, BlockWriter(file, next(blocks), on_copied) as writer:
+        for block in blocks:
             writer.write(block)
 
 
@@ -106,8 +108,9 @@ def receive_file(channel: Channel, path: Path, on_received: OnCopied) -> Written
     try:
         path.parent.mkdir(exist_ok=True)
         with atomic_writer(path) as file:
-            with BlockWriter(file, on_received) as writer:
-                for block in blocks:
+            received = iter(blocks)
+            with BlockWriter(file, next(received, b""), on_received) as writer:
+                for block in received:
                     writer.write(block)
             size = file.tell()
             if writer.digest != blocks.digest:

@@ -34,7 +34,8 @@ from megasora.checkpoint.saver import CheckpointSaver, Replicas, Save
 from megasora.checkpoint.start import begins
 from megasora.checkpoint.store import CheckpointStore, Retention
 from megasora.config.schema import CheckpointConfig
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, describe
+from megasora.files import check_folder
 from megasora.fragment import Fragment
 
 OpenChannel = Callable[[str, int, int, int], Channel]  # (name, sender, receiver, own rank)
@@ -155,8 +156,12 @@ def check_own_folders(folder: Path, setting: str, ranks: NodeRanks, nodes: Nodes
     own = folder / f"{marks}{nodes.number_of(ranks.rank)}.part"
 
     def mark() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        own.touch()
+        check_folder(folder, f"{KEY}={setting}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own.touch()
+        except OSError as error:
+            raise MegaSoraError(f"{KEY}={setting}: {describe(error)} (on the node of process {ranks.node})") from None
 
     def check() -> None:
         others = [path for path in folder.glob(f"{marks}*") if path != own]

@@ -46,5 +46,5 @@ def file_actions(checkpoint: Path, manifest: Manifest, name: str, on_read: Calla
     reader = BlockReader(checkpoint / name, size, bytes.fromhex(digest))
     return [
         lambda first=first: reader.verify_blocks(first, first + BLOCKS_PER_TASK, on_read)
-        for first in range(0, reader.blocks, BLOCKS_PER_TASK)
+        for first in range(0, reader.layout.num_blocks, BLOCKS_PER_TASK)
     ]

@@ -71,7 +71,7 @@ def average_run(run: Path, sigma: float, out: Path) -> None:
         updates, sharded = read_state(folder).get("ema_updates", 0), ShardedCheckpoint(folder)
         for kind in sorted(sharded.kinds):
             width = sigma_of_kind(kind)
-            if width is not None and updates > 0:
+            if width is not None and isinstance(updates, int) and updates > 0:
                 saved[Profile(updates, width)] = (sharded, kind)
     if not saved:
         raise MegaSoraError(

@@ -1,4 +1,4 @@
-"""An asynchronous save does not stop the ranks, has the values of the moment it began, and fails on all ranks or none."""
+"""An asynchronous save stops no rank, has the values of the moment it began, and fails on all ranks or on none."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_an_impossible_export_prints_one_line_and_writes_nothing(trained, tmp_pa
     shutil.copytree(trained, run)
     newest, earlier = (run / "checkpoints" / f"step-{step:08d}" for step in (20, 10))
     file = newest / "fragments" / "rank-00000.safetensors"
-    flip(file, -100)
+    flip(file, 1 << 20)
     manifest = json.loads((earlier / "manifest.json").read_text())
     (earlier / "manifest.json").write_text(json.dumps({"step": 10, "files": manifest["files"]}, indent=1))
     for source, target, words in (
@@ -106,7 +106,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_of_an_export_with_a_line(traine
     run, out = tmp_path / "run", tmp_path / "a.safetensors"
     shutil.copytree(trained, run)
     file = run / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
-    flip(file, -100)
+    flip(file, 1 << 20)
     assert main(["checkpoint", "export", str(run), "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert said.err.startswith(f"{file} is damaged: bytes ") and len(said.err.splitlines()) == 1

@@ -304,7 +304,7 @@ def test_a_folder_that_two_nodes_share_or_that_cannot_be_made_is_an_error(disks)
     with pytest.raises(MegaSoraError, match="checkpoint.node.dir=.*: the environment has no variable NO_SUCH_VARIABLE"):
         launch(disks, (1, 1), node={"dir": "$NO_SUCH_VARIABLE/x"})
     (disks.folder / "file").touch()
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(MegaSoraError, match="checkpoint.node.dir=.*file: .*file is not a folder; choose another one"):
         launch(disks, (1, 1), node={"dir": str(disks.folder / "file")})
 
 

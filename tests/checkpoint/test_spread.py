@@ -60,7 +60,7 @@ def test_all_ranks_save_the_model_exactly_once_in_any_layout(pipeline_tensor, da
     ranks = ranks_of(layout)
     with spread_from(threshold):
         parts = parts_of(ranks)
-    index, _ = build_index([RankFile(rank, saved) for rank, saved in enumerate(parts)])  # raises for gaps and overlaps
+    index = build_index([RankFile(rank, saved) for rank, saved in enumerate(parts)])  # raises for gaps and overlaps
     held = {f.name: f.shape for fragments_of_rank, _ in ranks for f in fragments_of_rank}
     assert {name: p.shape for name, p in index.parameters.items()} == held
     saved = sum(p.count for parts_of_rank in parts for p in parts_of_rank)

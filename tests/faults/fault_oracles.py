@@ -24,7 +24,7 @@ CODES = {code for name, code in vars(errors).items() if name.isupper() and isins
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5  # relative, where another layout sums in another order
 WEIGHT_TOLERANCE = 1e-4  # of the largest value of a tensor
 FREE_KEY_BIAS = "text.blocks.0.qkv.bias"  # the softmax does not depend on a bias of the keys: AdamW steps with noise
-BLOCK_BYTES = 4 << 20  # of a file with a table of digests
+BLOCK_BYTES = 1 << 20  # of a file with a table of digests
 SAVE_STEPS = 5  # at most so many while a checkpoint is written
 GONE_SECONDS = 5.0  # within which all processes of a launch have ended after their launcher
 
@@ -106,9 +106,11 @@ def digest_of(file: Path, data: bytes) -> str:
     """Of a safetensors file that of its table at the end, if the table has the digests of the blocks before it."""
     if file.suffix != ".safetensors":
         return blake3(data).hexdigest()
-    blocks = -(-len(data) // (BLOCK_BYTES + 32))
-    content, table = data[: len(data) - 32 * blocks], data[len(data) - 32 * blocks :]
-    own = [blake3(content[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]).digest() for i in range(blocks)]
+    first = 8 + int.from_bytes(data[:8], "little")  # the header is a block
+    blocks = -(-(len(data) - first - 32) // (BLOCK_BYTES + 32))
+    header, content, table = data[:first], data[first : -32 * (1 + blocks)], data[-32 * (1 + blocks) :]
+    pieces = [header, *(content[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES] for i in range(blocks))]
+    own = [blake3(piece).digest() for piece in pieces]
     return blake3(table).hexdigest() if b"".join(own) == table else ""
 
 

@@ -200,7 +200,7 @@ class Halves:
     """A file whose writes reach the disk in two halves."""
 
     def __init__(self, file, change):
-        self.file, self.change, self.tell = file, change, file.tell
+        self.file, self.change, self.tell, self.fileno = file, change, file.tell, file.fileno
 
     def write(self, data) -> None:
         data = bytes(data)
