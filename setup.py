@@ -14,7 +14,7 @@ def read_version() -> str:
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
 
 
-ENCODERS = ["transformers", "diffusers", "sentencepiece"]  # pretrained text encoders and codecs
+ENCODERS = ["transformers", "diffusers", "accelerate", "sentencepiece"]  # pretrained text encoders and codecs
 
 setup(
     name="megasora",

@@ -1,9 +1,8 @@
 """What a checkpoint costs each of thousands of ranks, counted: python -m benchmarks.checkpoint_scale [--out FILE]
 
-No rank runs. The local model of each pipeline stage is built on the meta device with the product's code, its parameters
-are partitioned over data x context as DeepSpeed does (megasora/formats/deepspeed_layout.py), and the product's own code
-makes of these fragments what each rank saves, its header, the manifest, what is gathered on rank 0, the index of a
-resume and the blocks that a rank reads. Nothing of size is allocated, written or read.
+No rank runs. From the fragments of each rank (checkpoint_fragments.py) the product's own code makes what it saves, its
+header, the manifest, what is gathered on rank 0, the index of a resume and the blocks that a rank reads. Nothing of
+size is allocated, written or read.
 
     save        bytes that a rank writes and hashes; bytes and objects that rank 0 gathers; manifest; files
     commit      seconds of rank 0 from the gathered digests to the visible checkpoint, with empty files
@@ -19,13 +18,12 @@ is made up to --max-index fragments.
 from __future__ import annotations
 
 import argparse
-import itertools
 import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +33,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.checkpoint_fragments import (
+    KINDS,
+    Layout,
+    Owned,
+    Rank,
+    all_ranks,
+    counted_ranks,
+    fragments,
+    load_config,
+    owned_fragments,
+)
 from benchmarks.record import environment, write_record
 from megasora.checkpoint.block_file import DIGEST_BYTES, BlockLayout
 from megasora.checkpoint.fragment_file import FragmentFile, WrittenFile
@@ -48,30 +57,9 @@ from megasora.checkpoint.sharded import (
     saved_part,
 )
 from megasora.checkpoint.store import CheckpointStore
-from megasora.config import Config, load
-from megasora.formats.deepspeed_layout import SUB_GROUP_SIZE, partition_groups, partition_parameters, split_sub_groups
 from megasora.fragment import Fragment
-from megasora.parallel.mesh import Axis, Mesh
-from megasora.parallel.zero import parameter_groups
-from megasora.parallelize import build_local_model, uses_weight_decay
-from megasora.placement import Placement
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 DIGEST = "0" * 2 * DIGEST_BYTES
-
-
-@dataclass(frozen=True)
-class Layout:
-    preset: str  # name of a file of configs/, or of settings
-    world: int
-    tensor: int
-    pipeline: int = 1
-    zero_stage: int = 1
-
-    @property
-    def data_context(self) -> int:
-        return self.world // (self.tensor * self.pipeline)
 
 
 LAYOUTS = [
@@ -80,89 +68,6 @@ LAYOUTS = [
     Layout("dit_30b", 512, 8, 4),
     Layout("dit_30b", 4096, 8, 4),
 ]
-
-
-def load_config(layout: Layout, settings: list[str]) -> Config:
-    """Context counts as data, which is the same for checkpoints. The encoder of captions is none of the model's, but
-    its width is: that of T5-XXL."""
-    axes = [f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}", "parallel.context=1"]
-    path = CONFIGS / f"{layout.preset}.yaml"
-    return load(path if path.exists() else None, [*axes, f"parallel.zero_stage={layout.zero_stage}", *settings])
-
-
-def mesh_of(layout: Layout, pipeline_rank: int, tensor_rank: int = 0) -> Mesh:
-    """Without process groups."""
-    axes = {name: Axis(name, 1, 0, group=None) for name in Mesh.__dataclass_fields__}
-    axes["tensor"] = Axis("tensor", layout.tensor, tensor_rank, group=None)
-    axes["pipeline"] = Axis("pipeline", layout.pipeline, pipeline_rank, group=None)
-    axes["data_context"] = Axis("data_context", layout.data_context, 0, group=None)
-    return Mesh(**axes)
-
-
-@dataclass(frozen=True)
-class Owned:
-    """A fragment without values; those of all tensor ranks are alike."""
-
-    name: str
-    shape: torch.Size  # full
-    placement: Placement
-    start: int
-    count: int
-
-
-@torch.no_grad()
-def owned_fragments(config: Config, layout: Layout, pipeline_rank: int) -> list[list[Owned]]:
-    """What each rank of data x context owns of the stages of a pipeline rank."""
-    local = build_local_model(config, torch.device("meta"), mesh_of(layout, pipeline_rank), Undrawn())
-    parameters = {name: p for stage in local.stages.values() for name, p in stage.named_parameters()}
-    names = {p: name for name, p in parameters.items()}
-    has_decay = {name: uses_weight_decay(name, p) for name, p in parameters.items()}
-    groups = parameter_groups(parameters, local.placements, has_decay, dict.fromkeys(parameters, 0))
-    shapes = [{names[p]: p.shape for p in group} for group in groups.values()]
-    if layout.zero_stage == 3:
-        sub_groups = [part for parts in split_sub_groups(shapes, layout.data_context, SUB_GROUP_SIZE) for part in parts]
-        zero = partition_parameters(sub_groups, layout.data_context)
-    else:
-        zero = partition_groups(shapes, layout.data_context)
-    ranks: list[list[Owned]] = [[] for _ in range(layout.data_context)]
-    for name, parameter in parameters.items():
-        placement = local.placements[name]
-        shape = placement.full_shape(parameter.shape, layout.tensor)
-        for piece in zero.pieces[name]:
-            ranks[piece.rank].append(Owned(name, shape, placement, piece.start, piece.count))
-    return ranks
-
-
-class Undrawn:
-    """A WeightSource that leaves the weights as they are."""
-
-    def fill(self, *arguments: Any) -> None:
-        pass
-
-
-def fragments(owned: list[Owned], layout: Layout, tensor_rank: int) -> list[Fragment]:
-    result = []
-    for o in owned:
-        values = torch.empty(o.count, device="meta")
-        is_split = o.placement.shard_dim is not None
-        place = (tensor_rank, layout.tensor) if is_split else (0, 1)
-        result.append(Fragment(o.name, o.shape, o.placement, *place, o.start, dict.fromkeys(KINDS, values)))
-    return result
-
-
-Rank = tuple[int, int, int, int]  # rank, pipeline rank, data rank, tensor rank
-
-
-def all_ranks(layout: Layout) -> Iterator[Rank]:
-    """In the order of the mesh."""
-    places = itertools.product(range(layout.pipeline), range(layout.data_context), range(layout.tensor))
-    return ((rank, *place) for rank, place in enumerate(places))
-
-
-def counted_ranks(layout: Layout) -> Iterator[Rank]:
-    """With ZeRO 3, where all data ranks but the last are alike, those of three data ranks."""
-    sampled = {0, layout.data_context // 2, layout.data_context - 1}
-    return (rank for rank in all_ranks(layout) if layout.zero_stage != 3 or rank[2] in sampled)
 
 
 def rank_file(layout: Layout, rank: int, pipeline: int, tensor: int, owned: list[Owned]) -> RankFile:
@@ -315,7 +220,7 @@ def count(layout: Layout, settings: list[str], max_index: int) -> dict[str, Any]
     config = load_config(layout, settings)
     owned = [owned_fragments(config, layout, pipeline) for pipeline in range(layout.pipeline)]
 
-    def files_of(ranks: Iterable[tuple[int, int, int, int]]) -> list[RankFile]:
+    def files_of(ranks: Iterable[Rank]) -> list[RankFile]:
         return [
             rank_file(layout, rank, pipeline, tensor, owned[pipeline][data]) for rank, pipeline, data, tensor in ranks
         ]
@@ -354,8 +259,8 @@ def table_of_saves(rows: list[dict[str, Any]]) -> Table:
 
 def table_of_resumes(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="a resume: before, every rank read the whole state", title_justify="left")
-    for name in ("layout", "headers a node", "MB of them", "index, s", "MB to the node", "needed, MB a rank", "read, MB",
-                 "read / needed", "files", "tensor / 2: read / needed"):  # fmt: skip
+    for name in ("layout", "headers a node", "MB of them", "index, s", "MB to the node", "needed, MB a rank",
+                 "read, MB", "read / needed", "files", "tensor / 2: read / needed"):  # fmt: skip
         table.add_column(name, justify="left" if name == "layout" else "right")
     for r in (r for r in rows if "resume" in r):
         resume = r["resume"]

@@ -10,7 +10,6 @@ ranks decide alike, before the optimizer step, whether it is taken (`megasora.op
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,23 +17,18 @@ from typing import Any
 
 import torch
 
-from megasora.checkpoint.rollback import roll_back
-from megasora.checkpoint.run_checkpoints import RunCheckpoints
 from megasora.config import Config
 from megasora.errors import NonFiniteError, StopRequested
-from megasora.optim.ema import ShardedEMA
-from megasora.optim.ema_decays import ema_decays
 from megasora.optim.schedule import lr_at
-from megasora.optim.step_guard import ABORT, APPLY, NON_FINITE, ROLL_BACK, SPIKE, StepGuard, Verdict
-from megasora.parallel.channel import Channel
+from megasora.optim.step_guard import ABORT, APPLY, NON_FINITE, ROLL_BACK, SPIKE, Verdict
 from megasora.parallel.world import World
-from megasora.run_log.code_version import source_hash
 from megasora.run_log.device_stats import measure_matmul_flops_per_s, speed_columns
 from megasora.run_log.run_log import RunLog, prepare_run_folder
 from megasora.run_log.skipped import gather_skipped_step, skipped_columns
 from megasora.run_log.slow_ranks import build_slow_ranks
 from megasora.run_log.stopwatch import Stopwatch
 from megasora.tasks.task import StepOutput, Task
+from megasora.training_state import TrainingState
 
 
 class Trainer:
@@ -54,17 +48,13 @@ class Trainer:
     ):
         self.config, self.world, self.task = config, world, task
         self.stop_requested, self.stopping, self.heartbeat = stop_requested, False, heartbeat
-        fragments = task.fragments()
-        self.ema = ShardedEMA([f.values["weights"] for f in fragments], ema_decays(config.optim))
-        self.guard, self.slow_ranks = StepGuard(config.optim), build_slow_ranks(Path(config.run.dir), world)
-        self.validated = -1, None  # step and loss of the last validation
-        self.checkpoints = RunCheckpoints(
-            Path(config.run.dir), config.checkpoint, self.ema.extend(fragments), task.replicas,
-            frozenset(self.ema.averages), world, Channel, heartbeat,
-        )  # fmt: skip
-        self.saver = self.checkpoints.saver
-        self.parallel_settings = {"processes": world.size, **dataclasses.asdict(config.parallel)}
-        self.step, self.saved_settings = self.resume()
+        self.state = TrainingState(config, world, task, heartbeat)
+        self.slow_ranks = build_slow_ranks(Path(config.run.dir), world)
+        self.ema, self.guard, self.saver = self.state.ema, self.state.guard, self.state.saver
+        self.step, self.saved_layout = self.state.resume()
+        if world.is_main:
+            prepare_run_folder(config, self.step)
+        world.barrier()
         on_gpu = world.device.type == "cuda"
         self.matmul_flops_per_s = measure_matmul_flops_per_s(world.device) if on_gpu else None
 
@@ -80,7 +70,7 @@ class Trainer:
         with RunLog(self.config, self.world.rank, self.step) as log:
             info = {"parameters": self.task.num_parameters, **self.task.run_info()}
             log.write_run_info(info, self.world.device, self.world.size)
-            log.print_start(self.step, self.saved_settings, self.parallel_settings)
+            log.print_start(self.step, self.saved_layout, self.state.layout)
             if self.step == 0:
                 self.validate(log)
             self.train(log)
@@ -95,7 +85,7 @@ class Trainer:
             stopwatch.lap("data")
             self.heartbeat(f"step {self.step + 1}")
             metrics = self.train_step(batch, stopwatch)
-            self.step += 1
+            self.step, self.state.validation_loss = self.step + 1, None
             log.log_step(self.step, metrics, self.task.sample_ids(batch))
             if self.slow_ranks.change:
                 log.print(self.slow_ranks.change)
@@ -103,15 +93,15 @@ class Trainer:
                 log.log_skipped(self.skipped)
             if self.verdict.action == ABORT:
                 self.saver.wait(self.heartbeat)
-                raise NonFiniteError(self.guard.describe_abort(self.verdict, self.checkpoints.store.newest()))
+                raise NonFiniteError(self.guard.describe_abort(self.verdict, self.saver.store.newest()))
             is_last, is_rolled_back = self.step == config.run.steps, self.verdict.action == ROLL_BACK
             if is_last or self.step % config.validation.every == 0:
                 self.validate(log)
-            self.checkpoints.save_if_due(self.step, is_last or is_rolled_back or self.stopping, self.state)
+            self.state.save_if_due(self.step, is_last or is_rolled_back or self.stopping)
             if config.sample.every and not self.stopping and (is_last or self.step % config.sample.every == 0):
                 self.sample()
             if is_last or self.stopping:
-                self.checkpoints.finish()
+                self.state.checkpoints.finish()
                 return
             stopwatch.lap("between_steps")  # validation and saving are not part of a step
             stopwatch.read()
@@ -163,20 +153,17 @@ class Trainer:
             self.guard.name_clips(line["non_finite_clips"], len(set(line["sample_ids"])))
         if self.verdict.action == ROLL_BACK:
             self.heartbeat(f"the rollback after step {self.step + 1}")
-            self.saver.wait(self.heartbeat)
-            state = roll_back(self.checkpoints.loader, self.guard.first_spike - 1, self.config.checkpoint.every)
-            if state is None:
+            step = self.state.roll_back()
+            if step is None:
                 self.verdict = Verdict(ABORT, SPIKE)
             else:
-                self.load_updates(state)
-                self.guard.rolled_back(state["guard"]["losses"])
-                line["rolled_back_to"] = state["step"]
+                line["rolled_back_to"] = step
         return line
 
     def validate(self, log: RunLog) -> None:
         self.heartbeat(f"the validation after step {self.step}")
         figures = self.task.validate()
-        self.validated = self.step, figures and figures["loss"]
+        self.state.validation_loss = figures["loss"] if figures else None
         log.log_validation(self.step, figures)
 
     def sample(self) -> None:
@@ -184,37 +171,3 @@ class Trainer:
         self.saver.wait(self.heartbeat)
         with self.ema.in_place_of_weights(lambda: self.task.sync_after_load(self.ema.updates)):
             self.task.sample(self.step, self.heartbeat, self.stop_requested)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint has besides the fragments: JSON values."""
-        step, loss = self.validated
-        return {
-            "parallel": self.parallel_settings,
-            "ema_updates": self.ema.updates,
-            "task": self.task.state_dict(),
-            "guard": self.guard.state_dict(),
-            "validation_loss": loss if step == self.step else None,
-            "code": source_hash(),
-            "config": dataclasses.asdict(self.config),
-        }
-
-    def resume(self) -> tuple[int, dict[str, Any]]:
-        """Loads the checkpoint that `run.start` asks for; returns (its step or 0, the settings that saved it)."""
-        state = self.checkpoints.resume(self.config.run.start)
-        if self.world.is_main:
-            prepare_run_folder(self.config, state["step"] if state is not None else 0)
-        self.world.barrier()
-        if state is None:
-            return 0, self.parallel_settings
-        self.load_updates(state)
-        self.task.load_state_dict(state["task"])
-        self.guard.load_state_dict(state["guard"])
-        return state["step"], state["parallel"]
-
-    def load_updates(self, state: dict[str, Any]) -> None:
-        """Call after the fragments of a checkpoint were loaded, with its state."""
-        for sentence in self.ema.start_missing(self.checkpoints.loader.kinds):
-            if self.world.is_main:
-                print(sentence, flush=True)
-        self.ema.updates = state["ema_updates"]
-        self.task.sync_after_load(state["ema_updates"])  # every update is followed by one of the EMA

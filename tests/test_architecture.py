@@ -19,7 +19,7 @@ LAYERS = [
     {"model", "diffusion", "codec", "text", "data", "parallel", "optim", "checkpoint"},
     {"formats"},
     {"run_log", "testing", "build", "ingest"},
-    {"parallelize", "parallelize_codec", "sampling", "observe", "watchdog"},
+    {"parallelize", "parallelize_codec", "training_state", "sampling", "observe", "watchdog"},
     {"tasks", "checks", "preflight", "commands", "web"},
     {"trainer", "sample_ranks"},
     {"train", "sample"},
@@ -168,7 +168,7 @@ def test_configuration_and_command_line_start_without_torch():
 
 
 def test_the_training_loop_knows_no_model_and_no_task():
-    allowed = {"checkpoint", "config", "errors", "optim", "run_log"}
+    allowed = {"config", "errors", "optim", "run_log", "training_state"}
     imported = {name for name in imports(PACKAGE / "trainer.py") if name.startswith("megasora.")}
     others = {name for name in imported if name.split(".")[1] not in allowed}
     assert others and {name.rpartition(".")[0] for name in others} == {"megasora.parallel.world", "megasora.tasks.task"}

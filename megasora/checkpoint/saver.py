@@ -98,7 +98,9 @@ class CheckpointSaver:
         kinds = {tuple(fragment.values) for fragment in fragments}
         if len(kinds) > 1:
             raise ValueError(f"all fragments need the same kinds of values, not {sorted(kinds)}")
-        parts = [saved_part(f, *replicas(f)) for f in fragments]
+        # replicated ones first: they are small, and between large ones each would cost a reader a block of its own
+        in_order = sorted(fragments, key=lambda f: replicas(f)[1] == 1)
+        parts = [saved_part(f, *replicas(f)) for f in in_order]
         self.store, self.fragments, self.ranks, self.asynchronous = store, fragments, ranks, asynchronous
         self.shared, self.on_saved = SharedTarget(store, ranks), on_saved
         self.file = RankFile(ranks.rank, [part for part in parts if part is not None])

@@ -228,6 +228,7 @@ class ShardedCheckpoint:
     @torch.no_grad()
     def load_into(self, fragments: Sequence[Fragment], on_read: Callable[[int], None] = lambda size: None) -> None:
         """Overwrites the values of fragments, of all their kinds, in place."""
+        fragments = sorted(fragments, key=lambda f: f.placement.shard_dim is not None)  # about as in the files
         for kind in dict.fromkeys(kind for f in fragments for kind in f.values):
             for f in fragments:
                 self.check_has(kind, f)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,12 +61,32 @@ def test_initial_weights_from_a_checkpoint_equal_those_from_its_raw_export(train
             check_parallel(load(None, [f"run.start=init:{path}", f"run.dir={tmp_path / 'new'}"]))
 
 
+def offset_of(file: Path, tensor: str) -> int:
+    """Byte of a safetensors file at which a tensor begins."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return 8 + length + json.loads(stream.read(length))[tensor]["data_offsets"][0]
+
+
+def test_damage_of_what_is_not_exported_does_not_matter(trained, tmp_path, capsys):
+    """Every byte that is read is verified, and no other; `verify` reads all of them."""
+    run, out = tmp_path / "run", tmp_path / "a.safetensors"
+    shutil.copytree(trained, run)
+    file = run / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
+    flip(file, offset_of(file, "exp_avg/text.word.0.weight"))
+    assert main(["checkpoint", "export", str(run), "--out", str(out)]) == 0
+    assert "step-00000020" in capsys.readouterr().out
+    name = "patch_in.weight"
+    assert torch.equal(load_file(out)[name], full_tensors(trained, 20)[f"ema/{name}"])
+    assert main(["checkpoint", "verify", str(run)]) == 2
+
+
 def test_an_impossible_export_prints_one_line_and_writes_nothing(trained, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "a.safetensors"
     shutil.copytree(trained, run)
     newest, earlier = (run / "checkpoints" / f"step-{step:08d}" for step in (20, 10))
     file = newest / "fragments" / "rank-00000.safetensors"
-    flip(file, 1 << 20)
+    flip(file, offset_of(file, "ema/patch_out.weight"))
     manifest = json.loads((earlier / "manifest.json").read_text())
     (earlier / "manifest.json").write_text(json.dumps({"step": 10, "files": manifest["files"]}, indent=1))
     for source, target, words in (
@@ -106,7 +127,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_of_an_export_with_a_line(traine
     run, out = tmp_path / "run", tmp_path / "a.safetensors"
     shutil.copytree(trained, run)
     file = run / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
-    flip(file, 1 << 20)
+    flip(file, offset_of(file, "ema/patch_out.weight"))
     assert main(["checkpoint", "export", str(run), "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert said.err.startswith(f"{file} is damaged: bytes ") and len(said.err.splitlines()) == 1

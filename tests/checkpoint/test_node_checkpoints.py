@@ -133,6 +133,16 @@ def test_the_newest_are_kept_and_those_older_than_a_save_to_the_run_folder_are_d
     assert not list(disks.node(0).iterdir()), "an empty folder is left"
 
 
+def test_what_is_older_than_a_checkpoint_in_the_run_folder_is_not_put_there(disks):
+    def save_both(checkpoints):
+        checkpoints.saver.on_saved = lambda save: None  # the launch is killed before it deletes anything
+        save(checkpoints, 90, 100)
+
+    launch(disks, (1, 1), action=save_both)
+    assert disks.files(0, "step-00000090-0/*") and launch(disks, (1, 1)) == 100
+    assert disks.shared() == ["step-00000100"] and not disks.files(0)
+
+
 def save_and_finish(checkpoints, step):
     set_values(checkpoints, step)
     checkpoints.save_if_due(step, True, lambda: {"tag": f"of {step}"})

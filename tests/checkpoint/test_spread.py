@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from saved_runs import OneRank, on_ranks, store_of
 
-from benchmarks.checkpoint_scale import Layout, all_ranks, build_index, fragments, load_config, owned_fragments
+from benchmarks.checkpoint_fragments import Layout, all_ranks, fragments, load_config, owned_fragments
+from benchmarks.checkpoint_scale import build_index
 from megasora.checkpoint import sharded
 from megasora.checkpoint.loader import CheckpointLoader
 from megasora.checkpoint.saver import CheckpointSaver
