@@ -138,14 +138,19 @@ def check_samples(config: Config) -> None:
 def check_initial_weights(config: Config) -> None:
     """PATH of run.start=init:PATH exists, if it will be read."""
     from megasora.checkpoint.start import initial_weights_to_read
+    from megasora.checkpoint.store import CheckpointStore
     from megasora.checkpoint.stored_weights import has_weights
+    from megasora.formats.recognize import what_is
 
     path = initial_weights_to_read(Path(config.run.dir), config.run.start)
-    if path is not None and not has_weights(path):
-        raise MegaSoraError(
-            f"run.start=init:{path}: this is neither a file nor a checkpoint; give a safetensors file, a folder of "
-            "them with an index, or a folder RUN/checkpoints/step-XXXXXXXX"
-        )
+    if path is None or has_weights(path):
+        return
+    found, newest = what_is(path), CheckpointStore(path / "checkpoints").newest()
+    remedy = f"give one of its checkpoints, e.g. run.start=init:{newest}" if newest is not None else found.remedy
+    raise MegaSoraError(
+        f"run.start=init:{path}: this is {found.description}, and no safetensors file, folder of them with an index, or "
+        f"checkpoint RUN/checkpoints/step-XXXXXXXX; {remedy or 'give one of these'}"
+    )
 
 
 def check_codec_parallel(config: Config) -> None:

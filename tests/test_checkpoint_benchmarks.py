@@ -22,7 +22,7 @@ def recorded(main, tmp_path, *arguments):
 @pytest.mark.slow
 def test_checkpoint_measures_every_goal_and_the_other_programs(tmp_path):
     record = recorded(checkpoint.main, tmp_path, "--quick", "--folder", str(tmp_path))
-    assert [goal["goal"] for goal in record["goals"]] == list(checkpoint.GOALS)
+    assert len(record["goals"]) == len(checkpoint.GOALS) + len(checkpoint.OTHERS)
     assert all(goal["value"] > 0 for goal in record["goals"])
     bytes_of = {row["program"]: row["num_bytes"] for row in record["others"]}
     assert {name.split(",")[0] for name in bytes_of} == {"MegaSora", "DCP async_save", "DCP save", "DeepSpeed"}

@@ -134,7 +134,7 @@ def test_normals_of_a_tensor_are_those_of_the_key():
     assert torch.equal(filled(fill_normal, 1, 999, 0, 999, key)[0], elements(key, 999))
 
 
-@pytest.mark.parametrize("chunk", [4, 64, 1 << 14])
+@pytest.mark.parametrize("chunk", [4, 64, 1 << 17])
 @pytest.mark.parametrize("fill", [fill_uniform, fill_normal])
 def test_runs_of_elements_drawn_alone_equal_those_of_the_whole(fill, chunk, monkeypatch):
     """Also where runs begin with the second half of a word, are one element, or longer than a chunk."""

@@ -181,6 +181,7 @@ def read_ids(run_dir: Path) -> NodeIds:
 
 
 def write_ids(run_dir: Path, ids: NodeIds) -> NodeIds:
+    run_dir.mkdir(parents=True, exist_ok=True)
     write_text_atomic(run_dir / IDS, json.dumps(dataclasses.asdict(ids)) + "\n")
     return ids
 

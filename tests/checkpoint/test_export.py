@@ -57,7 +57,7 @@ def test_initial_weights_from_a_checkpoint_equal_those_from_its_raw_export(train
         with pytest.raises(MegaSoraError, match=r"this model's null_text is \[7\], the file has \[\d+\]"):
             source.fill(torch.empty(7), "null_text")
     for path in (trained, tmp_path / "none"):
-        with pytest.raises(MegaSoraError, match="is neither a file nor a checkpoint"):
+        with pytest.raises(MegaSoraError, match="and no safetensors file"):
             check_parallel(load(None, [f"run.start=init:{path}", f"run.dir={tmp_path / 'new'}"]))
 
 

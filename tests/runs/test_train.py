@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -92,10 +93,11 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one_bit_for_bit(trai
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     file = run / "checkpoints" / "step-00000020" / "fragments" / "rank-00000.safetensors"
-    flip(file, -100)
+    flip(file, -1000)
     code, output = launch("megasora.train", *train_arguments(run, shards, tiny))
     assert code == 0, output
-    assert f"{file} is damaged: its SHA-256 differs from manifest.json; step-00000020 is now damaged-step-" in output
+    damage = re.escape(f"{file} is damaged: ") + "[a-z0-9 ]+ differ from their digest; step-00000020 is now damaged-step-"
+    assert re.search(damage, output)
     check_resume_repeats(trained, run)
     assert sorted(path.name for path in (run / "checkpoints").glob("*step-*")) == [
         "damaged-step-00000020", "step-00000010", "step-00000020",

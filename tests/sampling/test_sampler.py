@@ -246,4 +246,4 @@ def test_the_checkpoint_before_a_damaged_one_is_sampled_with_a_line(trained, tmp
                 Sampler.from_run(run)
         else:
             assert Sampler.from_run(run).step == expected
-            assert "is damaged: its SHA-256 differs from manifest.json; reading step-0" in capsys.readouterr().err
+            assert "is damaged: its digests differ from the manifest; reading step-0" in capsys.readouterr().err
