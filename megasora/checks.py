@@ -148,8 +148,8 @@ def check_initial_weights(config: Config) -> None:
     found, newest = what_is(path), CheckpointStore(path / "checkpoints").newest()
     remedy = f"give one of its checkpoints, e.g. run.start=init:{newest}" if newest is not None else found.remedy
     raise MegaSoraError(
-        f"run.start=init:{path}: this is {found.description}, and no safetensors file, folder of them with an index, or "
-        f"checkpoint RUN/checkpoints/step-XXXXXXXX; {remedy or 'give one of these'}"
+        f"run.start=init:{path}: this is {found.description}, and no safetensors file, folder of them with an index "
+        f"or checkpoint RUN/checkpoints/step-XXXXXXXX; {remedy or 'give one of these'}"
     )
 
 
@@ -256,8 +256,8 @@ def check_same_data(config: Config, identity: dict[str, Any]) -> None:
     ]
     if changed:
         raise MegaSoraError(
-            f"{start.checkpoint} was trained on other clips ({'; '.join(changed)}); give the shards and mixture weights that "
-            "the run began with, or choose another run.dir"
+            f"{start.checkpoint} was trained on other clips ({'; '.join(changed)}); give the shards and mixture weights "
+            "that the run began with, or choose another run.dir"
         )
 
 

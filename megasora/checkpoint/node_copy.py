@@ -1,11 +1,12 @@
-"""Copies of the files of ranks: to another file, or over a channel to another node; verified block by block.
+"""Copies of the files of ranks: to another file, or over a channel to another node; verified while they are read.
 
 A file is sent as messages, so that both ends always come to the end of it, whatever fails on either:
 
-    [bytes] block, [bytes] block, ..., [0] digest    the file is whole
+    [bytes] piece, [bytes] piece, ..., [0] digest    the file is whole
     ..., [-1]                                        the sender has failed; the receiver removes what it has written
 
-A receiver that fails reads on, and drops the blocks. Memory: a few blocks of 1 MiB.
+A receiver that fails reads on, and drops the pieces. The first piece is the header, others have a few blocks.
+Memory: a few pieces.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megasora.checkpoint.block_file import DIGEST_BYTES, BlockReader, BlockWriter
+from megasora.checkpoint.block_file import DIGEST_BYTES, PIECE_BYTES, BlockReader, BlockWriter
 from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.checkpoint.fragment_file import WrittenFile
 from megasora.files import atomic_writer
 
-END, FAILED = 0, -1  # in place of the bytes of a block
+END, FAILED = 0, -1  # in place of the bytes of a piece
 OnCopied = Callable[[int], None]
 
 
@@ -38,31 +39,32 @@ class SenderFailed(Exception):
     """The other end could not send the file; it raises the reason."""
 
 
-def read_blocks(path: Path, written: WrittenFile) -> Iterator[bytearray]:
-    """The content of a file without its table. Raises DamagedCheckpoint."""
+def read_pieces(path: Path, written: WrittenFile) -> Iterator[bytearray]:
+    """The content of a file without its table: the header, then pieces of a few blocks. Raises DamagedCheckpoint."""
     reader = BlockReader(path, written.size, bytes.fromhex(written.digest))
-    for number in range(reader.layout.num_blocks):
-        start, stop = reader.layout.range_of(number)
-        block = bytearray(stop - start)
-        reader.read_into(start, memoryview(block))
-        yield block
+    header_bytes, content_bytes = reader.layout.header_bytes, reader.content_bytes
+    starts = [0, *range(header_bytes, content_bytes, PIECE_BYTES)]
+    for start, stop in zip(starts, [*starts[1:], content_bytes], strict=True):
+        piece = bytearray(stop - start)
+        reader.read_into(start, memoryview(piece))
+        yield piece
 
 
 def copy_file(path: Path, written: WrittenFile, target: Path, on_copied: OnCopied) -> None:
     """Copies a file atomically. Raises DamagedCheckpoint if it is not what was written, OSError of the target."""
-    blocks = read_blocks(path, written)
-    with atomic_writer(target) as file, BlockWriter(file, next(blocks), on_copied) as writer:
-        for block in blocks:
-            writer.write(block)
+    pieces = read_pieces(path, written)
+    with atomic_writer(target) as file, BlockWriter(file, next(pieces), on_copied) as writer:
+        for piece in pieces:
+            writer.write(piece)
 
 
 def send_file(channel: Channel, path: Path, written: WrittenFile, on_sent: OnCopied) -> None:
     """Sends a file, and tells the receiver if that fails."""
     try:
-        for block in read_blocks(path, written):
-            on_sent(len(block))
-            channel.send(torch.tensor([len(block)]))
-            channel.send(torch.frombuffer(block, dtype=torch.uint8))
+        for piece in read_pieces(path, written):
+            on_sent(len(piece))
+            channel.send(torch.tensor([len(piece)]))
+            channel.send(torch.frombuffer(piece, dtype=torch.uint8))
     except BaseException:
         send_failure(channel)
         raise
@@ -74,8 +76,8 @@ def send_failure(channel: Channel) -> None:
     channel.send(torch.tensor([FAILED]))
 
 
-class ReceivedBlocks:
-    """The blocks of the next file of a channel. `digest`: of the file, after the last block."""
+class ReceivedPieces:
+    """The pieces of the next file of a channel. `digest`: of the file, after the last piece."""
 
     def __init__(self, channel: Channel):
         self.channel, self.digest, self.at_end = channel, b"", False
@@ -104,17 +106,17 @@ class ReceivedBlocks:
 def receive_file(channel: Channel, path: Path, on_received: OnCopied) -> WrittenFile:
     """Writes the next file of a channel atomically. Raises SenderFailed, OSError, or DamagedCheckpoint if its digest
     differs from the sender's."""
-    blocks = ReceivedBlocks(channel)
+    pieces = ReceivedPieces(channel)
     try:
         path.parent.mkdir(exist_ok=True)
         with atomic_writer(path) as file:
-            received = iter(blocks)
+            received = iter(pieces)
             with BlockWriter(file, next(received, b""), on_received) as writer:
-                for block in received:
-                    writer.write(block)
+                for piece in received:
+                    writer.write(piece)
             size = file.tell()
-            if writer.digest != blocks.digest:
+            if writer.digest != pieces.digest:
                 raise DamagedCheckpoint(path, "was damaged on its way from the other node")
     finally:
-        blocks.drop()
+        pieces.drop()
     return WrittenFile(size, writer.digest.hex())

@@ -65,6 +65,14 @@ def raise_first(ranks: Ranks, failure: Failure | None) -> None:
         raise_failure(first)
 
 
+def on_all(ranks: Ranks, action: Callable[[], T]) -> T:
+    """What `action()` returned on this rank; the MegaSoraError or OSError of the first rank that has one is raised on
+    all."""
+    results: list[T] = []
+    raise_first(ranks, attempt(lambda: results.append(action())))
+    return results[0]
+
+
 def on_main(ranks: Ranks, action: Callable[[], T]) -> T:
     """What `action()` returned on the main process, on all ranks; its MegaSoraError or OSError is raised on all."""
     result, error = None, None

@@ -28,7 +28,7 @@ from megasora.checkpoint.node_store import (
 )
 from megasora.checkpoint.node_target import Channel, NodeTarget
 from megasora.checkpoint.nodes import NodeRanks, Nodes, find_nodes
-from megasora.checkpoint.ranks import attempt, on_main, raise_first
+from megasora.checkpoint.ranks import attempt, on_all, on_main, raise_first
 from megasora.checkpoint.save_target import SaveTarget
 from megasora.checkpoint.saver import CheckpointSaver, Replicas, Save
 from megasora.checkpoint.start import begins
@@ -109,7 +109,7 @@ class RunCheckpoints:
             on_main(self.ranks, self.forget_nodes)
             return self.loader.resume(start)
         nodes, ids = find_nodes(self.ranks), on_main(self.ranks, lambda: read_ids(self.run_dir))
-        folder = run_folder(self.settings.node.dir, ids)
+        folder = on_all(self.ranks, lambda: run_folder(self.settings.node.dir, ids))
         check_own_folders(folder, self.settings.node.dir, self.ranks, nodes)
         self.loader.check_same_view()
         if not on_main(self.ranks, lambda: resumes_newest(self.run_dir, start)):

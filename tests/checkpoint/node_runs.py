@@ -148,6 +148,7 @@ def save(checkpoints: RunCheckpoints, *steps: int) -> None:
 
 def rank_checkpoints(rank: NodeRank, disks: Disks, settings: dict[str, Any]) -> RunCheckpoints:
     node = {"dir": str(disks.node(rank.number)), "every": 10, **settings.get("node", {})}
+    node["dir"] = node["dir"](rank.number) if callable(node["dir"]) else node["dir"]
     others = {key: value for key, value in settings.items() if key != "node"}
     config = CheckpointConfig(**{"every": 100, **others}, node=NodeCheckpointConfig(**node))
     own = fragments(rank.rank, rank.size, -1.0)

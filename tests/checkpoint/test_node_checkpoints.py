@@ -237,7 +237,7 @@ def test_parts_of_two_saves_of_a_step_are_not_mixed(disks, tmp_path):
 def test_an_error_of_one_rank_is_raised_on_all_and_nothing_is_left_and_the_next_save_works(end, disks, monkeypatch):
     fails = {"now": True}
     full = OSError(errno.ENOSPC, "No space left on device", "the file")
-    write, receive, read = fragment_file.write_fragment_file, node_copy.atomic_writer, node_copy.read_blocks
+    write, receive, read = fragment_file.write_fragment_file, node_copy.atomic_writer, node_copy.read_pieces
 
     def failing(real, is_victim):
         def call(path, *arguments):
@@ -257,7 +257,7 @@ def test_an_error_of_one_rank_is_raised_on_all_and_nothing_is_left_and_the_next_
     elif end == "receives":
         monkeypatch.setattr(node_copy, "atomic_writer", failing(receive, victim))
     else:
-        monkeypatch.setattr(node_copy, "read_blocks", failing(read, victim))
+        monkeypatch.setattr(node_copy, "read_pieces", failing(read, victim))
 
     def train(checkpoints):
         with pytest.raises(OSError, match="No space left on device") as error:
@@ -312,10 +312,10 @@ def test_a_folder_that_two_nodes_share_or_that_cannot_be_made_is_an_error(disks)
         launch(disks, (1, 1), node={"dir": str(disks.folder / "same")})
     assert "\n" not in str(error.value) and not list((disks.folder / "same").iterdir())
     with pytest.raises(MegaSoraError, match="checkpoint.node.dir=.*: the environment has no variable NO_SUCH_VARIABLE"):
-        launch(disks, (1, 1), node={"dir": "$NO_SUCH_VARIABLE/x"})
+        launch(disks, (1, 1), node={"dir": lambda node: f"{disks.folder}/{'$NO_SUCH_VARIABLE' if node else 'one'}"})
     (disks.folder / "file").touch()
     with pytest.raises(MegaSoraError, match="checkpoint.node.dir=.*file: .*file is not a folder; choose another one"):
-        launch(disks, (1, 1), node={"dir": str(disks.folder / "file")})
+        launch(disks, (1, 1), node={"dir": lambda node: str(disks.folder / ("file" if node else "one"))})
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"run": "../../etc", "launch": "x"}', "[1]"])

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from megasora.checkpoint.block_file import DIGEST_BYTES, digest_of
 from megasora.checkpoint.damage import DamagedCheckpoint
-from megasora.checkpoint.manifest import MANIFEST, write_manifest
 from megasora.checkpoint.fragment_file import METADATA, FragmentFile
+from megasora.checkpoint.manifest import MANIFEST, write_manifest
 from megasora.checkpoint.safetensors_file import write_tensors
 from megasora.checkpoint.sharded import RankFile, ShardedCheckpoint, export
 from megasora.errors import MegaSoraError

@@ -96,7 +96,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one_bit_for_bit(trai
     flip(file, -1000)
     code, output = launch("megasora.train", *train_arguments(run, shards, tiny))
     assert code == 0, output
-    damage = re.escape(f"{file} is damaged: ") + "[a-z0-9 ]+ differ from their digest; step-00000020 is now damaged-step-"
+    damage = re.escape(f"{file} is damaged: ") + "[a-z0-9 ]+ differ from their digest; step-00000020 is now damaged-"
     assert re.search(damage, output)
     check_resume_repeats(trained, run)
     assert sorted(path.name for path in (run / "checkpoints").glob("*step-*")) == [
