@@ -256,8 +256,8 @@ def check_same_data(config: Config, identity: dict[str, Any]) -> None:
     ]
     if changed:
         raise MegaSoraError(
-            f"{start.checkpoint} was trained on other clips ({'; '.join(changed)}); give the shards and mixture weights "
-            "that the run began with, or choose another run.dir"
+            f"{start.checkpoint} was trained on other clips ({'; '.join(changed)}); give the shards and mixture "
+            "weights that the run began with, or choose another run.dir"
         )
 
 
