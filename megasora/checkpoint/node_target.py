@@ -65,7 +65,10 @@ class NodeTarget:
             raise
 
     def begin_on_node(self, step: int) -> None:
-        self.finish_deleting()
+        """On the first process of each node. Raises also what the last deletion has raised."""
+        self.wait_for_deletion()
+        if self.deleting is not None and self.deleting.error is not None:
+            raise self.deleting.error
         self.store.begin(step, self.stored, int(sum(self.bytes[k] for k in self.stored)))
 
     def write(self, step: int, file: RankFile, values: Iterable[Tensor], on_written: OnWritten) -> Written:
@@ -124,22 +127,18 @@ class NodeTarget:
     def after_save(self, save: Save) -> None:
         """Once a save is visible everywhere, here or in the run folder: deletes in a thread what is not kept."""
         if self.is_first:
+            self.wait_for_deletion()
             superseded = -1 if save.target is self else save.step
-            self.finish_deleting()
             self.deleting = Task(lambda: self.store.keep_newest(self.keep, superseded), "delete")
+
+    def wait_for_deletion(self) -> None:
+        if self.deleting is not None:
+            self.deleting.join()
 
     def finish(self) -> None:
         """Before the end of a launch: removes the folder if it is empty, as after a save to the run folder."""
         if self.is_first:
-            self.finish_deleting()
+            self.wait_for_deletion()
             with suppress(OSError):
                 self.store.folder.rmdir()
                 self.store.folder.parent.rmdir()
-
-    def finish_deleting(self) -> None:
-        """Raises what the thread has raised."""
-        task, self.deleting = self.deleting, None
-        if task is not None:
-            task.join()
-            if task.error is not None:
-                raise task.error

@@ -180,7 +180,7 @@ def launch(
             save(checkpoints, *steps)
             action(checkpoints)
             if checkpoints.node is not None and rank.local_rank == 0:
-                checkpoints.node.finish_deleting()
+                checkpoints.node.wait_for_deletion()
             results[number] = step
         except Exception as error:
             results[number] = error

@@ -10,6 +10,7 @@ from node_runs import Disks, has_values, launch, save, set_values
 from megasora.checkpoint import fragment_file, node_copy
 from megasora.checkpoint.nodes import Nodes
 from megasora.checkpoint.verify import verify_checkpoint
+from megasora.config import load
 from megasora.errors import MegaSoraError
 
 LAYOUTS = [(1, 1), (2, 2), (1, 3), (3, 1), (1, 1, 1), (2, 1, 3)]
@@ -316,6 +317,24 @@ def test_a_folder_that_two_nodes_share_or_that_cannot_be_made_is_an_error(disks)
     (disks.folder / "file").touch()
     with pytest.raises(MegaSoraError, match="checkpoint.node.dir=.*file: .*file is not a folder; choose another one"):
         launch(disks, (1, 1), node={"dir": lambda node: str(disks.folder / ("file" if node else "one"))})
+
+
+def test_an_old_part_that_cannot_be_deleted_is_an_error_of_all_at_the_next_save(disks, monkeypatch):
+    def train(checkpoints):
+        if checkpoints.ranks.rank == 1:
+            checkpoints.node.store.keep_newest = lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken", "disk"))
+        save(checkpoints, 20)
+        with pytest.raises(OSError, match="broken: 'disk'"):
+            save(checkpoints, 30)
+
+    launch(disks, (1, 1), 10, action=train)
+    assert launch(disks, (1, 1)) == 20
+
+
+def test_saves_to_the_nodes_must_be_more_frequent_than_those_to_the_run_folder():
+    with pytest.raises(MegaSoraError, match="checkpoint.node.every=50 must be less than checkpoint.every=50"):
+        load(None, ["checkpoint.node.dir=/x", "checkpoint.node.every=50", "checkpoint.every=50"])
+    load(None, ["checkpoint.node.every=50", "checkpoint.every=50"])
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"run": "../../etc", "launch": "x"}', "[1]"])
