@@ -310,7 +310,9 @@ class TaskWithoutData(DiTTask):
 
 def build_task(config: Config) -> TaskWithoutData:
     rank, size = dist.get_rank(), dist.get_world_size()
-    world = World(rank, size, local_rank=rank, local_size=size, device=torch.device("cpu"))
+    world = World(
+        rank, size, local_rank=0, local_size=1, device=torch.device("cpu")
+    )  # each a node: objects are not sent
     return TaskWithoutData(config, world, build_mesh(config.parallel, "cpu"))
 
 

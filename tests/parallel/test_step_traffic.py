@@ -16,7 +16,7 @@ from step_traffic import record_step
 from megasora.parallel import deepspeed_engine
 from megasora.testing.spawn import run_fake_rank, run_ranks
 
-SCALARS = 8  # most elements that a step reduces beside the tensors: counts, sums, norms, flags; and one for each rank
+SCALARS = 10  # most elements that a step reduces beside the tensors: counts, sums, norms, flags; and one for each rank
 IN_FLOAT32 = [
     layouts.layout(2, zero_stage=1),
     layouts.layout(2, zero_stage=2),
