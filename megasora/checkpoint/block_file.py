@@ -10,10 +10,14 @@ hashing is hidden by a disk of 5 GB/s; blocks are independent, so threads share 
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +30,7 @@ BLOCK_BYTES, DIGEST_BYTES = 1 << 20, 32
 PIECE_BYTES = 4 << 20  # written at once
 READ_THREADS, BLOCKS_PER_TASK = 2, 4
 MIN_SHARED_BLOCKS = 16  # of a range that several threads read
-MAX_WAITING = 4  # pieces that are written and not yet hashed
+NUM_PIECES = 4  # in memory: one is written while those before it are hashed
 
 
 def digest_of(data: bytes | bytearray | memoryview) -> bytes:
@@ -67,6 +71,9 @@ class BlockLayout:
 class BlockWriter:
     """Writes the content to `file`, an empty one, and hashes it in a thread beside. Use as a context manager; after it,
     `digest`. `header`: block 0. `on_written(bytes)` is called after each write.
+
+    Pieces are written past the page cache (O_DIRECT) where the file system can: the disk then reads them from memory
+    itself, so that a save takes little time of the cores that train, and displaces no pages of the training data.
     """
 
     def __init__(
@@ -74,38 +81,63 @@ class BlockWriter:
     ):
         self.file, self.header, self.on_written = file, header, on_written
         self.table, self.hasher, self.room, self.is_new_block = bytearray(), blake3.blake3(), len(header), False
-        self.pool, self.waiting = ThreadPoolExecutor(1, "hash"), list[Future]()
-        self.digest, self.position = b"", 0
+        self.pool = ThreadPoolExecutor(1, "hash")
+        self.pieces = [memoryview(mmap.mmap(-1, PIECE_BYTES)) for _ in range(NUM_PIECES)]  # aligned to pages
+        self.hashed: list[Future | None] = [None] * NUM_PIECES
+        self.current, self.filled, self.position = 0, 0, 0
+        self.is_direct, self.digest = False, b""
 
     def __enter__(self) -> BlockWriter:
+        self.set_direct(True)
         self.write(self.header)
         return self
 
     def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.set_direct(False)  # the end of the file is not aligned
+            self.write_piece()
         self.pool.shutdown()
         if kind is None:
-            self.check_hashed(0)
+            for number in range(NUM_PIECES):
+                self.wait_for_hash(number)
             if not self.is_new_block:
                 self.table += self.hasher.digest()
             self.file.write(self.table)
             self.digest = digest_of(self.table)
 
     def write(self, data: bytes | memoryview) -> None:
-        """`data` must not change until the writer is closed."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), PIECE_BYTES):
-            piece = view[start : start + PIECE_BYTES]
-            self.check_hashed(MAX_WAITING)
-            self.waiting.append(self.pool.submit(self.hash, piece))
-            self.file.write(piece)
-            self.start_writeback(len(piece))
-            self.on_written(len(piece))
+        while view:
+            part = view[: PIECE_BYTES - self.filled]
+            self.pieces[self.current][self.filled : self.filled + len(part)] = part
+            self.filled, view = self.filled + len(part), view[len(part) :]
+            if self.filled == PIECE_BYTES:
+                self.write_piece()
 
-    def start_writeback(self, size: int) -> None:
-        """The disk begins with the bytes written last, while the next ones are copied and hashed; otherwise it would
-        begin with the fsync at the end."""
-        os.posix_fadvise(self.file.fileno(), self.position, size, os.POSIX_FADV_DONTNEED)
-        self.position += size
+    def write_piece(self) -> None:
+        """Writes what is in the current piece, and waits until the next one has been hashed."""
+        piece = self.pieces[self.current][: self.filled]
+        self.hashed[self.current] = self.pool.submit(self.hash, piece)
+        try:
+            self.file.write(piece)
+        except OSError as error:
+            if not self.is_direct or error.errno != errno.EINVAL:
+                raise
+            self.set_direct(False)  # the file system takes the flag, but no write
+            self.file.write(piece)
+        if not self.is_direct:  # the disk begins with it now, not with the fsync at the end
+            os.posix_fadvise(self.file.fileno(), self.position, len(piece), os.POSIX_FADV_DONTNEED)
+        self.position += len(piece)
+        self.on_written(len(piece))
+        self.current, self.filled = (self.current + 1) % NUM_PIECES, 0
+        self.wait_for_hash(self.current)
+
+    def set_direct(self, is_direct: bool) -> None:
+        """Whether writes pass the page cache; not if the file system cannot, e.g. one in memory."""
+        flags = fcntl.fcntl(self.file, fcntl.F_GETFL) & ~os.O_DIRECT
+        with suppress(OSError):
+            fcntl.fcntl(self.file, fcntl.F_SETFL, flags | (os.O_DIRECT if is_direct else 0))
+            self.is_direct = is_direct
 
     def hash(self, piece: memoryview) -> None:
         while piece:
@@ -117,10 +149,11 @@ class BlockWriter:
                 self.table += self.hasher.digest()
                 self.hasher, self.room = blake3.blake3(), BLOCK_BYTES
 
-    def check_hashed(self, most: int) -> None:
-        """Waits until at most `most` pieces are not yet hashed."""
-        while len(self.waiting) > most:
-            self.waiting.pop(0).result()
+    def wait_for_hash(self, number: int) -> None:
+        """Until piece `number` may be overwritten; raises the error of the thread."""
+        hashed = self.hashed[number]
+        if hashed is not None:
+            hashed.result()
 
 
 class BlockReader:

@@ -208,8 +208,13 @@ def check_room(folder: Path, num_bytes: int, what: str) -> None:
     found = os.statvfs(folder)
     free = found.f_bavail * found.f_frsize
     if free < num_bytes:
-        needed = f"{what} needs {num_bytes / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free"
+        needed = f"{what} needs {in_bytes(num_bytes)}, {in_bytes(free)} are free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed}", str(folder.parent))
+
+
+def in_bytes(count: int) -> str:
+    """3.22 GB, 0.5 MB."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def find_checkpoint(path: Path, report: Callable[[str], None]) -> Path:

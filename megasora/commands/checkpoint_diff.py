@@ -29,7 +29,12 @@ from megasora.observe.byte_progress import byte_progress
 
 MAX_ROWS = 20  # tensors that are printed
 MAX_STATE_ROWS, MAX_VALUE = 20, 60
-HOW_IT_WAS_SAVED = {"parallel", "code", "config"}  # parts of state.json that do not change what a run trains
+HOW_IT_WAS_SAVED = {
+    "parallel",
+    "code",
+    "config",
+    "imported",
+}  # parts of state.json that do not change what a run trains
 
 
 @dataclass(frozen=True)

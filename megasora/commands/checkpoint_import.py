@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megasora.checkpoint.imported import IMPORTED
+from megasora.checkpoint.store import read_state
 from megasora.codec import resolve_codec
 from megasora.commands.checkpoint_export import model_shapes
 from megasora.commands.run_folder import new_run
@@ -24,7 +26,7 @@ def import_dcp_to_run(place: Path, run: Path, config: Path | None, prefix: str |
     total = sum(tensor.shape.numel() * 4 for tensor in open_dcp(place).tensors.values())
     with byte_progress("import", total) as advance:
         checkpoint = import_dcp(place, run, config, overrides, resolved_shapes, prefix, advance)
-    print(f"{checkpoint.name} in {run}")
+    print(f"{checkpoint.name} in {run}; {next_command(run / 'checkpoints' / checkpoint.name, run)}")
 
 
 def import_deepspeed_to_run(place: Path, run: Path, config_file: Path | None, tag: str | None, overrides: list[str]):
@@ -42,7 +44,14 @@ def import_deepspeed_to_run(place: Path, run: Path, config_file: Path | None, ta
     total = 4 * 3 * sum(shape.numel() for shape in shapes.values())  # weights and two moments
     with byte_progress("import", total) as advance, new_run(run, config) as store:
         checkpoint = import_deepspeed(place, store, shapes, tag, advance)
-    print(f"{checkpoint.name} in {run}; go on with: megasora train {run / 'config.yaml'}")
+    print(f"{checkpoint.name} in {run}; {next_command(run / 'checkpoints' / checkpoint.name, run)}")
+
+
+def next_command(checkpoint: Path, run: Path) -> str:
+    """How a person goes on with an imported checkpoint."""
+    if IMPORTED in read_state(checkpoint):
+        return f"weights alone: sample from {run}, or train from them in another run with run.start=init:{checkpoint}"
+    return f"go on with: megasora train {run / 'config.yaml'}"
 
 
 def resolved_shapes(config: Config):

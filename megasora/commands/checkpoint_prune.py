@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megasora.checkpoint.damage import DamagedCheckpoint
 from megasora.checkpoint.history import read_history, write_history
 from megasora.checkpoint.manifest import check_kind_and_size, read_manifest, step_of
 from megasora.checkpoint.retention import to_delete
 from megasora.checkpoint.store import CheckpointStore, names, read_state
+from megasora.checkpoint.verify import verify_checkpoint
 from megasora.errors import MegaSoraError, printable
 from megasora.formats.recognize import check_format
 from megasora.locks import locked
@@ -30,7 +32,7 @@ def prune(run: Path, keep: int, keep_every: int, keep_best: int, dry_run: bool) 
     store = CheckpointStore(run / "checkpoints")
     with locked(run / LOCK, f"run folder {run}"):
         losses, damaged = read_losses(store)
-        deleted, freed = to_delete(losses, losses, keep, keep_every, keep_best), 0
+        deleted, freed = choose(store, losses, damaged, keep, keep_every, keep_best), 0
         for checkpoint in store.complete():
             step, size = step_of(checkpoint.name), bytes_of(checkpoint)
             if step in damaged:
@@ -50,9 +52,29 @@ def prune(run: Path, keep: int, keep_every: int, keep_best: int, dry_run: bool) 
     print(f"{len(deleted)} of {len(losses) + len(damaged)} checkpoints {done}, {freed:,} bytes")
 
 
+def choose(
+    store: CheckpointStore, losses: dict[int, float | None], damaged: dict[int, str], keep: int, every: int, best: int
+) -> set[int]:
+    """The steps to delete. Every byte of those that are kept is read: one that is damaged moves from `losses` to
+    `damaged`, and another is kept in its place."""
+    verified: set[int] = set()
+    while True:
+        deleted = to_delete(losses, losses, keep, every, best)
+        unread = sorted(losses.keys() - deleted - verified)
+        if not unread:
+            return deleted
+        for step in unread:
+            try:
+                verify_checkpoint(store.path(step))
+                verified.add(step)
+            except DamagedCheckpoint as error:
+                damaged[step] = error.problem
+                del losses[step]
+
+
 def read_losses(store: CheckpointStore) -> tuple[dict[int, float | None], dict[int, str]]:
     """(validation loss or None by step, what is wrong by step of those that are not whole), as manifest, state.json and
-    the sizes of all files say; `megasora checkpoint verify` reads every byte."""
+    the sizes of all files say."""
     losses, damaged = {}, {}
     for checkpoint in store.complete():
         step = step_of(checkpoint.name)

@@ -24,7 +24,7 @@ def rewrite(folder: Path, files: int, out: Path) -> str:
     sharded, state, step = ShardedCheckpoint(folder), read_state(folder), read_manifest(folder).step
     shapes, kinds = sharded.shapes, list(sharded.index.kinds)
     if not 1 <= files <= len(shapes):
-        raise MegaSoraError(f"--processes {files} must be from 1 to {len(shapes):,}, the number of parameters")
+        raise MegaSoraError(f"--processes {files} must be from 1 to {len(shapes):,}, the number of tensors")
     kept = {key: value for key, value in state.items() if key != "step"}
     with byte_progress("reshape", num_bytes(shapes, len(kinds))) as advance:
         with new_run(out, config_of(folder, state), folder) as store:

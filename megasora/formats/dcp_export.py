@@ -21,6 +21,7 @@ groups of at most GROUP_BYTES, as if each group came from a rank of its own.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +33,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
+from megasora.checkpoint.store import check_room
 from megasora.config import to_yaml
-from megasora.errors import MegaSoraError
+from megasora.errors import MegaSoraError, printable
 from megasora.formats.safetensors_folder import new_folder, rounded
 from megasora.formats.source import ExportSource
 
@@ -82,7 +84,11 @@ def export_dcp(
         return value
 
     with new_folder(out) as staging:
-        write_dcp(staging, state, value_of)
+        check_room(staging, num_bytes(source, dtype, everything), "the checkpoint for torch.distributed.checkpoint")
+        try:
+            write_dcp(staging, state, value_of)
+        except RuntimeError as error:  # torch.save says so of a full disk
+            raise OSError(errno.EIO, f"cannot be written: {printable(str(error), 120)}", str(out)) from None
 
 
 def place_of(kind: str, name: str) -> tuple[str, str]:

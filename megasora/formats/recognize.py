@@ -108,13 +108,15 @@ def native(folder: Path, names: set[str]) -> Place | None:
 
 def deepspeed(folder: Path, names: set[str]) -> Place | None:
     remedy = f"read it with: megasora checkpoint import-deepspeed {folder} --run RUN"
-    if "latest_universal" in names or {"zero", "mp_rank_00_model_states.pt"} <= names:
+    if {"zero", "mp_rank_00_model_states.pt"} <= names:
         return Place("deepspeed", "a universal checkpoint of DeepSpeed", remedy)
     if any(DEEPSPEED_FILE.fullmatch(name) for name in names):
         return Place("deepspeed", "a DeepSpeed checkpoint", remedy)
     steps = sorted(name for name in names if name.startswith("global_step"))
     if steps:
         return Place("deepspeed", f"a folder of DeepSpeed checkpoints ({printable(first_of(steps, 2), 100)})", remedy)
+    if "latest_universal" in names:
+        return Place("deepspeed", "a universal checkpoint of DeepSpeed", remedy)
     tag = small_text(folder / "latest") if "latest" in names else ""
     if tag and tag in names and (folder / tag).is_dir():
         return Place("deepspeed", f"a folder of DeepSpeed checkpoints ({printable(tag, 60)})", remedy)
@@ -155,7 +157,7 @@ def single_weights(folder: Path, names: set[str]) -> Place | None:
 
 
 def import_wan(place: Path) -> str:
-    return f"weights of Wan are read with: megasora checkpoint import-wan {place}"
+    return f"weights of MegaSora are read by run.start=init:{place}, of Wan by megasora checkpoint import-wan {place}"
 
 
 def inspect(place: Path) -> str:

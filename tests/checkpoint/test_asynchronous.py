@@ -222,7 +222,7 @@ def test_a_save_that_the_disk_has_no_room_for_is_refused_before_it_begins(free, 
         saver.save(10, {})
         assert names(store) == ["latest", "step-00000010"]
         return
-    with pytest.raises(OSError, match=r"the checkpoint of step 10 needs 3.22 GB, 0.00 GB are free") as error:
+    with pytest.raises(OSError, match=r"the checkpoint of step 10 needs 3.22 GB, 0.0 MB are free") as error:
         saver.save(10, {})
     assert error.value.errno == errno.ENOSPC and str(store.folder) in str(error.value)
     assert names(store) == []

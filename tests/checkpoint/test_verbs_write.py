@@ -50,7 +50,7 @@ def test_reshape_keeps_every_value_and_the_state_in_so_many_files(files, tmp_pat
 def test_reshape_into_too_many_files_or_none_is_refused(files, tmp_path, capsys):
     run = make_run(tmp_path / "run", (10,))
     assert checkpoint("reshape", run, "--processes", files, "--out", tmp_path / "out") == 2
-    assert f"--processes {files} must be from 1 to 5, the number of parameters" in error_line(capsys)
+    assert f"--processes {files} must be from 1 to 5, the number of tensors" in error_line(capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -195,14 +195,18 @@ def test_prune_leaves_a_run_alone_that_trains(tmp_path, capsys):
 
 
 def test_damaged_checkpoints_do_not_count_as_the_newest_and_stay(tmp_path, capsys):
-    run = make_run(tmp_path / "run", (10, 20, 30, 40), ("weights",))
+    run = make_run(tmp_path / "run", (5, 10, 20, 30, 40), ("weights",))
     flip(step_folder(run, 40) / "state.json")
-    file = step_folder(run, 30) / "fragments" / "rank-00000.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
+    for step in (20, 30):
+        file = step_folder(run, step) / "fragments" / "rank-00000.safetensors"
+        if step == 20:
+            flip(file, -100)  # a value
+        else:
+            file.write_bytes(file.read_bytes()[:-1])
     assert checkpoint("prune", run, "--keep", 1) == 0
     left = names(CheckpointStore(run / "checkpoints").complete())
-    assert left == ["step-00000020", "step-00000030", "step-00000040"]  # 20 is the newest that is whole
-    assert capsys.readouterr().out.count("kept, not counted") == 2
+    assert left == [f"step-{step:08d}" for step in (10, 20, 30, 40)]  # 10 is the newest that is whole
+    assert capsys.readouterr().out.count("kept, not counted") == 3
 
 
 def test_a_checkpoint_that_is_a_link_is_neither_counted_nor_deleted(tmp_path):
