@@ -98,6 +98,9 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.json
 	$(BIN)/python -m benchmarks.data --out benchmarks/results/data.json
 	$(BIN)/python -m benchmarks.codec --out benchmarks/results/codec.json
+	$(BIN)/python -m benchmarks.checkpoint --out benchmarks/results/checkpoint.json
+	$(BIN)/python -m benchmarks.checkpoint_scale --out benchmarks/results/checkpoint_scale.json
+	$(BIN)/python -m benchmarks.initial_weights --out benchmarks/results/initial_weights.json
 
 # The figures of docs/results.md: the demo, and the same with 1/32 and 4/32 of its steps.
 results: runs/demo/.trained $(COMPUTE:=/.trained)

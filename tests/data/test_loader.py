@@ -549,8 +549,7 @@ def test_a_run_resumes_only_with_the_clips_that_it_started_with(tmp_path):
     check_same_data(config, make_mixture([5]).identity())  # nothing was saved yet
     store = CheckpointStore(tmp_path / "checkpoints")
     store.begin(10)
-    store.write_state(10, {"task": {"data": make_mixture().identity()}})
-    store.commit(10)
+    store.commit(10, {"task": {"data": make_mixture().identity()}}, {})
     check_same_data(config, make_mixture().identity())
     with pytest.raises(
         MegaSoraError, match=r"step-00000010 was trained on other clips \(clips: \[50\] -> \[49\]; tokens"
