@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from saved_runs import build_saver, save, store_of
+from saved_runs import build_loader, build_saver, save, store_of
 
 from megasora.checkpoint.history import read_history
 from megasora.checks import check_run_folder
@@ -41,7 +41,7 @@ def launch(run, *settings):
     """The checks, the load and the preparation of a launch; the step that it starts from."""
     config = config_of(run, *settings)
     check_run_folder(config)
-    state = build_saver(store_of(run)).resume(config.run.start)
+    state = build_loader(store_of(run)).resume(config.run.start)
     step = state["step"] if state else 0
     prepare_run_folder(config, step)
     return step
