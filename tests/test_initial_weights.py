@@ -207,7 +207,7 @@ def test_a_damaged_folder_is_one_line(damage, words, tmp_path):
 def test_a_folder_without_weights_is_refused_before_anything_starts(tmp_path):
     (tmp_path / "empty").mkdir()
     check_error(tmp_path / "empty", "it is a folder without *.safetensors.index.json or *.safetensors")
-    with pytest.raises(MegaSoraError, match="neither a file"):
+    with pytest.raises(MegaSoraError, match="an empty folder, and no safetensors file"):
         check_initial_weights(config_of(tmp_path / "empty"))
 
 
