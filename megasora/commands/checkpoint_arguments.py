@@ -67,7 +67,7 @@ def add_reshape(verbs) -> None:
 def add_average(verbs) -> None:
     p = add_command(verbs, "average", average, "Averages the weights of several checkpoints.", AVERAGE)
     p.add_argument("checkpoints", type=path, nargs="+", metavar="CHECKPOINT", help=f"{ONE}; of --sigma: one RUN")
-    add_weights_option(p)
+    add_weights_option(p, None, "default ema")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--coefficients", type=number, nargs="+", metavar="X", help="a number per checkpoint, sum 1")
     how.add_argument("--sigma", type=number, metavar="S", help="post-hoc EMA of this relative width, e.g. 0.08")
@@ -172,7 +172,11 @@ def average(options: argparse.Namespace) -> int:
     from megasora.commands.checkpoint_average import average_checkpoints, average_run
 
     if options.sigma is None:
-        average_checkpoints(options.checkpoints, options.weights, options.coefficients, options.out)
+        average_checkpoints(options.checkpoints, options.weights or "ema", options.coefficients, options.out)
+    elif options.weights is not None or options.coefficients is not None:
+        raise MegaSoraError(
+            "--sigma makes an average of the run's power-function averages; leave --weights and --coefficients out"
+        )
     elif len(options.checkpoints) > 1:
         raise MegaSoraError(f"--sigma is of one run, not of {len(options.checkpoints)} checkpoints")
     else:

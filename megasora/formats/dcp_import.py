@@ -146,7 +146,10 @@ def find_weights(folder: DCPFolder, shapes: Shapes, prefix: str | None) -> dict[
 def check_weights(folder: DCPFolder, shapes: Shapes, names: Mapping[str, str], lacks: str) -> None:
     """Raises MegaSoraError unless the folder has all tensors, of these shapes and a floating dtype."""
     if missing := [name for name in shapes if names[name] not in folder.tensors]:
-        raise MegaSoraError(f"{folder.path}: {lacks} {listed(missing)}; use the settings of the model that it has")
+        raise MegaSoraError(
+            f"{folder.path}: {lacks} {listed(missing)}; give the settings of the model that it has, with --config YAML "
+            "or key=value"
+        )
     for name, shape in shapes.items():
         tensor = folder.tensors[names[name]]
         if tensor.shape != shape:

@@ -23,7 +23,7 @@ OTHER_FILES = {  # what files say of checkpoints that are not read
 
 
 def tag_folder(place: Path, tag: str | None) -> Path:
-    latest = place / LATEST
+    latest, is_latest = place / LATEST, tag is None
     if tag is None:
         try:
             tag = read_regular_file(latest, MAX_LATEST_BYTES).decode("utf-8", errors="replace").strip()
@@ -37,7 +37,8 @@ def tag_folder(place: Path, tag: str | None) -> Path:
         except OSError as error:
             raise MegaSoraError(f"{latest} cannot be read: {error.strerror}; give --tag NAME") from None
     if tag in ("", ".", "..") or "/" in tag or "\0" in tag:
-        raise MegaSoraError(f"{latest}: {printable(tag, 60)!r} is no name of a folder; give --tag NAME")
+        source = latest if is_latest else "--tag"
+        raise MegaSoraError(f"{source}: {printable(tag, 60)!r} is no name of a folder; give --tag NAME")
     folder = place / tag
     if folder.is_symlink() or not folder.is_dir():
         problem = (
