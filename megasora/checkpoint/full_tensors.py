@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,19 @@ def save_full_tensors(
     on_written  called with the bytes of each write
     files       over which the parameters are divided, each whole in one, about equally much in each
 
-    Raises OSError if the disk has no room, then nothing is left.
+    Raises OSError if the disk has no room. Nothing is left after an error.
     """
     groups = divide(shapes, files)
     headers = [header_of(group, kinds) for group in groups]
     staging, written = store.begin(step, sum(size for _, size in headers)), {}
-    (staging / FOLDER).mkdir()
-    for rank, (group, (header, _)) in enumerate(zip(groups, headers, strict=True)):
-        name = rank_file_name(rank)
-        written[name] = write_fragment_file(staging / name, header, values(group, kinds, value_of), on_written)
-    return store.commit(step, state, written)
+    try:
+        (staging / FOLDER).mkdir()
+        for rank, (group, (header, _)) in enumerate(zip(groups, headers, strict=True)):
+            name = rank_file_name(rank)
+            written[name] = write_fragment_file(staging / name, header, values(group, kinds, value_of), on_written)
+        return store.commit(step, state, written)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # after a commit it has another name
 
 
 def divide(shapes: Mapping[str, torch.Size], files: int) -> list[dict[str, torch.Size]]:

@@ -208,13 +208,13 @@ class ShardedCheckpoint:
         parameter = self.parameters[name]
         return self.read_local(kind, name, Placement(), 0, 1, 0, parameter.shape.numel()).view(parameter.shape)
 
-    def read_fragment(self, kind: str, f: Fragment) -> Tensor:
-        """The saved values of `kind` at the position of fragment `f`; fp32 [n], on the CPU.
+    def read_fragment(self, kind: str, f: Fragment, out: Tensor | None = None) -> Tensor:
+        """The saved values of `kind` at the position of fragment `f`; fp32 [n], on the CPU, in `out` if it is given.
 
         Raises MegaSoraError if the checkpoint lacks the parameter or `kind`, or has another shape.
         """
         self.check_has(kind, f)
-        return self.read_local(kind, f.name, f.placement, f.tensor_rank, f.tensor_size, f.start, f.count)
+        return self.read_local(kind, f.name, f.placement, f.tensor_rank, f.tensor_size, f.start, f.count, out)
 
     def check_has(self, kind: str, f: Fragment) -> None:
         parameter = self.parameters.get(f.name)
@@ -231,13 +231,11 @@ class ShardedCheckpoint:
         fragments = sorted(fragments, key=lambda f: f.placement.shard_dim is not None)  # about as in the files
         for kind in dict.fromkeys(kind for f in fragments for kind in f.values):
             for f in fragments:
-                self.check_has(kind, f)
-                values = f.values[kind]
-                is_direct = values.device.type == "cpu" and values.is_contiguous()
-                out = values.detach() if is_direct else None
-                read = self.read_local(kind, f.name, f.placement, f.tensor_rank, f.tensor_size, f.start, f.count, out)
-                if out is None:
-                    values.copy_(read)
+                values = f.values[kind].detach()
+                if values.device.type == "cpu" and values.is_contiguous():
+                    self.read_fragment(kind, f, values)
+                else:
+                    values.copy_(self.read_fragment(kind, f))
                 on_read(4 * f.count)
 
     def read_local(

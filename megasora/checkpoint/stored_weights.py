@@ -7,6 +7,7 @@ Both classes are a `megasora.placement.WeightSource`.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from megasora.placement import WHOLE, Placement
 READ_ELEMENTS = 1 << 22  # at once, of a checkpoint
 
 
-class StoredWeights:
+class StoredWeights(ABC):
     """`shapes`: of the full weights, by name. `origin`: the setting or the place, for messages."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], origin: str):
@@ -45,11 +46,11 @@ class StoredWeights:
                 raise self.no_numbers(name, "float32")
             part.copy_(values)
 
+    @abstractmethod
     def read(
         self, out: Tensor, name: str, placement: Placement, rank: int, size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of a part of `out` and the fp32 values that belong there."""
-        raise NotImplementedError
 
     def no_numbers(self, name: str, dtype: str) -> MegaSoraError:
         return MegaSoraError(

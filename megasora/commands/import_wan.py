@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from megasora.build import patch_dim
 from megasora.checkpoint.imported import save_imported
 from megasora.codec import resolve_codec
+from megasora.commands.checkpoint_source import num_bytes
 from megasora.commands.run_folder import new_run
 from megasora.config import Config, FrameConditioningConfig, load, token_pixels
 from megasora.errors import MegaSoraError
@@ -67,10 +67,6 @@ def read_model(place: Path) -> WanFolder:
 
 def shapes_of(wan: WanFolder, config: Config) -> dict[str, torch.Size]:
     return parameter_shapes(config.model, patch_dim(config), wan.text_dim)
-
-
-def num_bytes(shapes: Mapping[str, torch.Size]) -> int:
-    return torch.float32.itemsize * sum(shape.numel() for shape in shapes.values())
 
 
 def import_wan_to_run(place: Path, run: Path, overrides: list[str]) -> None:

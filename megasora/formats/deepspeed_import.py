@@ -10,7 +10,6 @@ run from (checkpoint/imported.py). DeepSpeed has no averages of weights: those o
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -49,13 +48,10 @@ def import_deepspeed(
     step = state["step"] if state is not None else 0
     check_newest(store, step)
     ordered = {name: shapes[name] for name in sorted(shapes)}
-    try:
-        if state is None:
-            weight_of = partial(saved.full_tensor, KINDS[0])
-            return save_imported(store, ordered, weight_of, f"DeepSpeed, {saved.folder}", on_written)
-        return save_full_tensors(store, step, ordered, KINDS, saved.full_tensor, state, on_written)
-    finally:
-        shutil.rmtree(store.staging_dir(step), ignore_errors=True)
+    if state is None:
+        weight_of = partial(saved.full_tensor, KINDS[0])
+        return save_imported(store, ordered, weight_of, f"DeepSpeed, {saved.folder}", on_written)
+    return save_full_tensors(store, step, ordered, KINDS, saved.full_tensor, state, on_written)
 
 
 def check_newest(store: CheckpointStore, step: int) -> None:

@@ -49,11 +49,6 @@ def export_megasora(
         write_text_atomic(staging / CARD, model_card(source, config, kind, dtype))
 
 
-def num_bytes(source: ExportSource, dtype: torch.dtype = torch.float32) -> int:
-    """What `on_written` adds up to."""
-    return dtype.itemsize * sum(shape.numel() for shape in source.sharded.shapes.values())
-
-
 def folder_config(source: ExportSource) -> dict[str, Any]:
     """The content of config.json: what standalone.py and a sampler need to know."""
     config, shapes = source.config, source.sharded.shapes

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from saved_runs import ThreadRank
 
 from megasora.checkpoint.run_checkpoints import RunCheckpoints
 from megasora.config.schema import CheckpointConfig, NodeCheckpointConfig
@@ -49,34 +50,15 @@ class QueueChannel:
         return data
 
 
-class NodeRank:
-    """A rank of a launch: a thread, of a node with `sizes[node number]` of them. It has the collectives of World."""
+class NodeRank(ThreadRank):
+    """A rank of a launch, of a node with `sizes[node number]` of them."""
 
     def __init__(self, rank: int, sizes: Sequence[int], meeting: Meeting):
-        self.rank, self.size, self.meeting = rank, sum(sizes), meeting
+        super().__init__(rank, meeting.slots, meeting.barrier)
+        self.size, self.queue = sum(sizes), meeting.queue
         self.number = next(k for k in range(len(sizes)) if rank < sum(sizes[: k + 1]))
         self.node, self.local_size = sum(sizes[: self.number]), sizes[self.number]
         self.local_rank = rank - self.node
-
-    def barrier(self) -> None:
-        self.meeting.barrier.wait()
-
-    def exchange(self, value: object) -> list:
-        self.meeting.slots[self.rank] = value
-        self.barrier()
-        values = list(self.meeting.slots)
-        self.barrier()
-        return values
-
-    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        return sum(self.exchange(values))
-
-    def gather_objects(self, value: object) -> list | None:
-        values = self.exchange(value)
-        return values if self.rank == 0 else None
-
-    def broadcast_object(self, value: object) -> Any:
-        return self.exchange(value)[0]
 
     def share_on_node(self, make: Callable[[], Any]) -> Any:
         return self.exchange(make() if self.local_rank == 0 else None)[self.node]
@@ -87,7 +69,7 @@ class NodeRank:
 
     def open_channel(self, name: str, sender: int, receiver: int, rank: int) -> QueueChannel:
         assert rank == self.rank and rank in (sender, receiver)
-        return QueueChannel(self.meeting.queue((name, sender, receiver)))
+        return QueueChannel(self.queue((name, sender, receiver)))
 
 
 class Disks:

@@ -18,64 +18,53 @@ from megasora.placement import Placement
 SHAPE = torch.Size((3,))
 
 
-class OneRank:
-    rank = 0
-
-    def share_on_node(self, make: Callable[[], Any]) -> Any:
-        return make()
-
-    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-    def barrier(self) -> None:
-        pass
-
-    def gather_objects(self, value: object) -> list:
-        return [value]
-
-    def broadcast_object(self, value: object) -> object:
-        return value
-
-
 class ThreadRank:
-    """A rank of `size` threads, each a node; `exchange` and `meeting` are shared. It has the collectives of World."""
+    """A rank that is a thread, and a node of its own; `slots` (one a rank) and `barrier` are shared. It has the
+    collectives of World."""
 
-    def __init__(self, rank: int, exchange: list, meeting: threading.Barrier):
-        self.rank, self.exchange, self.meeting = rank, exchange, meeting
+    def __init__(self, rank: int, slots: list, barrier: threading.Barrier):
+        self.rank, self.slots, self.meeting = rank, slots, barrier
 
     def barrier(self) -> None:
         self.meeting.wait()
 
+    def exchange(self, value: object) -> list:
+        """The value of each rank."""
+        self.slots[self.rank] = value
+        self.barrier()
+        values = list(self.slots)
+        self.barrier()
+        return values
+
     def share_on_node(self, make: Callable[[], Any]) -> Any:
         return make()
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        return self.broadcast_object(sum(self.gather_objects(values) or [0]))
+        return sum(self.exchange(values))
 
     def gather_objects(self, value: object) -> list | None:
-        self.exchange[self.rank] = value
-        self.meeting.wait()
-        values = list(self.exchange) if self.rank == 0 else None
-        self.meeting.wait()
-        return values
+        values = self.exchange(value)
+        return values if self.rank == 0 else None
 
-    def broadcast_object(self, value: object) -> object:
-        if self.rank == 0:
-            self.exchange[0] = value
-        self.meeting.wait()
-        value = self.exchange[0]
-        self.meeting.wait()
-        return value
+    def broadcast_object(self, value: object) -> Any:
+        return self.exchange(value)[0]
+
+
+class OneRank(ThreadRank):
+    """The only one."""
+
+    def __init__(self):
+        super().__init__(0, [None], threading.Barrier(1))
 
 
 def on_ranks(size: int, function: Callable[[ThreadRank], Any]) -> list:
     """What `function` returned or raised on each of `size` ranks."""
-    exchange, meeting = [None] * size, threading.Barrier(size, timeout=20)
+    slots, barrier = [None] * size, threading.Barrier(size, timeout=20)
     results: list = [None] * size
 
     def run(rank: int) -> None:
         try:
-            results[rank] = function(ThreadRank(rank, exchange, meeting))
+            results[rank] = function(ThreadRank(rank, slots, barrier))
         except Exception as error:
             results[rank] = error
             if isinstance(error, threading.BrokenBarrierError):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_runs import OneRank, ThreadRank
 
 from megasora.checkpoint import fragment_file
 from megasora.checkpoint import saver as saver_module
@@ -35,51 +36,17 @@ SAVE_SECONDS = 60  # after which the forked process ends in any case
 OTHER_SECONDS = 20.0  # for the other rank to write its file
 
 
-class ThreadRank:
-    """The collectives of one of RANKS threads; see `megasora.checkpoint.saver.Ranks`."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, slots: list):
-        self.rank, self.barrier_of_all, self.slots = rank, barrier, slots
-
-    def barrier(self) -> None:
-        self.barrier_of_all.wait()
-
-    def share_on_node(self, make):
-        return make()
-
-    def exchange(self, value: object) -> list:
-        self.slots[self.rank] = value
-        self.barrier()
-        values = list(self.slots)
-        self.barrier()
-        return values
-
-    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        return sum(self.exchange(values))
-
-    def gather_objects(self, value: object) -> list | None:
-        values = self.exchange(value)
-        return values if self.rank == 0 else None
-
-    def broadcast_object(self, value: object) -> object:
-        return self.exchange(value)[0]
-
-
 def fragments(rank: int, value: float) -> list[Fragment]:
     """Two halves of a parameter of 6 elements, one on each rank, all elements equal to `value` + rank."""
     values = {kind: torch.full((3,), value + rank + 0.25 * i) for i, kind in enumerate(("weights", "ema"))}
     return [Fragment("weight", torch.Size([6]), Placement(), 0, 1, 3 * rank, values)]
 
 
-def single_rank() -> ThreadRank:
-    return ThreadRank(0, threading.Barrier(1), [None])
-
-
 def save_all(folder: Path, step: int, asynchronous: bool = False) -> None:
     """Saves a checkpoint on RANKS threads."""
     barrier, slots = threading.Barrier(RANKS), [None] * RANKS
     threads = [
-        threading.Thread(target=save, args=(folder, step, ThreadRank(rank, barrier, slots), asynchronous))
+        threading.Thread(target=save, args=(folder, step, ThreadRank(rank, slots, barrier), asynchronous))
         for rank in range(RANKS)
     ]
     for thread in threads:
@@ -103,7 +70,7 @@ def load(folder: Path) -> int:
     """Resumes on one rank; the step, after checking that every element and the state are those of its save."""
     both = [f for rank in range(RANKS) for f in fragments(rank, -100.0)]
     store = CheckpointStore(folder / "checkpoints", Retention(KEEP))
-    state = CheckpointLoader(store, both, single_rank()).resume("resume-or-fresh")
+    state = CheckpointLoader(store, both, OneRank()).resume("resume-or-fresh")
     if state is None:
         return 0
     for rank, loaded in enumerate(both):
@@ -141,7 +108,7 @@ def save_until(folder: Path, step: int, victim: int, number: int, asynchronous: 
 
     def run(rank: int) -> None:
         own.is_victim = rank == victim
-        save(folder, step, ThreadRank(rank, barrier, slots), asynchronous)
+        save(folder, step, ThreadRank(rank, slots, barrier), asynchronous)
 
     class TaskOfRank(saver_module.Task):
         """A thread of a rank belongs to it."""

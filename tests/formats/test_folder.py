@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from saved_models import DIALECTS, build, save, velocity
 
+from megasora.commands.checkpoint_export import in_dtype
 from megasora.config import load
 from megasora.diffusion.samplers import integrate, timestep_grid
 from megasora.diffusion.timesteps import shift_factor
 from megasora.errors import MegaSoraError
 from megasora.formats import standalone
 from megasora.formats.folder_card import model_card
-from megasora.formats.folder_export import export_megasora, folder_config, num_bytes
+from megasora.formats.folder_export import export_megasora, folder_config
 from megasora.formats.source import ExportSource
 
 SAMPLE = ["sample.size=24x40", "sample.frames=9", "sample.fps=8", "sample.guidance_scale=3"]
@@ -48,7 +49,7 @@ def test_a_folder_has_the_weights_bit_for_bit(name, tmp_path):
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(exported[name], parameter) for name, parameter in model.named_parameters())
-    assert sum(written) == num_bytes(source)
+    assert sum(written) == in_dtype(source, "fp32")
     assert (tmp_path / "out" / "modeling_megasora.py").read_text() == Path(standalone.__file__).read_text()
     assert not list(tmp_path.glob(".*"))
 
@@ -59,7 +60,7 @@ def test_large_weights_are_in_parts(tmp_path):
     index = json.loads((out / "model.safetensors.index.json").read_text())
     parts = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(parts) > 3 and parts[0] == f"model-00001-of-{len(parts):05d}.safetensors"
-    assert index["metadata"]["total_size"] == num_bytes(source, torch.bfloat16)
+    assert index["metadata"]["total_size"] == in_dtype(source, "bf16")
     for name, parameter in model.named_parameters():
         with safe_open(out / index["weight_map"][name], framework="pt") as file:
             assert torch.equal(file.get_tensor(name), parameter.to(torch.bfloat16))
