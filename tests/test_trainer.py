@@ -1,6 +1,7 @@
 """The training loop with a task that is no VideoDiT: a linear regression with plain torch AdamW, data parallel."""
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -27,11 +28,12 @@ FEATURES, EXAMPLES_PER_STEP, STEPS = 5, 8, 12
 class LinearRegression:
     """y = w x with known w. Example i of step s is drawn from the seed (s, i); ranks take every n-th example."""
 
-    num_parameters = FEATURES
+    num_parameters, defers = FEATURES, True
 
     def __init__(self, world, factors):
         """`factors`: {step: what the errors of this step are multiplied with}"""
         self.world, self.factors, self.position = world, factors, 0
+        self.order = []  # in which gradients are computed and numbers read: (what, step)
         self.weight = torch.zeros(FEATURES, requires_grad=True)
         self.adam = torch.optim.AdamW([self.weight], lr=0.0, weight_decay=0.0)
         self.adam.state[self.weight] = {
@@ -58,9 +60,9 @@ class LinearRegression:
     def sync_after_load(self, updates):
         self.adam.state[self.weight]["step"].fill_(updates)
 
-    def batches(self):
-        while True:
-            ids = range(self.position + self.world.rank, self.position + EXAMPLES_PER_STEP, self.world.size)
+    def batches(self, step):
+        for position in itertools.count(self.position, EXAMPLES_PER_STEP):
+            ids = range(position + self.world.rank, position + EXAMPLES_PER_STEP, self.world.size)
             generators = [torch.Generator().manual_seed(i) for i in ids]
             yield list(ids), torch.stack([torch.randn(FEATURES, generator=g) for g in generators])
 
@@ -71,31 +73,41 @@ class LinearRegression:
         return 0.0
 
     def forward_backward(self, batch, step, lap):
+        self.order.append(("gradients", step + 1))
         error = ((self.weight - torch.arange(1.0, FEATURES + 1)) * batch[1]).sum(1).square().sum()
         error = error * self.factors.get(step + 1, 1.0)
         (error / EXAMPLES_PER_STEP).backward()
         dist.all_reduce(self.weight.grad)
         lap("backward")
-        return StepOutput(float(self.weight.grad.norm()), EXAMPLES_PER_STEP, {"squared_error": error.detach()})
+        count = torch.tensor(EXAMPLES_PER_STEP)
+        return StepOutput(self.weight.grad.norm(), count, {"squared_error": error.detach()})
 
-    def optimizer_step(self, lr):
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
+    def loss(self, sums, loss_count):
+        return sums["squared_error"] / loss_count
+
+    def optimizer_step(self, update):
+        if update.apply is None or update.apply:
+            self.adam.param_groups[0]["lr"] = update.lr
+            self.adam.step()
         self.adam.zero_grad()
 
     def discard_grads(self):
         self.adam.zero_grad()
 
-    def step_metrics(self, batch, output, totals, step):
+    def step_metrics(self, batch, totals, loss, step):
+        self.order.append(("numbers", step + 1))
         self.position += EXAMPLES_PER_STEP
-        return StepMetrics(totals["squared_error"] / output.loss_count, EXAMPLES_PER_STEP, {"position": self.position})
+        return StepMetrics(EXAMPLES_PER_STEP, {"position": self.position})
 
     def validate(self):
         return {"loss": float(self.weight.detach().square().sum())} if self.world.is_main else None
 
 
-def train_linear(folder, stop_after=None, factors=None, settings=()):
-    """One launch on each rank; the name and message of the error that ended it, or the activities of the watchdog."""
+def train_linear(folder, stop_after=None, factors=None, settings=(), reads_late=False):
+    """One launch on each rank; the name and message of the error that ended it, or the activities of the watchdog.
+
+    `reads_late`: as on a GPU, the numbers of a step are read during the next one.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, size, torch.device("cpu"))
     every = ["checkpoint.every=4", "validation.every=6", "run.ledger=true"]
@@ -109,6 +121,7 @@ def train_linear(folder, stop_after=None, factors=None, settings=()):
         lambda: rank == size - 1 and trainer.step + 1 == stop_after,
         activities.append,
     )
+    trainer.steps.reads_late = reads_late
     try:
         trainer.run()
     except (StopRequested, NonFiniteError) as error:
@@ -170,6 +183,56 @@ def test_a_loss_that_is_not_finite_names_its_step_and_the_remedy(tmp_path):
     assert [line.get("skipped") for line in metrics_of(tmp_path)] == [None] * 4 + ["non-finite"] * 2
 
 
+# ---------------------------------------------------------------------- numbers that are read late, as on a GPU
+
+
+def order_of_steps(folder, settings, factors):
+    """(what, step) in the order of a run on one rank whose numbers are read late, see LinearRegression."""
+    order = []
+    made = LinearRegression.__init__
+
+    def init(self, *arguments):
+        made(self, *arguments)
+        self.order = order
+
+    LinearRegression.__init__ = init
+    train_linear(folder, None, factors, settings, reads_late=True)
+    return order
+
+
+def test_the_next_step_is_launched_before_the_numbers_of_a_step_are_read_unless_its_state_is_needed(tmp_path):
+    factors = {8: float("nan"), 9: float("nan")}
+    (order,) = run_ranks(order_of_steps, 1, str(tmp_path), ["optim.max_skipped_steps=3"], factors)
+    read_at_once = {4, 6, 12}  # saves after 4, 8 and 12, validations after 6 and 12
+    read_at_once |= {8, 10}  # a save; and two steps in a row were skipped, so that the next one may end the run
+    for step in range(1, STEPS + 1):
+        next_gradients = ("gradients", step + 1)
+        is_late = next_gradients in order and order.index(("numbers", step)) > order.index(next_gradients)
+        assert is_late == (step not in read_at_once), step
+    assert [step for what, step in order if what == "numbers"] == list(range(1, STEPS + 1))
+
+
+def test_late_numbers_change_nothing(uninterrupted, tmp_path):
+    run_ranks(train_linear, 2, str(tmp_path), None, None, (), True)
+    check_equal_runs(uninterrupted[0], tmp_path, STEPS)
+
+
+def check_equal_runs(expected, run, steps):
+    """Losses, norms, checkpoint, ledger and skipped steps are the same, bit for bit."""
+    figures = [[(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in metrics_of(f)] for f in (expected, run)]
+    assert figures[0] == figures[1]
+    a, b = checkpoint_of(expected, steps), checkpoint_of(run, steps)
+    assert all(torch.equal(a[kind], b[kind]) for kind in a)
+    assert read_ledger(expected) == read_ledger(run) and read_skipped(expected) == read_skipped(run)
+
+
+def test_a_stop_that_is_read_late_stops_after_the_next_step_and_a_resume_changes_nothing(uninterrupted, tmp_path):
+    ends = run_ranks(train_linear, 2, str(tmp_path), 5, None, (), True)
+    assert ends == ["StopRequested: saved after step 6; the same command resumes from there"] * 2
+    run_ranks(train_linear, 2, str(tmp_path), None, None, (), True)
+    check_equal_runs(uninterrupted[0], tmp_path, STEPS)
+
+
 # ---------------------------------------------------------------------- steps that are left out
 
 SPIKES = ["run.steps=20", "optim.spike.threshold=20", "optim.spike.window=4", "optim.spike.patience=3", "optim.lr=0.05"]
@@ -212,6 +275,14 @@ def test_a_spike_and_a_nan_are_each_skipped_once_and_the_others_are_as_without_t
     assert all(ids == list(range((s - 1) * EXAMPLES_PER_STEP, s * EXAMPLES_PER_STEP)) for s, ids in skipped.items())
 
 
+def test_skipped_steps_whose_numbers_are_read_late_change_nothing(tmp_path):
+    factors = {9: float("nan"), 11: 1e4, 13: float("nan"), 14: float("nan"), 18: 1e4, 19: 1e4}
+    for late in (False, True):
+        run_ranks(train_linear, 2, str(tmp_path / str(late)), None, factors, SPIKES, late)
+    assert set(read_skipped(tmp_path / "True")) == set(factors)
+    check_equal_runs(tmp_path / "False", tmp_path / "True", 20)
+
+
 SUSTAINED = {step: 1e4 for step in (10, 11, 12)}
 
 
@@ -234,6 +305,12 @@ def test_sustained_spikes_roll_back_and_leave_out_the_steps_since_the_checkpoint
     assert all(torch.equal(at_8[kind], at_12[kind]) for kind in at_8)
     expected = weights_after(set(range(1, 21)) - set(SUSTAINED), rollback=(8, 12))
     torch.testing.assert_close(checkpoint_of(rolled_back, 20)["weights"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rollback_whose_first_steps_are_read_late_changes_nothing(rolled_back, tmp_path):
+    run_ranks(train_linear, 2, str(tmp_path), None, SUSTAINED, [*SPIKES, "checkpoint.keep=9"], True)
+    check_equal_runs(rolled_back, tmp_path, 20)
+    assert (tmp_path / "skipped.jsonl").read_text() == (rolled_back / "skipped.jsonl").read_text()
 
 
 @pytest.mark.parametrize("stop_after", [9, 11, 12, 13])

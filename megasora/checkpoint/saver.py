@@ -106,6 +106,7 @@ class CheckpointSaver:
         self.file = RankFile(ranks.rank, [part for part in parts if part is not None])
         self.copy: HostCopy | None = None
         self.current: Save | None = None
+        self.stage = 0  # number of times that a save began, went on or ended; the same on all ranks
         self.bytes_written, self.cancelled = 0, threading.Event()
 
     # ---------------------------------------------------------------- saving
@@ -127,7 +128,7 @@ class CheckpointSaver:
             self.copy = self.copy or HostCopy(self.file.values)
         values = self.copy.take() if self.copy is not None else self.file.values
         task = Task(lambda: target.write(step, self.file, values, self.count), "save")
-        self.current = Save(target, step, state, task)
+        self.current, self.stage = Save(target, step, state, task), self.stage + 1
         if not self.asynchronous:
             self.wait(heartbeat)
 
@@ -139,7 +140,8 @@ class CheckpointSaver:
     # ---------------------------------------------------------------- progress
 
     def progress(self) -> tuple[int, int]:
-        """(1 if this rank's thread is at work, 1 if it has failed); `advance` needs the sums over all ranks."""
+        """(1 if this rank's thread is at work, 1 if it has failed) in the present `stage`; `advance` needs the sums
+        over all ranks."""
         if self.current is None:
             return 0, 0
         task = self.current.task
@@ -147,9 +149,11 @@ class CheckpointSaver:
 
     def advance(self, busy: float, failed: float) -> None:
         """Goes on with the save under way. Raises the error of a rank on all ranks. `busy`, `failed`: sums of
-        `progress` over all ranks."""
+        `progress` over all ranks, of the present `stage`."""
         if self.current is None:
             return
+        if failed or not busy:
+            self.stage += 1
         if failed:
             self.give_up()
         elif not busy and not self.current.is_written:

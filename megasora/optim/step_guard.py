@@ -10,6 +10,7 @@ spike         the loss is `optim.spike.threshold` deviations above the median of
 A deviation is 1.4826 times the median absolute deviation, which for a normal distribution is the standard deviation.
 Only losses of applied steps are among the last losses, so that neither a NaN nor a spike changes later decisions.
 All ranks pass the same numbers and so decide the same. The state is part of the checkpoint: a resume decides the same.
+On a GPU `applies` decides where the numbers are, and `decide` repeats it when the host has them, one step later.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from megasora.config import OptimConfig
 from megasora.errors import first_of
@@ -80,12 +84,30 @@ class StepGuard:
 
     def is_spike(self, loss: float) -> bool:
         """False until `optim.spike.window` steps have been applied."""
+        middle, most = self.spike_bounds()
+        return loss - middle > most
+
+    def spike_bounds(self) -> tuple[float, float]:
+        """(median of the last losses, how far above it a loss is no spike yet)."""
         threshold = self.config.spike.threshold
         if threshold == 0 or len(self.losses) < self.config.spike.window:
-            return False
+            return 0.0, math.inf
         middle = median(self.losses)
         deviation = NORMAL_SCALE * median(abs(value - middle) for value in self.losses)
-        return loss - middle > threshold * max(deviation, MIN_DEVIATION * abs(middle))
+        return middle, threshold * max(deviation, MIN_DEVIATION * abs(middle))
+
+    # ------------------------------------------------------------------ on the device
+
+    @property
+    def can_escalate(self) -> bool:
+        """Whether the verdict on the next step may be another one than apply or skip."""
+        may_roll_back = self.config.spike.threshold > 0 and len(self.spikes) + 1 >= self.config.spike.patience
+        return may_roll_back or len(self.non_finite) + 1 >= self.config.max_skipped_steps
+
+    def applies(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether `decide` will apply the step: a bool on the device of the loss and the norm, scalars in fp64."""
+        middle, most = self.spike_bounds()
+        return torch.isfinite(loss) & torch.isfinite(grad_norm) & ~(loss - middle > most)
 
     def name_clips(self, named: list[int], num_clips: int) -> None:
         """Of the last step, which was not finite: the sample ids of its clips whose loss is not finite, and the

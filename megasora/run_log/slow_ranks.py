@@ -56,13 +56,13 @@ class SlowRanks:
         self.steps = 0
 
     def record(self, times: dict[str, float]) -> dict[str, float]:
-        """Keeps what it needs of this rank's times of a step, as `Stopwatch.read` returns them; returns them."""
+        """Keeps what it needs of this rank's times of a step, as `Laps.seconds` returns them; returns them."""
         self.own_seconds = sum(times.get(phase, 0.0) for phase in OWN_PHASES)
         self.step_seconds = times["step"]
         return times
 
     def slots(self) -> Tensor:
-        """[size] fp64: this rank's own seconds of the previous step in its slot; to be summed over all ranks."""
+        """[size] fp64: this rank's own seconds of the last recorded step in its slot; to be summed over all ranks."""
         slots = torch.zeros(self.size, dtype=torch.float64)
         slots[self.rank] = self.own_seconds
         return slots

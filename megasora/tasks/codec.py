@@ -9,8 +9,7 @@ divided once by their number. So neither the layout nor a resume changes a run, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from megasora.diffusion.noise import clip_keys
 from megasora.fragment import Fragment
 from megasora.ingest.listing import listing_hash
 from megasora.ingest.sources import find_clips
+from megasora.optim.update import Update
 from megasora.parallel.collectives import all_reduce_min, all_reduce_sum
 from megasora.parallel.mesh import Mesh
 from megasora.parallel.replica_check import check_replicas
@@ -40,7 +40,7 @@ from megasora.placement import Placement
 from megasora.random_numbers import normal
 from megasora.tasks.codec_adversarial import PREFIX, Adversary
 from megasora.tasks.codec_export import export_codec, is_exported
-from megasora.tasks.codec_losses import StepCounts, StepLosses, total_loss
+from megasora.tasks.codec_losses import TERMS, StepCounts, StepLosses, total_loss
 from megasora.tasks.codec_model import build_network
 from megasora.tasks.codec_validation import CodecValidation
 from megasora.tasks.codec_work import PackReconstruction, StackWork, WorkBuilder
@@ -52,6 +52,8 @@ NOISE = 16  # stream of random numbers, see clip_keys
 
 class CodecTask:
     """Implements `megasora.tasks.task.Task` for codec.name=vae."""
+
+    defers = False  # codebook and discriminator take part in an update
 
     def __init__(self, config: Config, world: World, mesh: Mesh):
         self.config, self.world, self.mesh = config, world, mesh
@@ -124,7 +126,7 @@ class CodecTask:
 
     # ------------------------------------------------------------------ data
 
-    def batches(self) -> Iterator[ClipBatch]:
+    def batches(self, step: int) -> Iterator[ClipBatch]:
         config, axis = self.config, self.mesh.data
         ids, media = [i for i, _ in self.train_clips], [clip.media for _, clip in self.train_clips]
         source = DecodedClips(media, config.ingest, config.data.clip_cache_mib)
@@ -164,14 +166,18 @@ class CodecTask:
         losses = StepLosses(packs, counts, self.config, self.lpips, adversary)
         grad_norm = self.engine.forward_backward(packs, losses, lap)
         if adversary:
-            grad_norm = math.hypot(grad_norm, adversary.forward_backward(lap))
+            grad_norm = torch.hypot(grad_norm, adversary.forward_backward(lap))
             losses.sums |= adversary.sums
         if self.codebook is not None:
             axis = self.mesh.data_context
             reduce_min, reduce_sum = partial(all_reduce_min, axis=axis), partial(all_reduce_sum, axis=axis)
             self.statistics = self.codebook.take_statistics().all_reduce(reduce_min, reduce_sum)
         self.code_counts = self.sum_code_counts(losses)
-        return StepOutput(grad_norm, counts.pixels, losses.sums, losses.non_finite_clips)
+        pixels = torch.tensor(counts.pixels, device=self.world.device)
+        return StepOutput(grad_norm, pixels, losses.sums, losses.non_finite_clips)
+
+    def loss(self, sums: Mapping[str, Tensor], loss_count: Tensor) -> Tensor:
+        return total_loss(sums, self.config.reconstruction)
 
     def count(self, packs: list[list[StackWork]]) -> StepCounts:
         """Pixels and latents of the step, over all ranks."""
@@ -200,26 +206,24 @@ class CodecTask:
             local = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
         return all_reduce_sum(local, self.mesh.data_context)
 
-    def optimizer_step(self, lr: float) -> None:
-        self.engine.optimizer_step(lr)
+    def optimizer_step(self, update: Update) -> None:
+        self.engine.optimizer_step(update)
         if self.codebook is not None:
             self.codebook.update(self.statistics)
         if self.adversary and self.adversary.is_active(self.step - 1):
-            self.adversary.optimizer_step(lr)
+            self.adversary.optimizer_step(update)
 
     def discard_grads(self) -> None:
         self.engine.discard_grads()
         if self.adversary and self.adversary.is_active(self.step - 1):
             self.adversary.engine.discard_grads()
 
-    def step_metrics(self, batch: ClipBatch, output: StepOutput, totals: dict[str, float], step: int) -> StepMetrics:
+    def step_metrics(self, batch: ClipBatch, totals: dict[str, float], loss: float | None, step: int) -> StepMetrics:
         self.cursor, self.step = batch.next_cursor, step + 1
-        terms = {name: totals[name] for name in output.sums}
-        columns = dict(terms)
+        columns = {name: totals[name] for name in TERMS if name in totals}
         if self.code_counts is not None:
             columns["perplexity"] = float(perplexity(self.code_counts))
-        terms = {name: value for name, value in terms.items() if name not in ("adversarial", "discriminator")}
-        return StepMetrics(total_loss(terms, self.config.reconstruction), self.clips_per_step, columns, "clips")
+        return StepMetrics(self.clips_per_step, columns, "clips")
 
     def check_consistency(self, step: int) -> None:
         """Raises MegaSoraError on all ranks if parameters that must be equal on several ranks differ."""

@@ -21,6 +21,7 @@ from megasora.codec.vae.discriminator import Discriminator, adaptive_weight, dis
 from megasora.codec.vae.network import init_weights
 from megasora.config import Config
 from megasora.fragment import Fragment
+from megasora.optim.update import Update
 from megasora.parallel.collectives import all_reduce_sum
 from megasora.parallel.mesh import Mesh
 from megasora.parallel.world import World
@@ -104,7 +105,7 @@ class Adversary:
         self.sums["adversarial"] += total.detach()
         return loss + self.settings.weight * weight * total
 
-    def forward_backward(self, lap: Callable[[str], None]) -> float:
+    def forward_backward(self, lap: Callable[[str], None]) -> Tensor:
         """Gradients of the discriminator, from the clips of `add_loss`; returns their global norm."""
         return self.engine.forward_backward(self.pairs, self.loss, lap)
 
@@ -116,8 +117,8 @@ class Adversary:
         self.sums["discriminator"] += total.detach()
         return total
 
-    def optimizer_step(self, lr: float) -> None:
-        self.engine.optimizer_step(lr)
+    def optimizer_step(self, update: Update) -> None:
+        self.engine.optimizer_step(update._replace(number=int(self.updates)))
         self.updates += 1
 
     def fragments(self) -> list[Fragment]:

@@ -7,7 +7,9 @@ loss = sum over frames of (pixels of the frame / pixels of the step) x its terms
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from megasora.config import Config, ReconstructionConfig
 from megasora.tasks.codec_adversarial import Adversary
 from megasora.tasks.codec_work import StackOutput, StackWork
 
+Number = TypeVar("Number", float, Tensor)
+TERMS = ("l1", "mse", "gradient", "ssim", "psnr", "lpips", "kl", "commitment", "adversarial", "discriminator")
+NOT_IN_LOSS = ("psnr", "adversarial", "discriminator")
 PENALTIES = {"kl": "kl", "vq": "commitment"}  # kind of the latents: term of its penalty; fsq has none
 
 
@@ -92,10 +97,10 @@ class StepLosses:
         return sorted({sample_id for sample_id, loss in pairs if not math.isfinite(loss)})
 
 
-def total_loss(terms: dict[str, float], weights: ReconstructionConfig) -> float:
-    """The loss of a step or of a validation from its mean terms."""
+def total_loss(terms: Mapping[str, Number], weights: ReconstructionConfig) -> Number:
+    """The loss of a step or of a validation from its mean terms, without those of the discriminator."""
     return sum(
-        getattr(weights, name) * (1 - value if name == "ssim" else value)
-        for name, value in terms.items()
-        if name != "psnr"
+        getattr(weights, name) * (1 - terms[name] if name == "ssim" else terms[name])
+        for name in TERMS
+        if name in terms and name not in NOT_IN_LOSS
     )

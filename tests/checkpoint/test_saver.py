@@ -161,3 +161,24 @@ def test_fragments_of_different_kinds_are_an_error(tmp_path):
     ]
     with pytest.raises(ValueError, match="same kinds of values"):
         CheckpointSaver(store_of(tmp_path), fragments, lambda _: (0, 1), OneRank())
+
+
+def test_progress_that_was_summed_before_a_save_went_on_is_of_another_stage(tmp_path):
+    """Else a reader of older numbers would take a checkpoint for visible whose commit has only begun."""
+    store, fragments = store_of(tmp_path / "run"), [fragment_of(torch.zeros(4))]
+    saver, stages = CheckpointSaver(store, fragments, lambda _: (0, 1), OneRank(), asynchronous=True), []
+    stages.append(saver.stage)
+    saver.save(5, {"task": {}})
+    saver.current.task.join()
+    stages.append(saver.stage)
+    saver.advance(0, 0)  # the commit begins
+    saver.current.task.join()
+    stages.append(saver.stage)
+    saver.advance(1, 0)  # nothing changes while a rank is busy
+    assert saver.stage == stages[-1]
+    saver.advance(0, 0)
+    assert len({*stages, saver.stage}) == 4 and saver.current is None and store.newest() == store.path(5)
+
+
+def fragment_of(values):
+    return Fragment("w", values.shape, Placement(), 0, 1, 0, {"weights": values})

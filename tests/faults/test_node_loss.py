@@ -43,7 +43,7 @@ def train_on_nodes(arguments: list[str], disks: Path, per_node: int, killed_at: 
 
     def heartbeat(activity: str) -> None:
         if killed_at and activity == f"step {killed_at + 1}":
-            trainer.saver.wait()  # the save after the step before is whole on all nodes
+            trainer.state.saver.wait()  # the save after the step before is whole on all nodes
             raise Killed
 
     trainer = Trainer(config, world, DiTTask(config, world, build_mesh(config.parallel, "cpu")), heartbeat=heartbeat)

@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from megasora.config import load
 from megasora.optim.step_guard import ABORT, APPLY, NO_CLIPS, NON_FINITE, ROLL_BACK, SKIP, SPIKE, StepGuard, Verdict
@@ -94,3 +96,36 @@ def test_the_remedy_is_a_lower_lr_unless_only_some_clips_are_not_finite(named, n
     message = made.describe_abort(verdict, Path("runs/a/checkpoints/step-00000004"))
     assert message.startswith("step 100: ") and remedy in message
     assert ("optim.lr" in message) == (remedy == "optim.lr below")
+
+
+# ---------------------------------------------------------------------- on the device
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["optim.spike.threshold=0"], ["optim.max_skipped_steps=1"], ["optim.spike.patience=1"]]
+)
+def test_the_device_decides_as_the_host_and_what_is_more_than_a_skip_is_announced(settings):
+    random = np.random.default_rng(7)
+    made, seen = guard("optim.max_skipped_steps=4", *settings), set()
+    for step in range(1, 400):
+        loss = float(random.choice([random.normal(1, 0.1), random.normal(1, 0.1), NAN, INF, 50.0]))
+        norm = float(random.choice([1.0, 1.0, 1.0, NAN, INF]))
+        scalars = (torch.tensor(x, dtype=torch.float64) for x in (loss, norm))
+        applies, can_escalate = bool(made.applies(*scalars)), made.can_escalate
+        verdict = made.decide(step, loss, norm)
+        seen.add((verdict.action, can_escalate))
+        assert applies == (verdict.action == APPLY)
+        if verdict.action == ROLL_BACK:
+            made.rolled_back(list(made.losses))
+        elif verdict.action == ABORT:
+            made = guard("optim.max_skipped_steps=4", *settings)
+    assert not {(ROLL_BACK, False), (ABORT, False)} & seen and (ABORT, True) in seen
+    assert ((APPLY, False) in seen) != any(setting.endswith("=1") for setting in settings)
+
+
+def test_a_loss_at_the_bound_of_a_spike_is_decided_alike():
+    made = guard(losses=WINDOW)
+    middle, most = made.spike_bounds()
+    for loss in (middle + most, math.nextafter(middle + most, 0), math.nextafter(middle + most, INF)):
+        on_device = made.applies(torch.tensor(loss, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+        assert bool(on_device) == (not made.is_spike(loss))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from megasora.config import load
 from megasora.data.clip_loader import ClipBatch, ClipStack, padded_size
+from megasora.optim.update import Update
 from megasora.parallel.mesh import build_mesh
 from megasora.parallel.world import World
 from megasora.tasks.codec import CodecTask
@@ -59,10 +60,11 @@ def losses_of(config):
         numbered = [[stack_of(s, step, 10 * p + i) for i, s in enumerate(pack)] for p, pack in enumerate(PACKS)]
         batch = ClipBatch(numbered[data.rank :: data.size], 5 * (step + 1))
         output = task.forward_backward(batch, step, lambda phase: None)
-        totals = {name: float(world.all_reduce_sum(value)) for name, value in output.sums.items()}
-        metrics = task.step_metrics(batch, output, totals, step)
-        task.optimizer_step(config.optim.lr)
-        results.append({"loss": metrics.loss, "norm": output.grad_norm, **metrics.columns})
+        sums = {name: world.all_reduce_sum(value) for name, value in output.sums.items()}
+        loss = float(task.loss(sums, output.loss_count))
+        metrics = task.step_metrics(batch, {name: float(x) for name, x in sums.items()}, loss, step)
+        task.optimizer_step(Update(config.optim.lr, step))
+        results.append({"loss": loss, "norm": float(output.grad_norm), **metrics.columns})
     return results
 
 
