@@ -25,6 +25,7 @@ Letters: `P` pairs of a head, K / 2. In kernels: `T` tokens of a program, `H` he
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,8 @@ from torch.autograd.function import once_differentiable
 from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
+    call,
+    cdiv,
     check_device,
     jit_for_packs,
     launch_config,
@@ -208,10 +211,11 @@ def rotate_kernel(
         tl.store(y_LNK + head * K, rotate_pairs(x, cos, sin).to(y_LNK.dtype.element_ty), mask=inside)
 
 
+@functools.cache
 def tile_shape(config: LaunchConfig, num_heads: int, head_dim: int, max_chunks: int) -> tuple[int, int, int]:
     """(T, H, BLOCK_K), powers of two: tokens, heads and elements of a head per chunk; at most `max_chunks` a token."""
     block = triton.next_power_of_2(head_dim)
-    heads = triton.next_power_of_2(triton.cdiv(num_heads, max_chunks))
+    heads = triton.next_power_of_2(cdiv(num_heads, max_chunks))
     return config.vectors_per_tile(heads * block), heads, block
 
 
@@ -232,7 +236,7 @@ def rotate_triton(x_LNK: Tensor, coords_L3: Tensor, frequency_P: Tensor, split: 
     if y_LNK.numel():
         config = launch_config(ROTATE, x_LNK.device)
         tile = tile_shape(config, num_heads, head_dim, MAX_CHUNKS)
-        rotate_kernel[(triton.cdiv(num_tokens, tile[0]),)](
+        rotate_kernel[(cdiv(num_tokens, tile[0]),)](
             x_LNK, coords_L3, frequency_P, y_LNK, x_LNK.stride(0), num_tokens, num_heads,
             back, *first_pairs(split), head_dim, *tile, num_warps=config.num_warps(tile[1] * tile[2]),
         )  # fmt: skip
@@ -247,7 +251,7 @@ def _(x_LNK, coords_L3, frequency_P, split, back):
 def rotate(x_LNK: Tensor, rope: Rope, rotation_L1P: Tensor | None, back: bool) -> Tensor:
     """x rotated by the angles, by their negatives if `back`; by Triton if `rotation_L1P` is None."""
     if rotation_L1P is None:
-        return rotate_triton(x_LNK, rope.coords_L3, rope.frequency_P, rope.split, back)
+        return call(rotate_triton, x_LNK, rope.coords_L3, rope.frequency_P, rope.split, back)
     return rotate_torch(x_LNK, rotation_L1P.conj() if back else rotation_L1P).to(x_LNK.dtype)
 
 

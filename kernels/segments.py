@@ -28,6 +28,7 @@ from torch import Tensor
 BUCKET_WASTE = 1.35  # number of queries of a bucket's longest segment over its shortest, at most
 KEY_WASTE = 4.0  # the same for keys: captions have uneven lengths, and their padding costs little
 
+ON_CPU = {"on_cpu": True}  # metadata of fields without tensors of the device, for code that moves the others there
 Ranges = list[tuple[int, int]]  # (first token, number of tokens)
 
 
@@ -151,12 +152,12 @@ class Varlen:
 class Segments:
     """The ranges of queries and of keys of each segment. Build one per pack, use it in every layer."""
 
-    queries: Ranges  # one per segment
-    keys: Ranges  # one per segment
+    queries: Ranges = field(metadata=ON_CPU)  # one per segment
+    keys: Ranges = field(metadata=ON_CPU)  # one per segment
     num_queries: int
     num_keys: int  # the least number of keys that contains all ranges
-    device: torch.device | str  # of index tensors
-    plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # of varlen_calls.py, by its Shape
+    device: torch.device  # of index tensors
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # of varlen_calls.py and attention_choice.py
 
     @classmethod
     def from_cu_seqlens(cls, cu_q: Tensor, cu_k: Tensor, num_queries: int, device: torch.device | str) -> Segments:
@@ -196,7 +197,7 @@ class Segments:
             raise ValueError(f"a query is in two segments: {sorted(queries)[:8]}")
         if end_of(queries) > num_queries:
             raise ValueError(f"segments end at query {end_of(queries)}, after the last of {num_queries}")
-        return cls(queries, keys, num_queries, end_of(keys), device)
+        return cls(queries, keys, num_queries, end_of(keys), torch.device(device))
 
     @cached_property
     def nonempty(self) -> list[int]:
@@ -216,6 +217,20 @@ class Segments:
             )
             for close in group_similar(self.nonempty, [length for _, length in self.queries], BUCKET_WASTE)
             for similar in group_similar(close, [length for _, length in self.keys], KEY_WASTE)
+        )
+
+    @cached_property
+    def equal_buckets(self) -> tuple[Bucket, ...]:
+        """As `buckets`, of segments with equally many queries and equally many keys: without padding."""
+        members: dict[tuple[int, int], list[int]] = {}
+        for g in sorted(self.nonempty, key=lambda g: self.queries[g]):
+            members.setdefault((self.queries[g][1], self.keys[g][1]), []).append(g)
+        return tuple(
+            Bucket(
+                PaddedSide.from_ranges([self.queries[g] for g in equal], False, self.device),
+                PaddedSide.from_ranges([self.keys[g] for g in equal], self.keys_overlap, self.device),
+            )
+            for equal in members.values()
         )
 
     @cached_property

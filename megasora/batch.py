@@ -12,11 +12,13 @@ a VideoBatch again: its segments are pieces, ranges of consecutive tokens of the
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megasora.device_transfer import ON_CPU, to_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class ContextSplit:
 
     ranks: int
     slots_per_rank: int
-    pieces_Q4: Tensor  # int64 [Q, 4], on the CPU, sorted by rank: rank, segment, first token in it, one past the last
+    # int64 [Q, 4], on the CPU, sorted by rank: rank, segment, first token in it, one past the last
+    pieces_Q4: Tensor = field(metadata=ON_CPU)
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,19 @@ class VideoBatch:
 
     patches_LP: Tensor  # float; clean from the loader, noised for the model
     coords_L3: Tensor  # int32 (t, h, w) of each token in its own clip
-    positions_L: Tensor  # int64, on the CPU: index of each token in its own clip, increasing within a segment
-    grids_G3: Tensor  # int64, on the CPU: latent frames, rows, columns of tokens of each clip
-    cu_segments: Tensor  # int32 [G + 1], on the CPU: first token of each segment, then one past the last
-    cu_rows: Tensor  # int32 [R + 1], on the CPU; contains every entry of cu_segments
+    positions_L: Tensor = field(metadata=ON_CPU)  # int64: index of each token in its own clip, rising within a segment
+    grids_G3: Tensor = field(metadata=ON_CPU)  # int64: latent frames, rows, columns of tokens of each clip
+    cu_segments: Tensor = field(metadata=ON_CPU)  # int32 [G + 1]: first token of each segment, then one past the last
+    cu_rows: Tensor = field(metadata=ON_CPU)  # int32 [R + 1]; contains every entry of cu_segments
     timesteps_R: Tensor  # float32, in [0, 1]: 0 is clean, 1 is noise
     row_segment_R: Tensor  # int64: the segment of each row
     text_SE: Tensor  # output of the text encoder for the captions, concatenated
-    cu_text: Tensor  # int32 [G + 1], on the CPU
+    cu_text: Tensor = field(metadata=ON_CPU)  # int32 [G + 1]
     drop_text_G: Tensor  # bool: this clip's caption is hidden from the model
     native_size_G4: Tensor  # float32: height and width in pixels, frames, frames per second
-    sample_ids_G: Tensor  # int64, on the CPU
+    sample_ids_G: Tensor = field(metadata=ON_CPU)  # int64
     context_split: ContextSplit | None = None  # of the pack, if this is a share
+    plan: Any = None  # what the model has computed of the fields on the CPU, see VideoDiT.plan; None: not yet
 
     @property
     def num_segments(self) -> int:
@@ -62,15 +66,13 @@ class VideoBatch:
 
     def to(self, device: torch.device | str) -> VideoBatch:
         """Moves what the model computes with to `device`; what plans are made from stays on the CPU."""
-        fields = (
-            "patches_LP", "coords_L3", "timesteps_R", "row_segment_R", "text_SE", "drop_text_G", "native_size_G4",
-        )  # fmt: skip
-        return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in fields})
+        return to_device(self, device)
 
 
 def segment_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """int64 [num_tokens]: the segment (or row) of each token; padding gets the last segment."""
-    ids = torch.searchsorted(cu_seqlens.to(torch.int64), torch.arange(num_tokens), right=True) - 1
+    """int64 [num_tokens], on the device of `cu_seqlens`: the segment (or row) of each token; padding gets the last."""
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device)
+    ids = torch.searchsorted(cu_seqlens.to(torch.int64), tokens, right=True) - 1
     return ids.clamp_(0, len(cu_seqlens) - 2)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ PackRead = tuple[VideoBatch, list[DamagedTar]]  # a pack, and the errors of the 
 class StepBatch:
     """The packs of one optimizer step on this rank, and the position of the loader after it."""
 
+    step: int  # from 0
     packs: list[VideoBatch]  # whole packs
-    shares: list[VideoBatch]  # of each pack, what this rank computes
+    shares: list[Any]  # of each pack, what this rank computes with, see `share` of PackLoader
     real_tokens: int  # of all ranks, without padding, as planned
     dropped_fraction: float  # of the tokens of their clips, by token dropping
     next_cursor: Cursor
@@ -60,16 +62,18 @@ class PackLoader:
         data_rank: int = 0,
         data_size: int = 1,
         cursor: Cursor | None = None,
-        share: Callable[[VideoBatch], VideoBatch] = lambda pack: pack,
+        first_step: int = 0,
+        share: Callable[[VideoBatch, int], Any] = lambda pack, step: pack,
     ):
         """`encode_caption`: caption -> [S, E]; None: the text features that ingest stored.
 
-        `attention_break_even_tokens`: see PackingPlan. `data_rank` of `data_size`: of the data axis. `share`: from a
-        pack to its share on this rank; called while reading ahead. Raises MegaSoraError if `data_size`
-        does not divide the packs of a step.
+        `attention_break_even_tokens`: see PackingPlan. `data_rank` of `data_size`: of the data axis. `first_step`: the
+        number of the step at the cursor. `share(pack, step)`: what this rank computes with; called while reading ahead.
+        Raises MegaSoraError if `data_size` does not divide the packs of a step.
         """
         self.mixture, self.config, self.seed, self.encode_caption = mixture, config, seed, encode_caption
-        self.data_rank, self.data_size, self.cursor, self.share = data_rank, data_size, cursor or Cursor(), share
+        self.data_rank, self.data_size, self.share = data_rank, data_size, share
+        self.cursor, self.first_step = cursor or Cursor(), first_step
         if config.packs_per_step % data_size:
             raise MegaSoraError(
                 f"data.packs_per_step={config.packs_per_step} must be a multiple of the {data_size} data-parallel ranks"
@@ -110,8 +114,9 @@ class PackLoader:
     def read_steps(self, readers: ReaderPool) -> Iterator[StepBatch]:
         """Yields the steps in order; their packs are submitted ahead, see `submit_ahead`."""
         packs_per_rank = self.config.packs_per_step // self.data_size
-        for planned, results in submit_ahead(self.planned_steps(), readers, packs_per_rank):
-            yield self.build_step(planned, list(results()))
+        planned_steps = submit_ahead(self.planned_steps(), readers, packs_per_rank)
+        for step, (planned, results) in enumerate(planned_steps, self.first_step):
+            yield self.build_step(step, planned, list(results()))
             del results  # else its packs would be kept alive while the next step is read
 
     def planned_steps(self) -> Iterator[tuple[PlannedStep, list[PlannedPack]]]:
@@ -148,13 +153,13 @@ class PackLoader:
         start, sample_id = self.mixture.start_I.item(clip), self.mixture.sample_id(clip)
         return torch.from_numpy(draw_positions(self.seed, epoch, sample_id, start, num_tokens, num_kept))
 
-    def build_step(self, planned: PlannedStep, reads: list[PackRead]) -> StepBatch:
+    def build_step(self, step: int, planned: PlannedStep, reads: list[PackRead]) -> StepBatch:
         packs = [pack for pack, _ in reads]
         real_tokens = int(sum(pack.tokens.sum() for pack in planned.packs))
         damaged = [error for _, errors in reads for error in errors]
         all_tokens = int(sum(self.mixture.tokens_I[pack.clips].sum() for pack in planned.packs))
-        shares = [self.share(pack) for pack in packs]
-        return StepBatch(packs, shares, real_tokens, 1 - real_tokens / all_tokens, planned.next_cursor, damaged)
+        shares = [self.share(pack, step) for pack in packs]
+        return StepBatch(step, packs, shares, real_tokens, 1 - real_tokens / all_tokens, planned.next_cursor, damaged)
 
     def placeholder_record(self) -> Record:
         """A clip of one zero token, so that a pack without clips keeps its shapes."""

@@ -5,6 +5,9 @@ Some latent frames of a clip may stay clean: they are rows at t = 0, which the o
 loss. They are drawn at random from the start of training, so that one model accepts text, image and video prompts.
 
 All random numbers are keyed by (seed, step, sample id), so they do not depend on which rank has a clip.
+
+What is drawn is drawn on the CPU, before the step: `draw` gives rows, timesteps and keys. Values of tokens are computed
+from those of rows where the pack is: `Noise.add`.
 """
 
 from __future__ import annotations
@@ -32,12 +35,35 @@ class LossSum:
     """Sums over the noised tokens of one pack; divide by the noised tokens of all packs of a step, on all ranks."""
 
     squared_error_sum: Tensor  # scalar with gradient: mean over a token's features, summed over tokens
-    tokens: int  # noised tokens
+    tokens: Tensor  # int64, scalar: noised tokens
     squared_error_L: Tensor  # [L], detached: mean over each token's features; 0 at clean tokens and padding
 
 
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a pack with its rows: drawn, but for the values of its tokens. Computed on the CPU, may be moved."""
+
+    keys_R: Tensor  # int64: of the clip of each row
+    weight_R: Tensor  # fp32: loss weight of the tokens of each row, 1 if they are noised, else 0
+    row_starts: Tensor  # int32 [R + 1]: cu_rows of the pack
+    positions_L: Tensor  # int64: positions_L of the pack
+    num_real: int  # tokens of the pack without its padding
+    num_noised: int  # tokens with weight 1
+
+    def add(self, batch: VideoBatch) -> tuple[VideoBatch, Tensor, Tensor]:
+        """(noised batch, target velocity noise - x [L, P], loss weight [L]) of the clean batch with its rows that this
+        was drawn for, on the device of both. The host waits for nothing."""
+        length, dim = batch.patches_LP.shape
+        row_L = segment_ids(self.row_starts, length)
+        noise_LP = normal(self.keys_R[row_L], self.positions_L * round_up_to_even(dim), dim)
+        is_real_L = torch.arange(length, device=row_L.device) < self.num_real
+        t_L1, x_LP = batch.timesteps_R[row_L][:, None], batch.patches_LP.float()
+        noised = dataclasses.replace(batch, patches_LP=(1 - t_L1) * x_LP + t_L1 * noise_LP)
+        return noised, noise_LP - x_LP, self.weight_R[row_L] * is_real_L
+
+
 class FlowMatching:
-    """The training objective: `noised, target, weight = add_noise(batch, step)`, then
+    """The training objective: `batch, noise = draw(batch, step)`, `noised, target, weight = noise.add(batch)`, then
     `velocity_error(model(noised), target, weight)`.
 
     `batch` is a clean pack or a rank's share of one: noise, timestep and weight of a token depend only on its clip and
@@ -47,13 +73,18 @@ class FlowMatching:
     def __init__(self, config: ObjectiveConfig, seed: int):
         self.config, self.seed = config, seed
 
-    def add_noise(self, batch: VideoBatch, step: int) -> tuple[VideoBatch, Tensor, Tensor]:
-        """(noised batch with its rows, target velocity [L, P], loss weight [L]) of a clean batch."""
-        t_G, clean, drop_text_G = self.draw(batch, step)
+    def draw(self, batch: VideoBatch, step: int) -> tuple[VideoBatch, Noise]:
+        """A clean batch on the CPU, with the rows of step `step` and hidden captions; and its noise."""
+        t_G, clean, drop_text_G = self.draw_clips(batch, step)
         keys_G = clip_keys(self.seed, step, batch.sample_ids_G, NOISE)
-        return noise_batch(batch, t_G, clean, keys_G, drop_text_G)
+        return draw_rows(batch, t_G, clean, keys_G, drop_text_G)
 
-    def draw(self, batch: VideoBatch, step: int) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
+    def add_noise(self, batch: VideoBatch, step: int) -> tuple[VideoBatch, Tensor, Tensor]:
+        """(noised batch with its rows, target velocity [L, P], loss weight [L]) of a clean batch on the CPU."""
+        batch, noise = self.draw(batch, step)
+        return noise.add(batch)
+
+    def draw_clips(self, batch: VideoBatch, step: int) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
         """Per clip: timestep [G], number of clean latent frames (head, tail), whether the caption is hidden [G]."""
         c, ids = self.config, batch.sample_ids_G
         u = {stream: uniform(clip_keys(self.seed, step, ids, stream)) for stream in range(1, 5)}
@@ -65,42 +96,35 @@ class FlowMatching:
         ]
         return t_G, clean, u[CAPTION] < c.caption_dropout
 
-    def noise_to(self, batch: VideoBatch, t: float, stream: int) -> tuple[VideoBatch, Tensor, Tensor]:
-        """As `add_noise`, for validation: all frames of all clips at timestep `t` in [0, 1], no caption hidden.
+    def draw_at(self, batch: VideoBatch, t: float, stream: int) -> tuple[VideoBatch, Noise]:
+        """As `draw`, for validation: all frames of all clips at timestep `t` in [0, 1], no caption hidden.
 
-        The noise is the same at each call; `stream` is its random stream.
+        The noise is the same at each call; `stream` is its random stream. The rows are the segments.
         """
         keys_G = clip_keys(self.seed, VALIDATION_STEP, batch.sample_ids_G, stream)
         t_G, drop_text_G = torch.full((batch.num_segments,), t), torch.zeros(batch.num_segments, dtype=torch.bool)
-        return noise_batch(batch, t_G, [(0, 0)] * batch.num_segments, keys_G, drop_text_G)
+        return draw_rows(batch, t_G, [(0, 0)] * batch.num_segments, keys_G, drop_text_G)
 
 
-def noise_batch(
+def draw_rows(
     batch: VideoBatch, t_G: Tensor, clean: list[tuple[int, int]], keys_G: Tensor, drop_text_G: Tensor
-) -> tuple[VideoBatch, Tensor, Tensor]:
-    """Noises each clip to its timestep `t_G`, except `clean[i] = (head, tail)` latent frames at its ends.
-
-    Returns the noised batch, the target velocity noise - x [L, P], and the loss weight [L]: 1 at noised tokens, else 0.
-    """
-    device, length = batch.patches_LP.device, len(batch.patches_LP)
+) -> tuple[VideoBatch, Noise]:
+    """The rows and the noise of clips at timesteps `t_G`, except `clean[i] = (head, tail)` latent frames at their
+    ends. `keys_G`: of their noise. All on the CPU."""
     cu_rows, timesteps_R, segment_R = build_rows(batch, t_G, clean)
-    segment_L = segment_ids(batch.cu_segments, length)
-    first_L = batch.positions_L * round_up_to_even(batch.patches_LP.shape[1])
-    noise_LP = normal(keys_G[segment_L].to(device), first_L.to(device), batch.patches_LP.shape[1])
-    t_L = timesteps_R[segment_ids(cu_rows, length)]
-    is_clip_L = batch.sample_ids_G[segment_L] >= 0  # negative: in place of a clip that could not be read
-    weight_L = (t_L > 0) & (torch.arange(length) < batch.num_tokens) & is_clip_L
-    t_L1 = t_L[:, None].float().to(device)
-    x_LP = batch.patches_LP.float()
-    noised = dataclasses.replace(
+    is_clip_R = batch.sample_ids_G[segment_R] >= 0  # negative: in place of a clip that could not be read
+    is_noised_R = (timesteps_R > 0) & is_clip_R
+    with_rows = dataclasses.replace(
         batch,
-        patches_LP=(1 - t_L1) * x_LP + t_L1 * noise_LP,
         cu_rows=cu_rows,
-        timesteps_R=timesteps_R.float().to(device),
-        row_segment_R=segment_R.to(device),
-        drop_text_G=batch.drop_text_G | drop_text_G.to(device),
+        timesteps_R=timesteps_R.float(),
+        row_segment_R=segment_R,
+        drop_text_G=batch.drop_text_G | drop_text_G,
+        plan=None,
     )
-    return noised, noise_LP - x_LP, weight_L.float().to(device)
+    num_noised = int(cu_rows.diff()[is_noised_R].sum())
+    weight_R = is_noised_R.float()
+    return with_rows, Noise(keys_G[segment_R], weight_R, cu_rows, batch.positions_L, batch.num_tokens, num_noised)
 
 
 def round_up_to_even(dim: int) -> int:
@@ -167,13 +191,13 @@ def draw_clean_frames(frames: int, kind_u: float, length_u: float, config: Frame
 
 
 def velocity_error(prediction_LP: Tensor, target_LP: Tensor, weight_L: Tensor) -> LossSum:
-    """The squared error of the predicted velocity; `target_LP` and `weight_L` from `add_noise`."""
+    """The squared error of the predicted velocity; `target_LP` and `weight_L` from `Noise.add`."""
     squared_error_L = (prediction_LP - target_LP).square().mean(-1) * weight_L
-    return LossSum(squared_error_L.sum(), int(weight_L.sum()), squared_error_L.detach())
+    return LossSum(squared_error_L.sum(), weight_L.sum(dtype=torch.int64), squared_error_L.detach())
 
 
 def non_finite_clips(batch: VideoBatch, squared_error_L: Tensor) -> list[int]:
     """The sample ids of the clips of a pack or share that have a token whose error is not finite."""
     tokens = torch.nonzero(~torch.isfinite(squared_error_L.cpu())).view(-1)
     segments = torch.unique(segment_ids(batch.cu_segments, len(squared_error_L))[tokens])
-    return [i for i in batch.sample_ids_G[segments].tolist() if i >= 0]  # negative: a placeholder, see noise_batch
+    return [i for i in batch.sample_ids_G[segments].tolist() if i >= 0]  # negative: a placeholder, see draw_rows

@@ -72,6 +72,7 @@ def take_share(
         native_size_G4=batch.native_size_G4[segments],
         sample_ids_G=batch.sample_ids_G[segments],
         context_split=split,
+        plan=None,
     )
 
 

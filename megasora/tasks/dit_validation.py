@@ -5,6 +5,7 @@ Each clip gets the same noise at every validation, so only the weights change th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from megasora.config import Config
 from megasora.data.mixture import Mixture
 from megasora.data.pack import make_batch
 from megasora.data.packing import pack_clips
+from megasora.device_transfer import DeviceTransfer
 from megasora.diffusion.flow import FlowMatching, non_finite_clips, velocity_error
 from megasora.parallel.mesh import Axis
 from megasora.parallel.world import World
@@ -31,6 +33,7 @@ def validation_loss(
     engine: ZeroEngine,
     encode_caption: Callable[[str], Tensor] | None,
     share: Callable[[VideoBatch], VideoBatch],
+    transfer: DeviceTransfer,
     data_axis: Axis,
     world: World,
 ) -> dict[str, Any] | None:
@@ -47,15 +50,19 @@ def validation_loss(
     for first in range(0, len(packs), data_axis.size):
         index = first + data_axis.rank
         records = [clips.read(int(i), encode_caption) for i in packs[min(index, len(packs) - 1)]]
-        batch = share(make_batch(records, tokens_per_pack)).to(world.device)
-        inputs = [objective.noise_to(batch, (i + 0.5) / bins, stream=i) for i in range(bins)]
+        batch = share(make_batch(records, tokens_per_pack))
+        drawn = [objective.draw_at(batch, (i + 0.5) / bins, stream=i) for i in range(bins)]
+        plan = engine.plan_pack(drawn[0][0])  # all have the same rows
+        packed = transfer.pack([(dataclasses.replace(clean, plan=plan), noise) for clean, noise in drawn])
+        drawn = transfer(packed).wait()
+        inputs = [noise.add(clean) for clean, noise in drawn]
         predictions = engine.predict([noised for noised, _, _ in inputs])
         if predictions is None or index >= len(packs):
             continue
         for i, prediction in enumerate(predictions):
             loss = velocity_error(prediction, *inputs[i][1:])
             error_sum = float(loss.squared_error_sum)
-            sums[i] += torch.tensor([error_sum, loss.tokens], dtype=torch.float64)
+            sums[i] += torch.tensor([error_sum, float(loss.tokens)], dtype=torch.float64)
             if not math.isfinite(error_sum):
                 non_finite |= set(non_finite_clips(batch, loss.squared_error_L))
     sums = world.all_reduce_sum(sums).cpu()

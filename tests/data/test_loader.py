@@ -173,10 +173,12 @@ def test_a_pack_holds_the_clips_that_its_sample_ids_name(threads):
 
 def test_a_step_has_a_share_of_each_of_its_packs():
     with_shares = PackLoader(
-        make_mixture(), CONFIG, 7, encode, 30, share=lambda pack: ("share of", pack.sample_ids_G.tolist())
+        make_mixture(), CONFIG, 7, encode, 30, first_step=3, share=lambda pack, step: (step, pack.sample_ids_G.tolist())
     )
-    for step, plain in zip(first_steps(with_shares, 5), first_steps(make_loader(), 5), strict=True):
-        assert ids_of(step) == ids_of(plain) and step.shares == [("share of", pack) for pack in ids_of(step)]
+    steps = zip(first_steps(with_shares, 5), first_steps(make_loader(), 5), strict=True)
+    for number, (step, plain) in enumerate(steps, 3):
+        assert ids_of(step) == ids_of(plain) and step.step == number
+        assert step.shares == [(number, pack) for pack in ids_of(step)]
         assert plain.shares == plain.packs
 
 

@@ -10,7 +10,7 @@ from megasora.batch import segment_ids
 from megasora.config import FrameConditioningConfig, ObjectiveConfig
 from megasora.data.pack import Record, make_batch
 from megasora.diffusion import noise
-from megasora.diffusion.flow import FlowMatching, build_rows, draw_clean_frames, noise_batch, velocity_error
+from megasora.diffusion.flow import FlowMatching, build_rows, draw_clean_frames, draw_rows, velocity_error
 from megasora.diffusion.timesteps import shift_factor
 
 PATCH_DIM = 7  # odd, so that the noise's pairs do not divide it
@@ -139,7 +139,14 @@ def noise_known(padding=0):
     batch = make_pack([2, 0, 4], padding)
     keys = noise.clip_keys(0, 0, batch.sample_ids_G, 0)
     clean = [(1, 0), (0, 0), (2, 3)]
-    return batch, *noise_batch(batch, torch.tensor([0.5, 0.6, 0.7]), clean, keys, torch.tensor([False, True, False]))
+    hidden = torch.tensor([False, True, False])
+    with_rows, noise_of_pack = draw_rows(batch, torch.tensor([0.5, 0.6, 0.7]), clean, keys, hidden)
+    return batch, *noise_of_pack.add(with_rows)
+
+
+def noise_to(objective, batch, t, stream):
+    with_rows, noise_of_pack = objective.draw_at(batch, t, stream)
+    return noise_of_pack.add(with_rows)
 
 
 def test_clean_frames_are_unchanged_with_timestep_zero_and_loss_weight_zero():
@@ -236,7 +243,7 @@ def test_clips_of_equal_content_get_different_noise():
 
 def test_validation_noises_all_frames_to_one_timestep_and_hides_no_caption():
     objective, batch = make_objective(caption_dropout=0.9), make_pack(range(12), padding=5)
-    noised, target, weight = objective.noise_to(batch, 0.3, stream=100)
+    noised, target, weight = noise_to(objective, batch, 0.3, stream=100)
     assert torch.equal(noised.cu_rows, batch.cu_segments) and not noised.drop_text_G.any()
     assert noised.timesteps_R.tolist() == pytest.approx([0.3] * 12)
     assert weight.tolist() == [1.0] * batch.num_tokens + [0.0] * 5
@@ -245,11 +252,11 @@ def test_validation_noises_all_frames_to_one_timestep_and_hides_no_caption():
 
 def test_validation_noise_is_a_function_of_seed_stream_and_sample_id():
     batch = make_pack([3, 5, 4])
-    _, target, _ = make_objective().noise_to(batch, 0.3, stream=100)
-    alone, other_timestep = (make_objective().noise_to(make_pack([5]), t, 100)[1] for t in (0.3, 0.9))
+    _, target, _ = noise_to(make_objective(), batch, 0.3, stream=100)
+    alone, other_timestep = (noise_to(make_objective(), make_pack([5]), t, 100)[1] for t in (0.3, 0.9))
     assert torch.equal(by_clip(batch, target)[5], alone) and torch.equal(alone, other_timestep)
     for objective, stream in ((make_objective(seed=1), 100), (make_objective(), 101)):
-        assert not torch.isclose(objective.noise_to(make_pack([5]), 0.3, stream)[1], alone).any()
+        assert not torch.isclose(noise_to(objective, make_pack([5]), 0.3, stream)[1], alone).any()
     for step in range(50):  # no training step uses it
         assert not torch.isclose(make_objective().add_noise(make_pack([5]), step)[1], alone).all(-1).any()
 
@@ -270,7 +277,7 @@ def test_loss_is_the_mean_square_over_the_noised_tokens():
     loss = velocity_error(prediction, target, weight)
     by_hand = ((prediction - target)[[0, 2, 3]] ** 2).sum() / PATCH_DIM
     torch.testing.assert_close(loss.squared_error_sum, by_hand)
-    assert loss.tokens == 3 and isinstance(loss.tokens, int)
+    assert loss.tokens == 3 and loss.tokens.dtype == torch.int64
     assert (loss.squared_error_L[[1, 4, 5]] == 0).all() and float(loss.squared_error_L.sum()) == pytest.approx(
         float(by_hand)
     )
