@@ -17,6 +17,7 @@ from megasora.optim.ema import ShardedEMA
 from megasora.optim.ema_decays import ema_decays
 from megasora.optim.step_guard import StepGuard
 from megasora.parallel.channel import Channel
+from megasora.parallel.layout import resolve_zero_stage
 from megasora.parallel.world import World
 from megasora.run_log.code_version import source_hash
 
@@ -43,7 +44,8 @@ class TrainingState:
         fragments = task.fragments()
         self.guard = StepGuard(config.optim)
         self.ema = ShardedEMA([f.values["weights"] for f in fragments], ema_decays(config.optim))
-        self.layout = {"processes": world.size, **dataclasses.asdict(config.parallel)}
+        zero_stage = resolve_zero_stage(config.parallel, world.device.type)
+        self.layout = {"processes": world.size, **dataclasses.asdict(config.parallel), "zero_stage": zero_stage}
         self.validation_loss: float | None = None  # of the validation after the current step, if there was one
         self.checkpoints = RunCheckpoints(
             Path(config.run.dir), config.checkpoint, self.ema.extend(fragments), task.replicas,

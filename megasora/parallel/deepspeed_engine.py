@@ -17,6 +17,7 @@ from torch import nn
 
 from megasora.config import Config
 from megasora.parallel.deepspeed_optimizers import local_shape
+from megasora.parallel.layout import resolve_zero_stage
 from megasora.parallel.mesh import Mesh
 
 MAX_BUCKET_ELEMENTS = 500_000_000  # gradients that stages 2 and 3 reduce in one message
@@ -24,7 +25,7 @@ UNWANTED = re.compile("accelerator to CPU|OVERFLOW! Skipping step|untested optim
 
 
 def build_deepspeed_engine(
-    module: nn.Module, optimizer: torch.optim.AdamW, config: Config, mesh: Mesh, dtype: torch.dtype
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, mesh: Mesh, dtype: torch.dtype
 ) -> Any:
     """A DeepSpeedEngine that trains `module`, on its device, with `optimizer`; changes both. All ranks must call it."""
     deepspeed = import_deepspeed()
@@ -69,18 +70,20 @@ def deepspeed_config(module: nn.Module, config: Config, mesh: Mesh, dtype: torch
 
     With a pipeline DeepSpeed sees one microbatch per step, and its hooks must do nothing in the backward passes.
     """
-    has_pipeline, num_elements = mesh.pipeline.is_split, sum(local_shape(p).numel() for p in module.parameters())
+    has_pipeline, device = mesh.pipeline.is_split, next(module.parameters()).device
+    num_elements = sum(local_shape(p).numel() for p in module.parameters())
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1 if has_pipeline else config.data.packs_per_step // mesh.data.size,
-        "gradient_clipping": config.optim.max_grad_norm,
+        "gradient_clipping": 0.0,  # ZeroEngine clips
         "zero_optimization": {
-            "stage": config.parallel.zero_stage,
+            "stage": resolve_zero_stage(config.parallel, device.type),
             "reduce_bucket_size": min(MAX_BUCKET_ELEMENTS, num_elements),
-            "overlap_comm": next(module.parameters()).is_cuda and not has_pipeline,
+            "overlap_comm": device.type == "cuda" and not has_pipeline and mesh.data_context.is_split,
             "contiguous_gradients": not has_pipeline,
         },
-        "zero_allow_untested_optimizer": True,  # MuonAdamW
+        "zero_allow_untested_optimizer": True,  # PartitionAdamW
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a microbatch
         "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": not has_pipeline},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # otherwise bf16, which loses up to a third of a sum over 1,024 ranks

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasora.parallel.adamw import ADAM_MOMENTS, PartitionAdamW, PartitionStep, Update
 from megasora.parallel.deepspeed_optimizers import OwnedRange
 from megasora.parallel.mesh import Axis
 
@@ -98,15 +99,15 @@ class MatrixGroup:
     num_matrices: list[int]  # of each parameter of `exchange.indices`
 
 
-class MuonAdamW(torch.optim.AdamW):
+class MuonAdamW(PartitionAdamW):
     """Muon for the parameter groups whose flat master weights are keys of `matrices`, AdamW for the others.
 
-    Muon, with momentum m and the learning rate lr of its group:
+    Muon, with momentum m and the learning rate lr:
 
         exp_avg <- m exp_avg + (1 - m) gradient;  update = m exp_avg + (1 - m) gradient  (Nesterov)
         weights <- (1 - lr weight_decay) weights - lr orthogonalize(update)
 
-    `step` overwrites the gradients. All ranks of data x context must call it, with the same groups.
+    Their averages are left to the caller of the step.
     """
 
     def __init__(self, groups: list[dict], orthogonalize: Callable, momentum: float, **adamw):
@@ -114,28 +115,26 @@ class MuonAdamW(torch.optim.AdamW):
         self.orthogonalize, self.momentum = orthogonalize, momentum
         self.matrices: dict[Tensor, MatrixGroup] = {}  # by flat master weights, set when DeepSpeed has made them
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        groups = self.param_groups
-        is_muon = [group["params"][0] in self.matrices for group in groups]
-        for group, muon in zip(groups, is_muon, strict=True):
-            if muon:
-                self.step_matrices(group)
-        self.param_groups = [group for group, muon in zip(groups, is_muon, strict=True) if not muon]
-        try:
-            super().step()
-        finally:
-            self.param_groups = groups
+    def moments(self, master: Tensor) -> tuple[str, ...]:
+        return ADAM_MOMENTS[:1] if master in self.matrices else ADAM_MOMENTS
 
-    def step_matrices(self, group: dict) -> None:
-        (master,) = group["params"]
-        matrices, update, exp_avg = self.matrices[master], master.grad, self.state[master]["exp_avg"]
-        exp_avg.lerp_(update, 1 - self.momentum)
-        update.lerp_(exp_avg, self.momentum)
-        steps = matrices.exchange.gather(update)
+    @torch.no_grad()
+    def update_partition(self, group: dict, step: PartitionStep, update: Update) -> None:
+        if step.master not in self.matrices:
+            super().update_partition(group, step, update)
+            return
+        matrices, exp_avg = self.matrices[step.master], self.state[step.master]["exp_avg"]
+        grad = step.grad.to(exp_avg.dtype) * step.factor
+        new_exp_avg = exp_avg.lerp(grad, 1 - self.momentum)
+        steps = matrices.exchange.gather(grad.lerp_(new_exp_avg, self.momentum))
+        torch.where(step.apply, new_exp_avg, exp_avg, out=exp_avg)
         self.orthogonalize(steps, matrices.num_matrices)
-        master.mul_(1 - group["lr"] * group["weight_decay"])
-        for index, step in zip(matrices.exchange.indices, steps, strict=True):
+        master = step.master.detach()
+        for index, whole in zip(matrices.exchange.indices, steps, strict=True):
             own = matrices.exchange.owned(index)
-            own_step = step.view(-1)[own.start : own.start + own.count]
-            master[own.offset : own.offset + own.count].add_(own_step, alpha=-group["lr"])
+            weights = master[own.offset : own.offset + own.count]
+            new = weights * (1 - update.lr * group["weight_decay"])
+            new.add_(whole.view(-1)[own.start : own.start + own.count], alpha=-update.lr)
+            torch.where(step.apply, new, weights, out=weights)
+        if step.out is not None:
+            step.out.copy_(master)

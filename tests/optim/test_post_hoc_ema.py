@@ -9,6 +9,7 @@ import torch
 from megasora.optim.ema import ShardedEMA
 from megasora.optim.ema_decays import gamma_of, power_decay, sigma_of_kind
 from megasora.optim.post_hoc_ema import Profile, combine_profiles, inner_product
+from megasora.optim.update import Update
 
 SIGMAS = (0.05, 0.10)
 
@@ -20,7 +21,8 @@ def track(points: list[torch.Tensor], sigmas: tuple[float, ...], every: int) -> 
     saved = {}
     for update, point in enumerate(points, 1):
         weights.copy_(point)
-        ema.update()
+        ema.update(Update(lr=0.0, number=ema.updates))
+        ema.updates += 1
         if update % every == 0 or update == len(points):
             saved |= {Profile(update, sigma): ema.averages[str(sigma)][0].clone() for sigma in sigmas}
     return saved

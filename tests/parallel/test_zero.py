@@ -10,7 +10,10 @@ import torch.distributed as dist
 from layouts import RandomWeights, configure, global_batch, layout, objective_of
 
 from megasora.diffusion.flow import velocity_error
+from megasora.optim.ema import ShardedEMA
+from megasora.optim.ema_decays import constant_decay
 from megasora.optim.schedule import lr_at
+from megasora.optim.update import Update
 from megasora.testing.spawn import run_ranks
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -40,8 +43,8 @@ def train_step(engine, config, step):
         return value
 
     norm = engine.forward_backward(list(noised), loss)
-    engine.optimizer_step(lr_at(step, config.run.steps, config.optim))
-    return norm, losses
+    engine.optimizer_step(Update(lr_at(step, config.run.steps, config.optim), step))
+    return float(norm), losses
 
 
 # ---------------------------------------------------------------------- fragments
@@ -116,6 +119,117 @@ def test_fragments_of_all_ranks_cover_each_element_once(case, on_ranks):
         assert end == size, name
 
 
+# ---------------------------------------------------------------------- steps that are not applied, averages
+
+
+def backward(engine, config, step, scale=1.0):
+    """The gradients of a step, with a loss that is multiplied by `scale`; returns their norm."""
+    mesh, objective = engine.mesh, objective_of(config)
+    packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
+    noised, targets, weights = zip(*(objective.add_noise(pack, step) for pack in packs), strict=True)
+
+    def loss(prediction, index):
+        return scale * velocity_error(prediction, targets[index], weights[index]).squared_error_sum / 1000
+
+    return engine.forward_backward(list(noised), loss)
+
+
+def state_of(engine, ema):
+    """Clones of all that a step changes."""
+    averages = [x.clone() for tensors in ema.averages.values() for x in tensors]
+    return [
+        torch.cat([x.flatten().float() for x in group]).view(torch.int32)
+        for group in (
+            [x for values in clone_values(engine.fragments()) for x in values.values()],
+            list(engine.compute_weights().values()),
+            averages,
+        )
+    ]
+
+
+def averages_of(engine):
+    decays = {"ema": constant_decay(0.9), "ema_0.5": constant_decay(0.5)}
+    return ShardedEMA([f.values["weights"] for f in engine.fragments()], decays)
+
+
+def steps_left_out(stages, name="adamw"):
+    """For each (ZeRO stage, dtype): states before and after steps that are not applied; after one more step, and of an
+    engine that has had no others; averages that the engine has taken along, and that were computed apart."""
+    results = []
+    for stage, dtype in stages:
+        config = configure(layout(dist.get_world_size(), zero_stage=stage, depth=1, packs=2), "block")
+        config.run.dtype, config.optim.warmup_steps, config.optim.name = dtype, 0, name
+        engine, other = build_engine(config), build_engine(config)
+        averages, apart = averages_of(engine), averages_of(other)
+
+        def step(engine, ema, number, apply=None, scale=1.0, taken=True, config=config):
+            norm = backward(engine, config, number, scale)
+            update = Update(1e-3, number, apply, ema if taken else None)
+            engine.optimizer_step(update)
+            ema.update(update)
+            return norm
+
+        step(engine, averages, 0)
+        averages.updates += 1
+        before = state_of(engine, averages)
+        step(engine, averages, 1, apply=torch.tensor(False))
+        flagged = state_of(engine, averages)
+        # the caller's flag says nothing: the engine sees it. Averages that it has taken along stay, too
+        backward(engine, config, 1, float("nan"))
+        engine.optimizer_step(Update(1e-3, 1, None, averages))
+        averages.update(Update(1e-3, 1, torch.tensor(False)))
+        not_finite = state_of(engine, averages)
+        backward(engine, config, 1)
+        engine.discard_grads()
+        discarded = state_of(engine, averages)
+        norm = step(engine, averages, 1, apply=torch.tensor(True))
+        step(other, apart, 0, taken=False)
+        apart.updates += 1
+        norms = norm, step(other, apart, 1, taken=False)
+        results.append(
+            (before, [flagged, not_finite, discarded], [state_of(engine, averages), state_of(other, apart)], norms)
+        )
+    return results
+
+
+@pytest.fixture(scope="module")
+def left_out():
+    return run_ranks(steps_left_out, 2, STAGES)
+
+
+@each_stage
+def test_a_step_that_is_not_applied_changes_no_bit(case, left_out):
+    for rank in left_out:
+        before, after, _, _ = rank[case]
+        for state in after:
+            assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+
+
+@each_stage
+def test_a_step_after_one_that_was_left_out_is_that_of_an_engine_without_it(case, left_out):
+    for rank in left_out:
+        before, _, (state, without), norms = rank[case]
+        assert torch.equal(*norms) and float(norms[0]) > 0
+        for a, b, old in zip(state, without, before, strict=True):
+            assert torch.equal(a, b) and not torch.equal(a, old)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_rank_alone_has_the_same_in_stage_2(name):
+    """There DeepSpeed's buckets are not used."""
+    ((before, left_out, (state, without), norms),) = run_ranks(steps_left_out, 1, [(2, "bfloat16")], name)[0]
+    assert all(torch.equal(a, b) for after in left_out for a, b in zip(after, before, strict=True))
+    assert torch.equal(*norms) and all(torch.equal(a, b) for a, b in zip(state, without, strict=True))
+    assert not torch.equal(state[0], before[0])
+
+
+@each_stage
+def test_the_norm_is_a_tensor_that_all_ranks_have(case, left_out):
+    norms = [rank[case][3][0] for rank in left_out]
+    assert all(norm.shape == () and norm.dtype == torch.float64 for norm in norms)
+    assert torch.equal(*norms)
+
+
 # ---------------------------------------------------------------------- number of packs
 
 
@@ -159,6 +273,7 @@ ZBV = dict(pipeline=2, schedule="zbv", depth=4, packs=2)
 @pytest.mark.parametrize(
     "split, single",
     [(layout(2, zero_stage=stage, depth=1, packs=2), layout(1, depth=1, packs=2)) for stage in (1, 2, 3)]
+    + [(layout(1, zero_stage=2, depth=1, packs=2), layout(1, depth=1, packs=2))]
     + [(layout(4, **ZBV), layout(2, **ZBV))],
     ids=lambda layout: layout.name,
 )
