@@ -23,18 +23,27 @@ from torch.autograd.function import once_differentiable
 from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
+    call,
     check_device,
     jit_for_packs,
     resolve_backend,
     row_stride,
     unit_stride,
 )
-from megasora.kernels.row_tiles import launch_row_tiles, load_row_vector, sum_of_tiles, tile_range
+from megasora.kernels.row_tiles import (
+    launch_row_tiles,
+    load_vector,
+    program_tiles,
+    row_pointer,
+    sum_of_tiles,
+    tile_range,
+    vector_chunk,
+)
 from megasora.kernels.rows import Rows
-from megasora.kernels.vector_chunks import add, full_chunks, load_chunks, mul, store_chunk, store_sums, upcast
+from megasora.kernels.vector_chunks import full_chunks, load_chunks, store_chunk, store_sums
 
-FORWARD: LaunchTable = {"any": LaunchConfig()}
-BACKWARD: LaunchTable = {"any": LaunchConfig()}
+FORWARD: LaunchTable = {"any": LaunchConfig(tile_elements=3072)}
+BACKWARD: LaunchTable = {"any": LaunchConfig(tile_elements=3072)}
 
 
 def gated_add_reference(x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Rows) -> Tensor:
@@ -59,76 +68,94 @@ def backward_torch(grad_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, rows: Ro
 
 @jit_for_packs
 def forward_kernel(
-    x_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, y_LD, x_stride, branch_stride, gate_stride, R, D,
-    T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    x_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, first_tile_P, y_LD, x_stride, branch_stride, gate_stride, R,
+    D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, start, end = tile_range(tile_row_Q, tile_start_Q)
-    gates = load_row_vector(gate_RD, row, gate_stride, R, D, C, BLOCK)
-    for first in tl.range(start, end, T, num_stages=STAGES):
-        token = first + tl.arange(0, T)[:, None]
-        at, inside = token.to(tl.int64), token < end
-        xs = upcast(load_chunks(x_LD + at * x_stride, inside, D, C, BLOCK))
-        branches = upcast(load_chunks(branch_LD + at * branch_stride, inside & (row < R), D, C, BLOCK))
-        for c in tl.static_range(C):
-            store_chunk(y_LD + at * D, c, xs[c] + gates[c] * branches[c], inside, D)
+    first_tile, end_tile = program_tiles(first_tile_P)
+    for tile in range(first_tile, end_tile):
+        row, start, end = tile_range(tile, tile_row_Q, tile_start_Q)
+        gate = row_pointer(gate_RD, row, gate_stride)
+        gates = load_vector(gate, row < R, T, D, C, BLOCK, STAGES > 1)
+        for first in tl.range(start, end, T, num_stages=STAGES):
+            token = first + tl.arange(0, T)[:, None]
+            at, inside = token.to(tl.int64), token < end
+            xs = load_chunks(x_LD + at * x_stride, inside, D, C, BLOCK)
+            branches = load_chunks(branch_LD + at * branch_stride, inside & (row < R), D, C, BLOCK)
+            for c in tl.static_range(C):
+                update = vector_chunk(gates, gate, c, row < R, T, D, BLOCK) * branches[c].to(tl.float32)
+                store_chunk(y_LD + at * D, c, xs[c].to(tl.float32) + update, inside, D)
 
 
 @jit_for_packs
 def backward_kernel(
-    grad_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, dbranch_LD, tile_dgate_QD,
-    grad_stride, branch_stride, gate_stride, R, D,
-    T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    grad_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, first_tile_P, dbranch_LD, tile_dgate_SQD,
+    grad_stride, branch_stride, gate_stride, R,
+    D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row, start, end = tile_range(tile_row_Q, tile_start_Q)
-    gates = load_row_vector(gate_RD, row, gate_stride, R, D, C, BLOCK)
-    dgates = full_chunks(0.0, T, C, BLOCK)
-    for first in tl.range(start, end, T, num_stages=STAGES):
-        token = first + tl.arange(0, T)[:, None]
-        at, inside, real = token.to(tl.int64), token < end, (token < end) & (row < R)
-        dys = upcast(load_chunks(grad_LD + at * grad_stride, real, D, C, BLOCK))
-        branches = upcast(load_chunks(branch_LD + at * branch_stride, real, D, C, BLOCK))
-        for c in tl.static_range(C):
-            store_chunk(dbranch_LD + at * D, c, dys[c] * gates[c], inside, D)
-        dgates = add(dgates, mul(dys, branches))
-    store_sums(tile_dgate_QD, tl.program_id(0), dgates, D)
+    first_tile, end_tile = program_tiles(first_tile_P)
+    for tile in range(first_tile, end_tile):
+        row, start, end = tile_range(tile, tile_row_Q, tile_start_Q)
+        gate = row_pointer(gate_RD, row, gate_stride)
+        gates = load_vector(gate, row < R, T, D, C, BLOCK, STAGES > 1)
+        dgates = full_chunks(0.0, T, C, BLOCK)
+        for first in tl.range(start, end, T, num_stages=STAGES):
+            token = first + tl.arange(0, T)[:, None]
+            at, inside, real = token.to(tl.int64), token < end, (token < end) & (row < R)
+            dys = load_chunks(grad_LD + at * grad_stride, real, D, C, BLOCK)
+            branches = load_chunks(branch_LD + at * branch_stride, real, D, C, BLOCK)
+            new_dgates = ()
+            for c in tl.static_range(C):
+                dy = dys[c].to(tl.float32)
+                dbranch = dy * vector_chunk(gates, gate, c, row < R, T, D, BLOCK)
+                store_chunk(dbranch_LD + at * D, c, dbranch, inside, D)
+                new_dgates += (dgates[c] + dy * branches[c].to(tl.float32),)
+            dgates = new_dgates
+        store_sums(tile_dgate_SQD, tl.zeros([], tl.int64) + tile, dgates, D)
 
 
 @torch.library.custom_op("megasora::gated_add", mutates_args=())
 def forward_triton(
-    x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, tile_start_Q: Tensor, tile_row_Q: Tensor
+    x_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, tile_start_Q: Tensor, tile_row_Q: Tensor, first_tile_P: Tensor
 ) -> Tensor:
     x_LD, branch_LD, gate_RD = map(unit_stride, (x_LD, branch_LD, gate_RD))
-    y_LD, width = x_LD.new_empty(x_LD.shape), x_LD.shape[1]
+    y_LD = x_LD.new_empty(x_LD.shape)
     launch_row_tiles(
-        forward_kernel, FORWARD, tile_row_Q, width,
-        x_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, y_LD,
-        x_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD), width,
+        forward_kernel, FORWARD, first_tile_P, x_LD, 0,
+        x_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, first_tile_P, y_LD,
+        x_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD),
     )  # fmt: skip
     return y_LD
 
 
 @forward_triton.register_fake
-def _(x_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q):
+def _(x_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, first_tile_P):
     return x_LD.new_empty(x_LD.shape)
 
 
 @torch.library.custom_op("megasora::gated_add_backward", mutates_args=())
 def backward_triton(
-    grad_LD: Tensor, branch_LD: Tensor, gate_RD: Tensor, tile_start_Q: Tensor, tile_row_Q: Tensor, first_tile_R: Tensor
+    grad_LD: Tensor,
+    branch_LD: Tensor,
+    gate_RD: Tensor,
+    tile_start_Q: Tensor,
+    tile_row_Q: Tensor,
+    first_tile_R: Tensor,
+    first_tile_P: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """dbranch, and dgate in fp32"""
     grad_LD, branch_LD, gate_RD = map(unit_stride, (grad_LD, branch_LD, gate_RD))
-    dbranch_LD, width = branch_LD.new_empty(branch_LD.shape), branch_LD.shape[1]
-    tile_dgate_QD = grad_LD.new_empty(len(tile_row_Q), width, dtype=torch.float32)
+    dbranch_LD = branch_LD.new_empty(branch_LD.shape)
+    tile_dgate_SQD = grad_LD.new_empty(1, len(tile_row_Q), grad_LD.shape[1], dtype=torch.float32)
     launch_row_tiles(
-        backward_kernel, BACKWARD, tile_row_Q, width,
-        grad_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, dbranch_LD, tile_dgate_QD,
-        grad_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD), width,
+        backward_kernel, BACKWARD, first_tile_P, grad_LD, 1,
+        grad_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, first_tile_P, dbranch_LD, tile_dgate_SQD,
+        grad_LD.stride(0), branch_LD.stride(0), row_stride(gate_RD), len(gate_RD),
     )  # fmt: skip
-    return dbranch_LD, sum_of_tiles(tile_dgate_QD, first_tile_R)
+    return dbranch_LD, sum_of_tiles(tile_dgate_SQD, tile_row_Q, first_tile_R)[0]
 
 
 @backward_triton.register_fake
-def _(grad_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, first_tile_R):
+def _(grad_LD, branch_LD, gate_RD, tile_start_Q, tile_row_Q, first_tile_R, first_tile_P):
     return branch_LD.new_empty(branch_LD.shape), gate_RD.new_empty(gate_RD.shape, dtype=torch.float32)
 
 
@@ -138,7 +165,7 @@ class GatedAdd(Function):
         ctx.save_for_backward(branch_LD, gate_RD)
         ctx.rows, ctx.backend = rows, backend
         if backend == "triton":
-            y_LD = forward_triton(x_LD, branch_LD, gate_RD, rows.tile_start_Q, rows.tile_row_Q)
+            y_LD = call(forward_triton, x_LD, branch_LD, gate_RD, rows.tile_start_Q, rows.tile_row_Q, rows.first_tile_P)
         else:
             y_LD = forward_torch(x_LD, branch_LD, gate_RD, rows)
         return y_LD.detach()  # see launch.py
@@ -149,8 +176,8 @@ class GatedAdd(Function):
         branch_LD, gate_RD = ctx.saved_tensors
         rows = ctx.rows
         if ctx.backend == "triton":
-            index = rows.tile_start_Q, rows.tile_row_Q, rows.first_tile_R
-            dbranch_LD, dgate_RD = backward_triton(grad_LD, branch_LD, gate_RD, *index)
+            index = rows.tile_start_Q, rows.tile_row_Q, rows.first_tile_R, rows.first_tile_P
+            dbranch_LD, dgate_RD = call(backward_triton, grad_LD, branch_LD, gate_RD, *index)
         else:
             dbranch_LD, dgate_RD = backward_torch(grad_LD, branch_LD, gate_RD, rows)
         return grad_LD, dbranch_LD, dgate_RD.to(gate_RD.dtype), None, None

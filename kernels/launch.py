@@ -7,6 +7,9 @@ enabled by TRITON_INTERPRET=1 in the environment when Triton is imported.
 The launch configuration of a kernel is a table in its file, indexed by GPU architecture. Nothing is tuned by timing at
 run time: ranks could choose differently, and would then sum in different orders.
 
+Operators that launch kernels are registered with torch.library, so that torch.compile and meta tensors know them. Its
+dispatcher costs more CPU time than all else in a launch; `call` goes around it where nobody looks.
+
 The autograd Functions of the kernels return detached outputs: torch.compile of PyTorch 2.11 gives zeros for the
 gradient of an output that was last returned by an in-place operation or by a `.to` that converts nothing.
 """
@@ -16,19 +19,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.nn import Parameter
 
 INTERPRETED = triton.knobs.runtime.interpret  # read once, where Triton reads it
 BACKENDS = ("auto", "triton", "torch")
+PLAIN = Tensor, Parameter  # types of tensors, not of their subclasses
 
 
 # Arguments that differ between packs: numbers of tokens, vectors and rows; indices of row tiles, of any alignment.
-PACK_SIZES = ("R", "REAL", "L", "M", "COUNT", "PROGRAM_TOKENS", "PROGRAM_VECTORS")
-PACK_INDICES = ("tile_start_Q", "tile_row_Q", "first_tile_R")
+PACK_SIZES = ("R", "REAL", "L", "M", "COUNT", "GROUPS", "PROGRAM_TOKENS", "PROGRAM_VECTORS")
+PACK_INDICES = ("tile_start_Q", "tile_row_Q", "first_tile_R", "first_tile_P")
 
 # triton.jit compiles a version for each pattern of arguments that are 1 or divisible by 16: seconds, at almost every
 # step of a run whose packs differ. A kernel gains nothing from these properties of the arguments above.
@@ -57,13 +63,21 @@ def previous_power_of_2(n: int) -> int:
     return 1 << max(1, n).bit_length() - 1
 
 
+def cdiv(n: int, size: int) -> int:
+    """Blocks of `size` that cover `n`. triton.cdiv on the host takes microseconds."""
+    return -(-n // size)
+
+
 LaunchTable = Mapping[str, LaunchConfig]  # by architecture (see `architecture`); "any" is the default
 
 
 def architecture(device: torch.device) -> str:
     """sm80 for an A100, sm90 for an H100 or H200, sm100 for a B200; the device type where it is not CUDA."""
-    if device.type != "cuda":
-        return device.type
+    return cuda_architecture(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def cuda_architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
@@ -88,6 +102,16 @@ def resolve_backend(backend: str, x: Tensor) -> str:
             f"backend='triton' on {x.device}: Triton needs a GPU, or TRITON_INTERPRET=1 in the environment on a CPU"
         )
     return backend
+
+
+def call(operator: CustomOpDef, x: Tensor, *arguments: object) -> Any:
+    """`operator(x, *arguments)`; the function that it was made of, if nothing traces, records or fakes the call.
+
+    To be used where no gradient is recorded: in the passes of an autograd Function.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta or type(x) not in PLAIN:
+        return operator(x, *arguments)
+    return operator._init_fn(x, *arguments)
 
 
 def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:

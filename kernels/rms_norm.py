@@ -31,6 +31,8 @@ from torch.autograd.function import once_differentiable
 from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
+    call,
+    cdiv,
     check_device,
     jit_for_packs,
     launch_config,
@@ -190,7 +192,7 @@ def sums_triton(x: Tensor, grad: Tensor | None, weight_D: Tensor | None, inverse
         x_MD, grad_MD, weight_D = as_vectors(x), None if grad is None else as_vectors(grad), unit_stride(weight_D)
         config = launch_config(FORWARD, x.device)
         tile = tile_shape(config, width, FORWARD_CHUNKS)
-        sums_kernel[(triton.cdiv(len(x_MD), tile[0]),)](
+        sums_kernel[(cdiv(len(x_MD), tile[0]),)](
             x_MD, grad_MD, weight_D, inverse, sums, x_MD.stride(0), 0 if grad is None else grad_MD.stride(0),
             len(x_MD), width, *tile, num_warps=config.num_warps(tile[2]),
         )  # fmt: skip
@@ -210,7 +212,7 @@ def forward_triton(x: Tensor, weight_D: Tensor, squares: Tensor | None, size: in
         x_MD, weight_D, config = as_vectors(x), unit_stride(weight_D), launch_config(FORWARD, x.device)
         squares = squares if squares is None else squares.contiguous()
         tile = tile_shape(config, width, FORWARD_CHUNKS)
-        forward_kernel[(triton.cdiv(len(x_MD), tile[0]),)](
+        forward_kernel[(cdiv(len(x_MD), tile[0]),)](
             x_MD, weight_D, squares, y, inverse, x_MD.stride(0), len(x_MD), size, eps,
             width, *tile, num_warps=config.num_warps(tile[2]),
         )  # fmt: skip
@@ -230,7 +232,7 @@ def backward_triton(
     width = x.shape[-1]
     num_vectors = x.numel() // max(width, 1)
     program_vectors = tile_tokens_for(num_vectors)
-    num_programs = triton.cdiv(num_vectors, program_vectors)
+    num_programs = cdiv(num_vectors, program_vectors)
     dx, dweight_QD = x.new_empty(x.shape), x.new_empty(num_programs, width, dtype=torch.float32)
     if x.numel():
         grad_MD, x_MD, weight_D = as_vectors(grad), as_vectors(x), unit_stride(weight_D)
@@ -255,8 +257,8 @@ class RMSNorm(Function):
         ctx, x: Tensor, weight_D: Tensor, eps: float, size: int, all_reduce: AllReduce | None, backend: str
     ) -> Tensor:
         if backend == "triton":
-            squares = None if all_reduce is None else all_reduce(sums_triton(x, None, None, None))
-            y, inverse = forward_triton(x, weight_D, squares, size, eps)
+            squares = None if all_reduce is None else all_reduce(call(sums_triton, x, None, None, None))
+            y, inverse = call(forward_triton, x, weight_D, squares, size, eps)
         else:
             squares = squares_torch(x)
             squares = squares if all_reduce is None else all_reduce(squares)
@@ -271,8 +273,8 @@ class RMSNorm(Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D, inverse = ctx.saved_tensors
         if ctx.backend == "triton":
-            dots = None if ctx.all_reduce is None else ctx.all_reduce(sums_triton(x, grad, weight_D, inverse))
-            dx, dweight_D = backward_triton(grad, x, weight_D, inverse, dots, ctx.size)
+            dots = None if ctx.all_reduce is None else ctx.all_reduce(call(sums_triton, x, grad, weight_D, inverse))
+            dx, dweight_D = call(backward_triton, grad, x, weight_D, inverse, dots, ctx.size)
         else:
             dx, dweight_D = backward_torch(grad, x, weight_D, inverse, ctx.size, ctx.all_reduce)
         return dx.to(x.dtype), dweight_D.to(weight_D.dtype), None, None, None, None

@@ -3,31 +3,36 @@
     cu_rows [R + 1]: row r is tokens cu_rows[r] .. cu_rows[r + 1] - 1, contiguous from token 0; rows may be empty.
     Tokens after the last row are padding.
 
-Rows are split into row tiles of 32, 64 or 128 tokens at most, and so is the padding. One program of a kernel processes
-one row tile: it loads the vectors of the row (shift, scale, gate) once, accumulates sums over the tokens in registers
-and stores them once; `row_tiles.sum_of_tiles` then adds up the tiles of each row. Both sums have a fixed order, unlike
-atomic additions, so results repeat bit by bit.
+The tokens of a pack, with its padding, are divided evenly among the programs of a kernel, `tile_tokens_for(L)`
+consecutive ones each. The tokens of one program in one row are a row tile: the program processes its row tiles one
+after the other, accumulates sums over the tokens of each in registers, and stores them once. `row_tiles.sum_of_tiles`
+then adds up the tiles of each row. Both sums have a fixed order, unlike atomic additions, so results repeat bit by
+bit; it depends on the lengths of the rows alone, not on the GPU.
 
 The index is computed on the CPU from cu_rows, once per pack, and copied to the device in one transfer.
 
-Letters: `Q` row tiles, those of padding included.
+Letters: `Q` row tiles, those of padding included; `P` programs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# pack of at least this many tokens: tokens per tile; so that a GPU has more than 100 tiles
-TILE_TOKENS_BY_PACK_SIZE = {0: 32, 16_384: 64, 65_536: 128}
+# Programs of a kernel in a pack of at least PROGRAMS x MIN_TILE_TOKENS tokens. An H100 has 132 multiprocessors; with 1,
+# 2 or 4 programs of a kernel on each, the last wave is a full one (tests/kernels/test_compiled.py).
+PROGRAMS = 528
+MIN_TILE_TOKENS, MAX_TILE_TOKENS = 32, 144  # of a program: shorter ones store many sums, longer ones round them more
 
 
 def tile_tokens_for(num_tokens: int) -> int:
-    """Tokens of a row tile in a pack of `num_tokens` tokens; likewise for other vectors."""
-    return max(size for at_least, size in TILE_TOKENS_BY_PACK_SIZE.items() if num_tokens >= at_least)
+    """Tokens of a program, and so of a row tile at most, in a pack of `num_tokens` tokens; likewise other vectors."""
+    num_programs = PROGRAMS * max(1, math.ceil(num_tokens / (PROGRAMS * MAX_TILE_TOKENS)))
+    return max(MIN_TILE_TOKENS, 4 * math.ceil(num_tokens / (4 * num_programs)))
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Rows:
     tile_start_Q: Tensor  # int32 [Q + 1]: first token of each tile, then `num_tokens`
     tile_row_Q: Tensor  # int32 [Q]: row of each tile; `num_rows` for tiles of padding, which come last
     first_tile_R: Tensor  # int32 [R + 1]: first tile of each row, then the first tile of padding
+    first_tile_P: Tensor  # int32 [P + 1]: first tile of each program, then Q
     row_L: Tensor  # int32 [num_real]: row of each real token
 
     @classmethod
@@ -52,12 +58,14 @@ class Rows:
             raise ValueError(f"cu_rows ends at {int(cu_rows[-1])}, after the last of {num_tokens} tokens")
         cu = cu_rows.to(torch.int64)
         num_rows, num_real = len(cu) - 1, int(cu[-1])
-        grid = torch.arange(0, num_tokens + 1, tile_tokens_for(num_tokens))
-        tile_start_Q = torch.cat((cu, grid, cu.new_tensor([num_tokens]))).unique()
+        program_tokens = tile_tokens_for(num_tokens)
+        ends = torch.arange(0, num_tokens + program_tokens, program_tokens).clamp(max=num_tokens)
+        tile_start_Q = torch.cat((cu, ends)).unique()
         tile_row_Q = torch.searchsorted(cu, tile_start_Q[:-1], right=True) - 1
         first_tile_R = torch.searchsorted(tile_row_Q, torch.arange(num_rows + 1))
+        first_tile_P = torch.searchsorted(tile_start_Q, ends)
         row_L = torch.searchsorted(cu, torch.arange(num_real), right=True) - 1
-        tensors = tile_start_Q, tile_row_Q, first_tile_R, row_L
+        tensors = tile_start_Q, tile_row_Q, first_tile_R, first_tile_P, row_L
         on_device = torch.cat(tensors).to(torch.int32).to(device).split([len(x) for x in tensors])
         return cls(num_tokens, num_rows, num_real, int(first_tile_R[-1]), *on_device)
 
@@ -76,7 +84,7 @@ class Rows:
         return F.pad(x_LD, (0, 0, 0, missing)) if missing else x_LD
 
     def sum(self, x_LD: Tensor) -> Tensor:
-        """[num_real, D] -> [R, D]: sums over the tokens of each row, in the order of the kernels (see above)."""
+        """[num_real, D] -> [R, D]: sums over the tokens of each row, tile by tile, in a fixed order."""
         lengths_Q = self.tile_start_Q.diff()[: self.num_row_tiles]
         sums_QD = torch.segment_reduce(x_LD.contiguous(), "sum", lengths=lengths_Q, initial=0.0, unsafe=True)
         return torch.segment_reduce(sums_QD, "sum", lengths=self.first_tile_R.diff(), initial=0.0, unsafe=True)

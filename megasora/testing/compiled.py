@@ -6,7 +6,7 @@
 
 Launches inside only compile: Triton gets a driver that reports the chip, and the launch configuration is that of the
 same chip. The machine code is inspected with cuobjdump, which comes with Triton: registers per thread, spilled bytes,
-shared memory, and the width of loads and stores.
+shared memory, and the width of loads and stores. From these follow the programs that fit one multiprocessor.
 
 Needs a process in which kernels are not interpreted: without TRITON_INTERPRET.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -40,6 +41,10 @@ from megasora.testing.operations import OPERATIONS, Size, backward, forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # largest shared memory of a program in bytes
+# Of a multiprocessor: registers, allocated to a thread in eights; shared memory in bytes, of which each program takes
+# SHARED_OF_SYSTEM more than it asks for; warps and programs at most.
+REGISTERS, REGISTER_UNIT, SHARED_OF_SYSTEM, MAX_WARPS, MAX_PROGRAMS = 65_536, 8, 1_024, 64, 32
+SHARED = {80: 167_936, 90: 233_472, 100: 233_472}
 TOKENS = 64  # of a compiled problem: kernels do not depend on it
 MOVES = {  # PTX instructions that access memory, with their width
     "load": re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)"),
@@ -58,6 +63,7 @@ class Compiled:
     registers: int  # per thread
     spilled: int  # bytes per thread, in memory for lack of registers
     shared: int  # bytes per program
+    programs: int  # that fit a multiprocessor at a time
     loads: dict[int, int]  # bytes per thread and instruction: number of such instructions
     stores: dict[int, int]
 
@@ -103,7 +109,7 @@ def compiling_for(chip: int) -> Iterator[list[Compiled]]:
     def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in kernels:
-            kernels[kernel.hash] = inspect_kernel(kernel)
+            kernels[kernel.hash] = inspect_kernel(kernel, chip)
             compiled.append(kernels[kernel.hash])
         return kernel
 
@@ -118,7 +124,14 @@ def compiling_for(chip: int) -> Iterator[list[Compiled]]:
         yield compiled
 
 
-def inspect_kernel(kernel: Any) -> Compiled:
+def programs_per_multiprocessor(chip: int, warps: int, registers: int, shared: int) -> int:
+    """Programs that fit one multiprocessor at a time; `registers` per thread, `shared` in bytes per program."""
+    by_registers = REGISTERS // (32 * warps * REGISTER_UNIT * math.ceil(registers / REGISTER_UNIT))
+    by_shared = SHARED[chip] // (shared + SHARED_OF_SYSTEM)
+    return min(by_registers, by_shared, MAX_WARPS // warps, MAX_PROGRAMS)
+
+
+def inspect_kernel(kernel: Any, chip: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -138,13 +151,15 @@ def inspect_kernel(kernel: Any) -> Compiled:
     ]:
         count[int(vector or 1) * int(bits) // 8] += 1
     loads.update(int(size, 0) for size in MOVES["copy"].findall(ptx))
+    warps, registers, shared = kernel.metadata.num_warps, usage["REG"], kernel.metadata.shared
     return Compiled(
         name=source.fn.__name__,
         specialisation=", ".join(values),
-        warps=kernel.metadata.num_warps,
-        registers=usage["REG"],
+        warps=warps,
+        registers=registers,
         spilled=usage["STACK"] + usage.get("LOCAL", 0),
-        shared=kernel.metadata.shared,
+        shared=shared,
+        programs=programs_per_multiprocessor(chip, warps, registers, shared),
         loads=dict(sorted(loads.items())),
         stores=dict(sorted(stores.items())),
     )
@@ -190,14 +205,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table_of(results: list[dict]) -> Table:
-    table = Table(title="compiled kernels; loads and stores: instructions x bytes per thread")
+    table = Table(
+        title="compiled kernels; programs: on a multiprocessor; loads, stores: instructions x bytes per thread"
+    )
     for name in ("operation", "chip", "dtype", "width", "head dim", "kernel", "warps", "registers", "spilled", "shared",
-                 "loads", "stores"):  # fmt: skip
+                 "programs", "loads", "stores"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("operation", "kernel") else "right")
     for r in results:
         counts = (" ".join(f"{n}x{size}" for size, n in r[key].items()) for key in ("loads", "stores"))
         cells = (r[key] for key in ("operation", "chip", "dtype", "width", "head_dim", "name", "warps", "registers",
-                                    "spilled", "shared"))  # fmt: skip
+                                    "spilled", "shared", "programs"))  # fmt: skip
         table.add_row(*map(str, cells), *counts)
     return table
 
