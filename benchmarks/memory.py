@@ -5,7 +5,7 @@ A block of width d and MLP width ff in bf16, 2 bytes per element, by model.recom
     none            17 vectors of d: the block's input; normed and modulated; q, k, v; q and k normed and rotated;
                     attention's output; the input of the first gate; the sum; normed; q of the cross-attention; normed;
                     its output; the sum; normed and modulated; the input of the last gate
-                    2 vectors of ff: before and after the GELU                      bytes: (34 + 4 ff / d) d
+                    1 vector of ff: before the GELU                                 bytes: (34 + 2 ff / d) d
     full            the block's input                                               2 d
     keep_attention  the block's input and self-attention's output                   4 d
 
@@ -92,7 +92,7 @@ def retained_bytes(config: Config) -> int:
 
 def formula(mode: str, width: int, hidden: int) -> float:
     """Bytes per token and block."""
-    return {"none": 34 * width + 4 * hidden, "full": 2 * width, "keep_attention": 4 * width}[mode]
+    return {"none": 34 * width + 2 * hidden, "full": 2 * width, "keep_attention": 4 * width}[mode]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ each (QK-norm, arXiv 2302.05442; 3D rotary embedding: see rope3d.py).
 
 v is a view of qkv. The backward pass writes the gradients of q, k and v into one tensor dqkv, so that no concatenation
 follows. It saves qkv only: r is recomputed from x, which it reads anyway. Computed in fp32 at least and rounded once.
+The gradient of a bias of the projection, the sum of dqkv over tokens, is computed in the same pass. For "across_heads"
+it is not: beside the sums of dw, those of dq or dk exceed 128 registers by 72 to 104 bytes (Triton 3.7, sm_90).
 
 Least traffic in bf16: 4 bytes per element of q and k forward (x, y); backward 6 (x, dy, dx), and 4 per element of v (dv
 and its copy).
@@ -39,6 +41,8 @@ from megasora.kernels import rms_norm
 from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
+    call,
+    cdiv,
     check_device,
     jit_for_packs,
     launch_config,
@@ -261,8 +265,33 @@ def norm_gradient(xs, gs, ws, sums, eps, NORM: tl.constexpr, N: tl.constexpr, K:
 
 
 @triton.jit
+def zero_chunks(dbias_3QW, T: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr):
+    """Sums of all heads; none if there is no bias."""
+    sums = ()
+    if dbias_3QW is not None:
+        for _ in tl.static_range(C):
+            sums += (tl.zeros([T, H, BLOCK_K], tl.float32),)
+    return sums
+
+
+@triton.jit
+def add_chunks(sums, xs):
+    added = ()
+    for c in tl.static_range(len(sums)):
+        added += (sums[c] + xs[c].to(tl.float32),)
+    return added
+
+
+@triton.jit
+def store_bias_sums(dbias_3QW, sums, tile, d, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr):
+    for c in tl.static_range(len(sums)):
+        tile_sum = tl.sum(sums[c], 0, keep_dims=True)
+        store_heads(dbias_3QW + tile.to(tl.int64) * (N * K) + d, c, tile_sum, True, N, K, H)
+
+
+@triton.jit
 def backward_qk(
-    grad_LNK, qkv_L3NK, weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, start, end,
+    grad_LNK, qkv_L3NK, weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, dbias_3QW, start, end,
     grad_stride, stride, qkv_stride, eps,
     QKV_INDEX: tl.constexpr, NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, T: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
@@ -271,6 +300,7 @@ def backward_qk(
     sums = ()
     for _ in tl.static_range(C if NORM == "across_heads" else 1):
         sums += (tl.zeros([T, H, BLOCK_K], tl.float32),)
+    bias_sums = zero_chunks(dbias_3QW, T, H, BLOCK_K, C)
     for first in range(start, end, T):
         token = first + tl.arange(0, T)
         at, mask = token.to(tl.int64)[:, None, None], (token < end)[:, None, None]
@@ -291,6 +321,7 @@ def backward_qk(
         else:
             ws = load_weight(weight, mask, d, NORM, N, K, H, C)  # here, to save registers
             dxs, sums = norm_gradient(xs, gs, ws, sums, eps, NORM, N, K)
+        bias_sums = add_chunks(bias_sums, dxs)
         for c in tl.static_range(C):
             store_heads(dqkv_L3NK + (at * 3 + QKV_INDEX) * (N * K) + d, c, dxs[c], mask, N, K, H)
     tile = QKV_INDEX * tl.num_programs(0) + tl.program_id(0)
@@ -301,26 +332,30 @@ def backward_qk(
     elif NORM == "per_head":
         tile_sum = tl.sum(tl.sum(sums[0], 1, keep_dims=True), 0, keep_dims=True)
         tl.store(dweights_2QW + tile * K + d, tile_sum, mask=d < K)
+    store_bias_sums(dbias_3QW, bias_sums, tile, d, N, K, H)
 
 
 @triton.jit
 def copy_v(
-    grad_LNK, dqkv_L3NK, start, end, grad_stride, QKV_INDEX: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    grad_LNK, dqkv_L3NK, dbias_3QW, start, end, grad_stride, QKV_INDEX: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_K)[None, None]
+    sums = zero_chunks(dbias_3QW, T, H, BLOCK_K, C)
     for first in range(start, end, T):
         token = first + tl.arange(0, T)
         at, mask = token.to(tl.int64)[:, None, None], (token < end)[:, None, None]
         grads = load_heads(grad_LNK + at * grad_stride + d, mask, N, K, H, C, K)
         for c in tl.static_range(C):
             store_heads(dqkv_L3NK + (at * 3 + QKV_INDEX) * (N * K) + d, c, grads[c], mask, N, K, H)
+        sums = add_chunks(sums, grads)
+    store_bias_sums(dbias_3QW, sums, QKV_INDEX * tl.num_programs(0) + tl.program_id(0), d, N, K, H)
 
 
 @jit_for_packs
 def backward_kernel(
     dq_LNK, dk_LNK, dv_LNK, qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW,
-    dq_stride, dk_stride, dv_stride, stride, qkv_stride, L, PROGRAM_TOKENS, eps,
+    dbias_3QW, dq_stride, dk_stride, dv_stride, stride, qkv_stride, L, PROGRAM_TOKENS, eps,
     NORM: tl.constexpr, FIRST_H: tl.constexpr, FIRST_W: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     T: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -328,16 +363,16 @@ def backward_kernel(
     end = tl.minimum(start + PROGRAM_TOKENS, L)
     if tl.program_id(1) == 0:
         backward_qk(
-            dq_LNK, qkv_L3NK, q_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, start, end,
+            dq_LNK, qkv_L3NK, q_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, dbias_3QW, start, end,
             dq_stride, stride, qkv_stride, eps, 0, NORM, FIRST_H, FIRST_W, N, K, T, H, BLOCK_K, C,
         )  # fmt: skip
     elif tl.program_id(1) == 1:
         backward_qk(
-            dk_LNK, qkv_L3NK, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, start, end,
+            dk_LNK, qkv_L3NK, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW, dbias_3QW, start, end,
             dk_stride, stride, qkv_stride, eps, 1, NORM, FIRST_H, FIRST_W, N, K, T, H, BLOCK_K, C,
         )  # fmt: skip
     else:
-        copy_v(dv_LNK, dqkv_L3NK, start, end, dv_stride, 2, N, K, T, H, BLOCK_K, C)
+        copy_v(dv_LNK, dqkv_L3NK, dbias_3QW, start, end, dv_stride, 2, N, K, T, H, BLOCK_K, C)
 
 
 @torch.library.custom_op("megasora::qk_norm_rope3d", mutates_args=())
@@ -357,10 +392,10 @@ def forward_triton(
         num_tokens, num_heads, head_dim = q_LNK.shape
         config = launch_config(FORWARD, qkv_L3NK.device)
         tile = tile_shape(config, num_heads, head_dim, FORWARD_CHUNKS)
-        forward_kernel[triton.cdiv(num_tokens, tile[0]), 2](
+        forward_kernel[cdiv(num_tokens, tile[0]), 2](
             qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, q_LNK, k_LNK,
             qkv_L3NK.stride(0), qkv_L3NK.stride(1), num_tokens, eps,
-            norm, *first_pairs(split), num_heads, head_dim, *tile, triton.cdiv(num_heads, tile[1]),
+            norm, *first_pairs(split), num_heads, head_dim, *tile, cdiv(num_heads, tile[1]),
             num_warps=config.num_warps(tile[1] * tile[2]),
         )  # fmt: skip
     return q_LNK, k_LNK
@@ -389,38 +424,46 @@ def backward_triton(
     split: Sequence[int],
     eps: float,
     norm: str,
-) -> tuple[Tensor, Tensor]:
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dqkv, and in fp32 dw of q and k [2, W] and db [3, N K], which is empty without a bias."""
     grads = [contiguous_heads(x) for x in (dq_LNK, dk_LNK, dv_LNK)]
     qkv_L3NK, q_weight, k_weight = contiguous_heads(qkv_L3NK), unit_stride(q_weight), unit_stride(k_weight)
     num_tokens, num_heads, head_dim = dq_LNK.shape
     program_tokens = tile_tokens_for(num_tokens)
-    num_programs = triton.cdiv(num_tokens, program_tokens)
-    dqkv_L3NK, dweights_2QW = empty_backward(dq_LNK, norm, num_programs)
+    num_programs = cdiv(num_tokens, program_tokens)
+    dqkv_L3NK, dweights_2QW, dbias_3QW = empty_backward(dq_LNK, norm, num_programs, has_bias)
     strides = [x.stride(0) for x in grads] + ([0, 0] if qkv_L3NK is None else list(qkv_L3NK.stride()[:2]))
     if dqkv_L3NK.numel():
         config = launch_config(BACKWARD, dq_LNK.device)
         tile = tile_shape(config, num_heads, head_dim, BACKWARD_CHUNKS)
         backward_kernel[num_programs, 3](
             *grads, qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, dqkv_L3NK, dweights_2QW,
-            *strides, num_tokens, program_tokens, eps,
-            norm, *first_pairs(split), num_heads, head_dim, *tile, triton.cdiv(num_heads, tile[1]),
+            dbias_3QW if has_bias else None, *strides, num_tokens, program_tokens, eps,
+            norm, *first_pairs(split), num_heads, head_dim, *tile, cdiv(num_heads, tile[1]),
             num_warps=config.num_warps(tile[1] * tile[2]), maxnreg=BACKWARD_REGISTERS,
         )  # fmt: skip
-    return dqkv_L3NK, dweights_2QW.sum(1)
+    return dqkv_L3NK, dweights_2QW.sum(1), dbias_3QW.sum(1)
 
 
 @backward_triton.register_fake
-def _(dq_LNK, dk_LNK, dv_LNK, qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, split, eps, norm):
-    dqkv_L3NK, dweights_2QW = empty_backward(dq_LNK, norm, 1)
-    return dqkv_L3NK, dweights_2QW[:, 0]
+def _(dq_LNK, dk_LNK, dv_LNK, qkv_L3NK, q_weight, k_weight, coords_L3, frequency_P, split, eps, norm, has_bias):
+    dqkv_L3NK, dweights_2QW, dbias_3QW = empty_backward(dq_LNK, norm, 1, has_bias)
+    return dqkv_L3NK, dweights_2QW[:, 0], dbias_3QW[:, 0]
 
 
-def empty_backward(dq_LNK: Tensor, norm: str, num_programs: int) -> tuple[Tensor, Tensor]:
-    """dqkv, and fp32 [2, Q, W] for dw of q and k, summed over the tokens of each program; both uninitialised."""
+def empty_backward(dq_LNK: Tensor, norm: str, num_programs: int, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dqkv, and in fp32 dw of q and k [2, Q, W] and db [3, Q, N K], summed over the tokens of each program; all
+    uninitialised."""
     num_tokens, num_heads, head_dim = dq_LNK.shape
     width = {"per_head": head_dim, "across_heads": num_heads * head_dim, "none": 0}[norm]
     dqkv_L3NK = dq_LNK.new_empty(num_tokens, 3, num_heads, head_dim)
-    return dqkv_L3NK, dq_LNK.new_empty(2, num_programs, width, dtype=torch.float32)
+    bias_width = num_heads * head_dim if has_bias else 0
+    sums = (
+        dq_LNK.new_empty(*shape, dtype=torch.float32)
+        for shape in ((2, num_programs, width), (3, num_programs, bias_width))
+    )
+    return dqkv_L3NK, *sums
 
 
 class QKNormRope3D(Function):
@@ -435,27 +478,35 @@ class QKNormRope3D(Function):
         eps: float,
         norm: str,
         backend: str,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if backend == "triton":
-            q_LNK, k_LNK = forward_triton(qkv_L3NK, q_weight, k_weight, *operator_arguments(rope), eps, norm)
+            q_LNK, k_LNK = call(forward_triton, qkv_L3NK, q_weight, k_weight, *operator_arguments(rope), eps, norm)
         else:
             q_LNK, k_LNK = forward_torch(qkv_L3NK, q_weight, k_weight, rotation_L1P, eps, norm)
         ctx.save_for_backward(None if norm == "none" else qkv_L3NK, q_weight, k_weight)
         ctx.rope, ctx.rotation_L1P, ctx.eps, ctx.norm, ctx.backend = rope, rotation_L1P, eps, norm, backend
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return q_LNK.detach(), k_LNK.detach(), qkv_L3NK[:, 2]  # see launch.py
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv_L3NK, *weights = ctx.saved_tensors
+        has_bias = ctx.bias_dtype is not None
         if ctx.backend == "triton":
             tensors = *grads, qkv_L3NK, *weights
-            dqkv_L3NK, dweights = backward_triton(*tensors, *operator_arguments(ctx.rope), ctx.eps, ctx.norm)
+            dqkv_L3NK, dweights, dbias = call(
+                backward_triton, *tensors, *operator_arguments(ctx.rope), ctx.eps, ctx.norm, has_bias
+            )
         else:
             dqkv_L3NK, dweights = backward_torch(grads, qkv_L3NK, weights, ctx.rotation_L1P, ctx.eps, ctx.norm)
+            dbias = upcast(dqkv_L3NK)[0].sum(0) if has_bias else None
         if ctx.norm == "none":
-            return dqkv_L3NK, *[None] * 7
-        return dqkv_L3NK, *(dw.to(w.dtype) for dw, w in zip(dweights, weights, strict=True)), *[None] * 5
+            dweights = None, None
+        else:
+            dweights = (dw.to(w.dtype) for dw, w in zip(dweights, weights, strict=True))
+        return dqkv_L3NK, *dweights, *[None] * 5, dbias.flatten().to(ctx.bias_dtype) if has_bias else None
 
 
 def operator_arguments(rope: Rope | None) -> tuple[Tensor | None, Tensor | None, Sequence[int]]:
@@ -471,22 +522,33 @@ def qk_norm_rope3d(
     eps: float,
     norm: str = "per_head",
     backend: str = "auto",
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k, normalized, times their weights and rotated by `rope`, and v: each [L, N, K] in the dtype of `qkv_L3NK`.
 
     Weights are [K] for norm="per_head", [N K] for "across_heads", None for "none"; rope None rotates nothing. v is a
     view of `qkv_L3NK`, which must not be written to afterwards. `backend`: see launch.py. Differentiable once, in qkv
     and the weights. ValueError for arguments that do not match.
+
+    `bias` [3 N K]: a bias that was added to qkv already, without a gradient; it gets its gradient here, except with
+    norm="across_heads".
     """
-    check(qkv_L3NK, q_weight, k_weight, rope, norm)
+    check(qkv_L3NK, q_weight, k_weight, rope, norm, bias)
     backend = resolve_backend(backend, qkv_L3NK)
-    if norm == "none" and rope is None:
+    if norm == "none" and rope is None and bias is None:
         return qkv_L3NK.unbind(1)
     rotation_L1P = rope.rotation if rope is not None and backend == "torch" else None
-    return QKNormRope3D.apply(qkv_L3NK, q_weight, k_weight, rope, rotation_L1P, eps, norm, backend)
+    return QKNormRope3D.apply(qkv_L3NK, q_weight, k_weight, rope, rotation_L1P, eps, norm, backend, bias)
 
 
-def check(qkv_L3NK: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, rope: Rope | None, norm: str) -> None:
+def check(
+    qkv_L3NK: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: Rope | None,
+    norm: str,
+    bias: Tensor | None,
+) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} must be one of {', '.join(NORMS)}")
     if qkv_L3NK.ndim != 4 or qkv_L3NK.shape[1] != 3 or not qkv_L3NK.is_floating_point():
@@ -497,6 +559,11 @@ def check(qkv_L3NK: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, ro
         shape = None if weight is None else tuple(weight.shape)
         if shape != expected:
             raise ValueError(f"{name} {shape} must be {expected} for norm={norm!r}, as qkv is {tuple(qkv_L3NK.shape)}")
+    if bias is not None and (norm == "across_heads" or bias.shape != (3 * num_heads * head_dim,)):
+        raise ValueError(
+            f"bias {tuple(bias.shape)} must be ({3 * num_heads * head_dim},), and norm={norm!r} per_head or none"
+        )
     if rope is not None:
         rope.check_shapes(qkv=qkv_L3NK)
-    check_device(qkv=qkv_L3NK, q_weight=q_weight, k_weight=k_weight, rope=None if rope is None else rope.coords_L3)
+    coords_L3 = None if rope is None else rope.coords_L3
+    check_device(qkv=qkv_L3NK, q_weight=q_weight, k_weight=k_weight, bias=bias, rope=coords_L3)

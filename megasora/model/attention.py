@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megasora.config import ModelConfig
 from megasora.kernels.attention import Segments, attention
+from megasora.kernels.linear import Linear
 from megasora.kernels.qk_norm_rope3d import qk_norm_rope3d
 from megasora.kernels.rms_norm import rms_norm
 from megasora.kernels.rope3d import Rope, rope3d
@@ -80,16 +81,21 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim, self.qk_norm, self.kernel_backend = config.head_dim, config.qk_norm, config.kernel_backend
         self.inner = build_inner(config)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        # whether the kernel of the norm computes the gradient of the bias
+        self.bias_with_norm = config.qk_norm != "across_heads"
+        self.qkv = Linear(config.width, 3 * config.width, skip_bias_grad=self.bias_with_norm)
         self.q_norm = build_qk_norm(config)
         self.k_norm = build_qk_norm(config)
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
 
     def forward(self, x_LD: Tensor, segments: Segments, rope: Rope | None, saved_output: list | None = None) -> Tensor:
-        q, k, v = self.apply_qk_norm_and_rope(self.qkv(x_LD).unflatten(-1, (3, -1, self.head_dim)), rope)
+        qkv, bias = self.qkv(x_LD) if self.bias_with_norm else (self.qkv(x_LD), None)
+        q, k, v = self.apply_qk_norm_and_rope(qkv.unflatten(-1, (3, -1, self.head_dim)), bias, rope)
         return self.out(self.inner(q, k, v, segments, saved_output).flatten(-2))
 
-    def apply_qk_norm_and_rope(self, qkv_L3NK: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+    def apply_qk_norm_and_rope(
+        self, qkv_L3NK: Tensor, bias: Tensor | None, rope: Rope | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(self.q_norm, AcrossHeadsNorm) and self.q_norm.sum_over_heads is not None:  # needs an all-reduce
             q, k, v = qkv_L3NK.unbind(1)
             q, k = self.q_norm(q), self.k_norm(k)
@@ -99,7 +105,7 @@ class SelfAttention(nn.Module):
                 else (rope3d(q, rope, self.kernel_backend), rope3d(k, rope, self.kernel_backend), v)
             )
         weights = self.q_norm.weight, self.k_norm.weight
-        return qk_norm_rope3d(qkv_L3NK, *weights, rope, NORM_EPS, self.qk_norm, self.kernel_backend)
+        return qk_norm_rope3d(qkv_L3NK, *weights, rope, NORM_EPS, self.qk_norm, self.kernel_backend, bias)
 
 
 class CrossAttention(nn.Module):
@@ -108,11 +114,11 @@ class CrossAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim, self.inner = config.head_dim, build_inner(config)
-        self.q = nn.Linear(config.width, config.width)
+        self.q = Linear(config.width, config.width)
         self.kv = nn.Linear(config.width, 2 * config.width)
         self.q_norm = build_qk_norm(config)
         self.k_norm = build_qk_norm(config)
-        self.out = nn.Linear(config.width, config.width)
+        self.out = Linear(config.width, config.width)
 
     def forward(self, x_LD: Tensor, text_SD: Tensor, segments: Segments) -> Tensor:
         q = self.q_norm(self.q(x_LD).unflatten(-1, (-1, self.head_dim)))

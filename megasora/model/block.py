@@ -20,6 +20,7 @@ from megasora.config import ModelConfig
 from megasora.kernels.adaln import adaln_modulate, gated_residual_adaln
 from megasora.kernels.attention import Segments
 from megasora.kernels.gated_add import gated_add
+from megasora.kernels.linear import Linear
 from megasora.kernels.rope3d import Rope
 from megasora.kernels.rows import Rows
 from megasora.model.attention import NORM_EPS, CrossAttention, SelfAttention
@@ -38,15 +39,17 @@ class BlockInputs(NamedTuple):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, [L, D] -> [L, D]."""
+    """Two linear layers with a GELU between them, [L, D] -> [L, D]. The second applies bias and GELU to its input, and
+    saves it without them."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, kernel_backend: str):
         super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.kernel_backend = kernel_backend
+        self.up = Linear(width, hidden, skip_bias_add=True)
+        self.down = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+    def forward(self, x_LD: Tensor) -> Tensor:
+        return self.down(*self.up(x_LD), self.kernel_backend)
 
 
 class RowModulation(nn.Module):
@@ -95,7 +98,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(config)
         self.cross_norm = ResidualNorm(config.width, config.kernel_backend)
         self.cross = CrossAttention(config)
-        self.mlp = MLP(config.width, config.mlp_hidden)
+        self.mlp = MLP(config.width, config.mlp_hidden, config.kernel_backend)
 
     def forward(self, x_LD: Tensor, inputs: BlockInputs, saved_output: list | None = None) -> Tensor:
         """Hidden states [L, D] -> [L, D]. `saved_output`: see megasora.kernels.attention.attention."""
@@ -108,6 +111,17 @@ class Block(nn.Module):
             x_LD, branch_LD, None, shift_m, scale_m, rows, NORM_EPS, backend=self.kernel_backend
         )
         return gated_add(x_LD, self.mlp(h_LD), gate_m, rows, backend=self.kernel_backend)
+
+
+def compile_block(block: Block, compiler: str = "inductor") -> None:
+    """torch.compile of a block, in place. Its weights keep their names, and all blocks share the compiled code.
+
+    Self- and cross-attention are not compiled, so a block is several compiled parts. Sizes that differ between packs
+    (rows, text tokens) become variables at the second pack; a pack with one row or one text token has its own version.
+    `compiler`: a backend of torch.compile.
+    """
+    block.attention.inner = torch.compiler.disable(block.attention.inner)  # context-parallel attention communicates
+    block.compile(backend=compiler)
 
 
 def run_block(block: Callable[..., Tensor], x_LD: Tensor, inputs: BlockInputs, recompute: str) -> Tensor:

@@ -3,8 +3,8 @@
 The backward pass of a linear layer computes the gradient of its input, for which the previous stage waits, and that of
 its weight, which is needed at the optimizer step only. Life cycle of a weight gradient:
 
-    1. `apply_deferred_weight_grads(stage, store)`, once: every nn.Linear of the stage becomes a
-       `DeferredWeightGradLinear`, and `wgrad_store` of every `DefersWeightGrad` (tensor.py) is set to the store.
+    1. `apply_deferred_weight_grads(stage, store)`, once: every linear of the stage gets the store (kernels/linear.py),
+       and so does every `DefersWeightGrad` (tensor.py).
     2. Backward pass of a microbatch: the layer returns the gradient of its input and None for its weight, and calls
        `store.put(weight, compute)`. `compute` references the activations that it needs.
     3. Directly after it, `PipelineStage` calls its `dw_builder`, here `store.pop`. That returns a function for all
@@ -23,10 +23,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from megasora.kernels.linear import PLAIN, Linear, linear
 
 
 class WeightGradStore:
@@ -54,11 +53,12 @@ class WeightGradStore:
 
 class DefersWeightGrad(nn.Module):
     """Base class of modules that defer a weight gradient: their backward pass calls `wgrad_store.put` instead of
-    computing it, unless `wgrad_store` is None."""
+    computing it, unless `wgrad_store` is None. `products` computes their products."""
 
     def __init__(self):
         super().__init__()
         self.wgrad_store: WeightGradStore | None = None
+        self.products = PLAIN
 
 
 def apply_deferred_weight_grads(stage: nn.Module, store: WeightGradStore) -> None:
@@ -66,33 +66,6 @@ def apply_deferred_weight_grads(stage: nn.Module, store: WeightGradStore) -> Non
     `DefersWeightGrad` those that it can defer. All other gradients are computed at once."""
     for module in stage.modules():
         if type(module) is nn.Linear:
-            module.forward = partial(deferred_weight_grad_linear, module, store)
-        elif isinstance(module, DefersWeightGrad):
+            module.forward = partial(linear, module=module, products=PLAIN, store=store)
+        elif isinstance(module, (Linear, DefersWeightGrad)):
             module.wgrad_store = store
-
-
-def deferred_weight_grad_linear(linear: nn.Linear, store: WeightGradStore, x: Tensor) -> Tensor:
-    return DeferredWeightGradLinear.apply(x, linear.weight, linear.bias, linear, store)
-
-
-class DeferredWeightGradLinear(Function):
-    """x W^T + b, whose backward pass returns the gradient of x and puts those of W and b into the store."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, linear: nn.Linear, store: WeightGradStore
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.linear, ctx.store = linear, store  # the parameters themselves, whose `.grad` is to be set
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad_2d, x_2d = grad.reshape(-1, grad.shape[-1]), x.detach().reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[1]:
-            ctx.store.put(ctx.linear.weight, lambda: grad_2d.t() @ x_2d)
-        if ctx.needs_input_grad[2]:
-            ctx.store.put(ctx.linear.bias, lambda: grad_2d.sum(0))
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None

@@ -18,13 +18,8 @@ from agreement import (
 )
 
 from megasora.kernels import adaln
-from megasora.kernels.adaln import (
-    adaln_modulate,
-    adaln_modulate_reference,
-    backward_triton,
-    forward_triton,
-    gated_residual_adaln,
-)
+from megasora.kernels.adaln import adaln_modulate, adaln_modulate_reference, gated_residual_adaln
+from megasora.kernels.adaln_triton import backward_triton, forward_triton
 from megasora.kernels.gated_add import gated_add
 
 EPS = 1e-6
@@ -201,10 +196,23 @@ def test_operators_pass_opcheck(has_branch):
     x, branch, gate, shift, scale, *affine = for_triton(inputs((4, 0, 5), 3, 24, ARGUMENTS["all"]))
     branch, gate = (branch, gate) if has_branch else (None, None)
     index = rows.tile_start_Q, rows.tile_row_Q
-    arguments = x, branch, gate, shift, scale, *affine, *index, rows.num_rows, rows.num_real, EPS, "layer"
+    arguments = (
+        x,
+        branch,
+        gate,
+        shift,
+        scale,
+        *affine,
+        *index,
+        rows.first_tile_P,
+        rows.num_rows,
+        rows.num_real,
+        EPS,
+        "layer",
+    )
     torch.library.opcheck(forward_triton, arguments)
     stats, grad_y = forward_triton(*arguments)[1], x if has_branch else None
-    index = *index, rows.first_tile_R
+    index = *index, rows.first_tile_R, rows.first_tile_P
     torch.library.opcheck(backward_triton, (x, grad_y, x, branch, gate, scale, affine[0], stats, *index))
     torch.library.opcheck(backward_triton, (x, grad_y, x, None, None, None, None, stats, *index))
 

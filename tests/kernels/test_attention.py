@@ -14,20 +14,27 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from megasora.kernels import attention as module
-from megasora.kernels import attention_varlen
+from megasora.kernels import attention_choice, attention_padded, attention_varlen
 from megasora.kernels.attention import (
     Segments,
     attention,
     attention_backward,
     attention_forward,
     attention_reference,
+)
+from megasora.kernels.attention_choice import (
+    BACKENDS,
+    MAX_CUDNN_LENGTHS,
     auto_backend,
+    candidates,
+    choose,
+    notice,
     obstacle,
     resolve_attention_backend,
+    selection,
 )
-from megasora.kernels.attention_padded import CPU, EFFICIENT, FLASH, MATH, deterministic_algorithms
-from megasora.kernels.attention_varlen import library
+from megasora.kernels.attention_padded import CPU, CUDNN, EFFICIENT, FLASH, MATH, deterministic_algorithms
+from megasora.kernels.attention_varlen import VARLEN, library
 from megasora.kernels.merge_partial_attention import merge_partial_attention
 
 # lengths of the segments' queries and keys; the first pack is self-attention
@@ -256,16 +263,48 @@ def varlen(calls):
     return locals()
 
 
+def cudnn(calls, lse_dims):
+    """The operators of PyTorch for cuDNN; the log-sum-exp has 3 dims in some versions, 4 in others."""
+
+    def check(q, k, v):
+        assert q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[2] > 1 and k.shape[2] > 1
+        assert all(x.stride(-1) == 1 and s % 8 == 0 for x in (q, k, v) for s in x.stride()[:-1])
+
+    def _scaled_dot_product_cudnn_attention(
+        query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
+        scale=None,
+    ):  # fmt: skip
+        check(query, key, value)
+        assert attn_bias is scale is None and compute_log_sumexp and dropout_p == 0.0 and is_causal is False
+        out, lse = MATH.forward(query, key, value, None)
+        empty = torch.empty(0, dtype=torch.int64)
+        lengths = query.shape[2], key.shape[2]
+        return out, lse if lse_dims == 3 else lse[..., None], None, None, *lengths, empty, empty, None
+
+    def _scaled_dot_product_cudnn_attention_backward(
+        grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k,
+        max_q, max_k, dropout_p, is_causal, *, scale=None,
+    ):  # fmt: skip
+        check(query, key, value)
+        assert attn_bias is cum_seq_q is cum_seq_k is scale is None and dropout_p == 0.0 and is_causal is False
+        assert (max_q, max_k) == (query.shape[2], key.shape[2]) and out.stride(-1) == grad_out.stride(-1) == 1
+        assert logsumexp.is_contiguous() and logsumexp.ndim == lse_dims
+        calls.append(False)
+        return MATH.backward(grad_out, query, key, value, out, logsumexp.reshape(query.shape[:3]), None)
+
+    return locals()
+
+
 def module_of(functions, **attributes):
     module = ModuleType("mock")
-    vars(module).update(attributes, **{name: f for name, f in functions.items() if name.startswith("_flash")})
+    vars(module).update(attributes, **{name: f for name, f in functions.items() if name.startswith("_")})
     return module
 
 
 @pytest.fixture
 def fresh_caches():
     """Clears the caches of installed libraries before and after a test."""
-    caches = library, obstacle, auto_backend
+    caches = library, obstacle, candidates, attention_padded.cudnn_lse_dims
     for cache in caches:
         cache.cache_clear()
     yield
@@ -273,7 +312,12 @@ def fresh_caches():
         cache.cache_clear()
 
 
-VARIANTS = ("sdpa", "math", "flash4", "flash2", "flash3", "flash3 early", "varlen")
+VARIANTS = ("sdpa", "math", "flash4", "flash2", "flash3", "flash3 early", "varlen", "cudnn 3", "cudnn 4")
+
+
+CPU_OPERATORS = [  # of segments of one token, which cuDNN does not take
+    f"_scaled_dot_product_flash_attention_for_cpu{suffix}" for suffix in ("", "_backward")
+]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -292,8 +336,12 @@ def variant(request, monkeypatch, fresh_caches):
         monkeypatch.setitem(sys.modules, key, module_of(functions))
     if name == "varlen":
         monkeypatch.setattr(attention_varlen, "aten", module_of(varlen(calls)))
-    if name in module.VARLEN:
-        monkeypatch.setattr(module, "obstacle", lambda *_: None)
+    if name == "cudnn":
+        operators = vars(module_of(cudnn(calls, int(request.param[-1]))))
+        operators |= {name: getattr(torch.ops.aten, name) for name in CPU_OPERATORS}
+        monkeypatch.setattr(attention_padded, "aten", SimpleNamespace(**operators))
+    if name in VARLEN or name == "cudnn":
+        monkeypatch.setattr(attention_choice, "obstacle", lambda *_: None)
     return SimpleNamespace(
         name=name,
         calls=calls,
@@ -537,12 +585,15 @@ H100, A100, B200 = (9, 0), (8, 0), (10, 0)
 
 @pytest.fixture
 def machine(monkeypatch, fresh_caches):
-    """machine(capability, flash2=version or None, flash3=bool, flash4=bool): mocks a GPU and its libraries."""
+    """machine(capability, flash2=version or None, flash3=bool, flash4=bool, cudnn=version or None): mocks a GPU of 132
+    multiprocessors and its libraries."""
 
-    def mock(capability, flash2=None, flash3=False, flash4=False):
+    def mock(capability, flash2=None, flash3=False, flash4=False, cudnn=None):
         for name in ("flash_attn.cute", attention_varlen.FLASH4):
             monkeypatch.setitem(sys.modules, name, ModuleType("mock") if flash4 else None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        monkeypatch.setattr(attention_choice, "num_processors", lambda device: 132)
         monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("mock") if flash3 else None)
         mocked_module = module_of({}, __version__=flash2) if flash2 else None
         package = mocked_module or (
@@ -554,29 +605,110 @@ def machine(monkeypatch, fresh_caches):
     return mock
 
 
+def queries_on(device, dtype=torch.bfloat16, head_dim=128, heads=12):
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(4, heads, head_dim))
+
+
+ALL = {"flash4": True, "flash3": True, "flash2": "2.8.3", "cudnn": 91900}
+
+
 @pytest.mark.parametrize(
-    ("capability", "installed", "dtype", "head_dim", "expected"),
+    ("capability", "installed", "dtype", "head_dim", "deterministic", "any_order"),
     [
-        (H100, {"flash4": True, "flash2": "2.8.3", "flash3": True}, torch.bfloat16, 128, "flash4"),
-        (H100, {"flash4": True}, torch.bfloat16, 256, "varlen"),
-        (B200, {"flash4": True}, torch.bfloat16, 128, "flash4"),
-        (A100, {"flash4": True}, torch.bfloat16, 128, "varlen"),
-        (H100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 128, "flash3"),
-        (H100, {"flash2": "2.7.0.post2", "flash3": True}, torch.float16, 256, "flash2"),
-        (H100, {"flash2": "2.6.3"}, torch.bfloat16, 128, "varlen"),
-        (H100, {}, torch.bfloat16, 256, "varlen"),
-        (H100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 264, "sdpa"),
-        (H100, {"flash2": "2.8.3", "flash3": True}, torch.float32, 64, "sdpa"),
-        (H100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 60, "math"),
-        (H100, {"flash2": "2.8.3", "flash3": True}, torch.float64, 64, "math"),
-        (A100, {"flash2": "2.8.3", "flash3": True}, torch.bfloat16, 128, "flash2"),
-        (B200, {"flash3": True}, torch.bfloat16, 128, "varlen"),
-        ((7, 5), {"flash2": "2.8.3", "flash3": True}, torch.float16, 128, "math"),
+        (H100, ALL, torch.bfloat16, 128, "flash4", "flash4"),
+        (H100, ALL, torch.bfloat16, 192, "flash3", "flash3"),
+        (H100, ALL, torch.bfloat16, 256, "flash2", "flash3"),  # flash-attn 3 has no deterministic backward of it
+        (H100, ALL, torch.bfloat16, 264, "sdpa", "sdpa"),
+        (H100, ALL, torch.float32, 64, "sdpa", "sdpa"),
+        (H100, ALL, torch.bfloat16, 60, "math", "math"),
+        (H100, ALL, torch.float64, 64, "math", "math"),
+        (H100, {"cudnn": 91900}, torch.bfloat16, 128, "varlen", "cudnn"),
+        (H100, {"cudnn": 90000}, torch.bfloat16, 128, "varlen", "varlen"),
+        (H100, {"cudnn": 91900}, torch.bfloat16, 256, "varlen", "varlen"),
+        (H100, {"flash2": "2.8.3", "cudnn": 91900}, torch.float16, 64, "flash2", "cudnn"),
+        (H100, {"flash2": "2.6.3"}, torch.bfloat16, 128, "varlen", "varlen"),
+        (B200, ALL, torch.bfloat16, 128, "flash4", "flash4"),
+        (B200, {**ALL, "flash4": False}, torch.bfloat16, 128, "flash2", "cudnn"),
+        (B200, {"flash3": True}, torch.bfloat16, 128, "varlen", "varlen"),
+        (A100, ALL, torch.bfloat16, 128, "flash2", "flash2"),
+        (A100, {"flash4": True, "cudnn": 91900}, torch.bfloat16, 128, "varlen", "varlen"),
+        ((12, 0), ALL, torch.bfloat16, 128, "flash2", "flash2"),
+        ((7, 5), ALL, torch.float16, 128, "math", "math"),
     ],
 )
-def test_auto_takes_the_fastest_supported_backend(machine, capability, installed, dtype, head_dim, expected):
+def test_auto_takes_the_fastest_that_supports_chip_dtype_head_dim_and_order(
+    machine, capability, installed, dtype, head_dim, deterministic, any_order
+):
     machine(capability, **installed)
-    assert auto_backend(torch.device("cuda", 0), dtype, head_dim) == expected
+    q = queries_on("cuda:0", dtype, head_dim)
+    assert (auto_backend(q), auto_backend(q, deterministic=False)) == (deterministic, any_order)
+
+
+def pack_of(lengths, text=None):
+    keys = [text] * len(lengths) if text else lengths
+    return Segments.from_cu_seqlens(cumulative(lengths), cumulative(keys), sum(lengths), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("installed", "segments", "heads", "deterministic", "expected"),
+    [
+        (ALL, pack_of([36_864], text=20), 12, True, "flash2"),  # 12 programs for 132 multiprocessors
+        (ALL, pack_of([36_864], text=20), 12, False, "flash2"),
+        (ALL, pack_of([36_864], text=512), 40, True, "flash4"),
+        (ALL, pack_of([4_608] * 8, text=20), 12, True, "flash4"),
+        ({"cudnn": 91900}, pack_of([36_864], text=20), 12, False, "varlen"),
+        ({"cudnn": 91900}, pack_of([36_864]), 12, False, "cudnn"),
+        ({"cudnn": 91900}, pack_of([36_864]), 12, True, "varlen"),
+        ({"cudnn": 91900}, pack_of([29_184] + [128] * 60), 12, False, "cudnn"),
+        ({"cudnn": 91900}, pack_of([1000 + 8 * i for i in range(MAX_CUDNN_LENGTHS + 1)]), 12, False, "varlen"),
+        ({}, pack_of([0, 0]), 12, False, "varlen"),
+    ],
+)
+def test_auto_considers_the_lengths_of_the_pack(machine, installed, segments, heads, deterministic, expected):
+    machine(H100, **installed)
+    q = queries_on("cuda:0", heads=heads)
+    assert resolve_attention_backend("auto", q, segments, deterministic) == expected
+    assert auto_backend(q, segments, deterministic) == expected  # from the first choice
+    assert resolve_attention_backend("varlen", q, segments, deterministic) == "varlen"
+
+
+def test_few_keys_never_lead_to_attention_with_padding():
+    assert choose(("flash4", "sdpa", "math"), pack_of([8], text=2), 1, 132) == "flash4"
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "properties", "deterministic", "parts"),
+    [
+        (H100, {"flash4": True}, {}, True, []),
+        (H100, {"flash3": True}, {}, True, []),
+        (A100, {}, {}, True, []),
+        (H100, {}, {"head_dim": 256}, True, []),
+        (H100, {}, {}, True, ["FlashAttention-2 (varlen)", "pip install --pre flash-attn-4"]),
+        (H100, {"cudnn": 91900}, {}, True, ["FlashAttention-2 (varlen)", "pip install --pre flash-attn-4"]),
+        (H100, {"cudnn": 91900}, {}, False, ["cuDNN for packs of up to 4", "pip install --pre flash-attn-4"]),
+        (H100, ALL, {"dtype": torch.float32}, True, ["memory-efficient", "torch.float32; use run.dtype=bfloat16"]),
+        (H100, ALL, {"head_dim": 320}, True, ["memory-efficient", "up to 256, not 320; change model.heads"]),
+        (
+            H100,
+            ALL,
+            {"head_dim": 60},
+            True,
+            ["plain matrix products", "60 must be a multiple of 8; change model.heads"],
+        ),
+        ((7, 5), {}, {"dtype": torch.float16}, True, ["plain matrix products", "compute capability 8.0"]),
+    ],
+)
+def test_a_slow_choice_of_auto_is_reported_with_the_remedy(
+    machine, capability, installed, properties, deterministic, parts
+):
+    machine(capability, **installed)
+    q = queries_on("cuda:0", **properties)
+    text = notice(q.device, q.dtype, q.shape[-1], deterministic)
+    assert bool(text) == bool(parts) and all(part in text for part in parts), text
+    assert notice(torch.device("cpu"), q.dtype, q.shape[-1], deterministic) == ""
+    queries = q.device, q.dtype, q.shape[-1], deterministic
+    assert selection("auto", *queries) == (auto_backend(q, deterministic=deterministic), text)
+    assert selection("math", *queries) == ("math", "")
 
 
 def test_auto_is_sdpa_on_cpus_and_math_on_other_devices(fresh_caches):
@@ -587,14 +719,16 @@ def test_auto_is_sdpa_on_cpus_and_math_on_other_devices(fresh_caches):
 @pytest.mark.parametrize(
     ("backend", "properties", "message"),
     [
-        ("flash", {}, "backend='flash' must be auto or one of flash4, flash3, flash2, varlen, sdpa, math"),
+        ("flash", {}, f"backend='flash' must be auto or one of {', '.join(BACKENDS)}"),
         ("varlen", {"device": "cpu"}, "no kernel for device cpu; use 'sdpa' or 'auto'"),
         ("sdpa", {"device": "meta"}, "no kernel for device meta; use 'math' or 'auto'"),
         ("varlen", {"dtype": torch.float32}, "it takes bfloat16 and float16, not torch.float32; use 'sdpa'"),
         ("sdpa", {"dtype": torch.float64}, "it takes no float64; use 'math'"),
         ("varlen", {"head_dim": 100}, "head dim 100 must be a multiple of 8; use 'math'"),
         ("varlen", {"head_dim": 320}, "it takes head dims up to 256, not 320; use 'sdpa'"),
-        ("flash3", {"head_dim": 256}, "it takes head dims up to 192, not 256; use 'varlen'"),
+        ("flash3", {"head_dim": 256}, "up to 192 with a deterministic backward pass, not 256; use 'varlen'"),
+        ("flash4", {"head_dim": 256}, "it takes head dims up to 128, not 256; use 'varlen'"),
+        ("cudnn", {}, "its backward pass has no fixed order of sums; it needs model.deterministic=false; use 'varlen'"),
         ("flash3", {}, "flash_attn_interface cannot be imported .*; use 'varlen'"),
         ("flash2", {}, "flash_attn is 2.5.8, it needs 2.7 or newer; use 'varlen'"),
         ("flash3", {"capability": A100}, r"it needs compute capability 9, cuda:0 has 8.0; use 'varlen'"),
@@ -603,12 +737,13 @@ def test_auto_is_sdpa_on_cpus_and_math_on_other_devices(fresh_caches):
 )
 def test_an_unsupported_backend_raises_with_the_reason_and_an_alternative(machine, backend, properties, message):
     machine(properties.get("capability", H100), flash2="2.5.8")
-    device = torch.device(properties.get("device", "cuda:0"))
-    q = SimpleNamespace(
-        device=device, dtype=properties.get("dtype", torch.bfloat16), shape=(4, 2, properties.get("head_dim", 64))
+    q = queries_on(
+        properties.get("device", "cuda:0"), properties.get("dtype", torch.bfloat16), properties.get("head_dim", 64)
     )
     with pytest.raises(ValueError, match=message):
         resolve_attention_backend(backend, q)
+    with pytest.raises(ValueError, match=message):
+        selection(backend, q.device, q.dtype, q.shape[-1])
 
 
 def test_a_broken_library_counts_as_missing(monkeypatch, fresh_caches):
@@ -625,7 +760,7 @@ def test_a_broken_library_counts_as_missing(monkeypatch, fresh_caches):
 def test_libraries_receive_the_deterministic_flag(variant, deterministic):
     q, k, v, segments = make([5, 9], padding=1)
     variant.attention(q, k, v, segments, deterministic=deterministic).sum().backward()
-    assert variant.calls == ([deterministic] if variant.name in module.VARLEN else [])
+    assert variant.calls == ([deterministic] if variant.name in VARLEN else [False, False] * (variant.name == "cudnn"))
 
 
 def test_deterministic_algorithms_restores_the_settings():
@@ -648,7 +783,7 @@ def test_deterministic_algorithms_restores_the_settings():
                 torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT], ids=["flash", "efficient"])
+@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT, CUDNN], ids=["flash", "efficient", "cudnn"])
 def test_gpu_kernels_match_the_signatures_of_this_pytorch(kernel):
     q, k, v = (torch.empty(2, 3, m, 8, dtype=torch.bfloat16, device="meta") for m in (7, 11, 11))
     out, lse = kernel.forward(q, k, v, None)
@@ -658,7 +793,7 @@ def test_gpu_kernels_match_the_signatures_of_this_pytorch(kernel):
 
 
 def test_varlen_matches_the_signatures_of_this_pytorch(monkeypatch):
-    monkeypatch.setattr(module, "obstacle", lambda *_: None)
+    monkeypatch.setattr(attention_choice, "obstacle", lambda *_: None)
     q, k, v = (torch.empty(m, 3, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for m in (20, 30, 30))
     segments = Segments.from_ranges(*map(torch.tensor, ([12, 6], [8, 5], [3, 9], [6, 3])), 20, "meta")
     out, lse = attention_forward(q, k, v, segments, "varlen")
@@ -700,7 +835,7 @@ def on_gpu(request):
     backend, dtype = request.param
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    reason = obstacle(backend, torch.device("cuda", 0), dtype, 64)
+    reason = obstacle(backend, torch.device("cuda", 0), dtype, 64, backend != "cudnn")
     if reason is not None:
         pytest.skip(reason)
     columns = (
@@ -718,31 +853,31 @@ def on_gpu(request):
     return backend, [x.requires_grad_() for x in inputs], segments, expected
 
 
-each_on_gpu = pytest.mark.parametrize(
-    "on_gpu",
-    [(name, torch.bfloat16) for name in ("flash3", "flash2", "varlen", "sdpa", "math")] + [("sdpa", torch.float32)],
-    indirect=True,
-    ids=lambda param: f"{param[0]} {param[1]}".replace("torch.", ""),
-)
+GPU_CASES = [(name, torch.bfloat16) for name in BACKENDS] + [("sdpa", torch.float32)]
+
+
+def each_on_gpu(cases):
+    ids = [f"{name} {dtype}".replace("torch.", "") for name, dtype in cases]
+    return pytest.mark.parametrize("on_gpu", cases, indirect=True, ids=ids)
 
 
 @pytest.mark.gpu
-@each_on_gpu
+@each_on_gpu(GPU_CASES)
 def test_output_and_every_gradient_on_a_gpu(on_gpu):
     backend, inputs, segments, (wide, wide_segments) = on_gpu
-    grad_out = normal(2600, 4, 64, seed=9)
-    out = attention(*inputs, segments, backend=backend)
+    deterministic, grad_out = backend != "cudnn", normal(2600, 4, 64, seed=9)
+    out = attention(*inputs, segments, backend=backend, deterministic=deterministic)
     expected, expected_lse = attention_reference(*wide, wide_segments)
     actual = out, *torch.autograd.grad(out, inputs, grad_out.to(out))
     for x, expected_tensor in zip(actual, (expected, *torch.autograd.grad(expected, wide, grad_out)), strict=True):
         assert (x.cpu().double() - expected_tensor).norm() < 1e-2 * expected_tensor.norm()
         assert (x[2400:] == 0).all()
-    _, lse = attention_forward(*inputs, segments, backend)
+    _, lse = attention_forward(*inputs, segments, backend, deterministic)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
-@each_on_gpu
+@each_on_gpu([case for case in GPU_CASES if case[0] != "cudnn"])
 def test_gradients_on_a_gpu_repeat_bit_by_bit(on_gpu):
     backend, inputs, segments, _ = on_gpu
     out, lse = attention_forward(*inputs, segments, backend)

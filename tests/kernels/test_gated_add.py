@@ -84,8 +84,8 @@ def test_operators_pass_opcheck():
     rows = build_rows((4, 0, 5), 3, TRITON_DEVICE)
     x, branch, gate = for_triton(inputs((4, 0, 5), 3, 24))
     index = rows.tile_start_Q, rows.tile_row_Q
-    torch.library.opcheck(forward_triton, (x, branch, gate, *index))
-    torch.library.opcheck(backward_triton, (x, branch, gate, *index, rows.first_tile_R))
+    torch.library.opcheck(forward_triton, (x, branch, gate, *index, rows.first_tile_P))
+    torch.library.opcheck(backward_triton, (x, branch, gate, *index, rows.first_tile_R, rows.first_tile_P))
 
 
 def test_invalid_arguments_raise():

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpre
 # The proportions of a pack of 64K tokens or more: vectors of rows and of tiles, and the statistics of tokens and heads,
 # are 1/128 of the activations.
 LONG = Size(tokens=1024, width=128, head_dim=128, row_tokens=1024)
-# Read by every program, and therefore cached.
-IN_CACHE = ".frequency_P", ".weight_D", ".bias_D", ".q_weight", ".k_weight"
+# Read by every program, or for every token of a program, and therefore cached.
+IN_CACHE = ".frequency_P", ".weight_D", ".bias_D", ".q_weight", ".k_weight", ".shift_RD", ".scale_RD", ".gate_RD"
 
 
 @pytest.fixture
 def long_tiles(monkeypatch):
-    monkeypatch.setattr(rows, "TILE_TOKENS_BY_PACK_SIZE", {0: rows.TILE_TOKENS_BY_PACK_SIZE[65_536]})
+    monkeypatch.setattr(rows, "MIN_TILE_TOKENS", rows.tile_tokens_for(65_536))
 
 
 @pytest.mark.usefixtures("long_tiles")

@@ -98,6 +98,26 @@ def test_inputs_need_not_be_contiguous(norm, backend, device, dtype):
         )
 
 
+@each_variant
+@pytest.mark.parametrize("norm", ["per_head", "none"])
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_bias_that_was_added_before_gets_its_gradient_too(size, rotated, norm, backend, device, dtype):
+    num_tokens, num_heads, head_dim = SIZES[size]
+
+    def with_bias(qkv, bias, *weights):
+        rope = build_rope(num_tokens, head_dim, device) if rotated else None
+        return bind(qk_norm_rope3d, rope, norm, backend=backend, bias=bias)(qkv, *weights)
+
+    def reference(qkv, bias, *weights):
+        added = (bias - bias.detach()).view(1, 3, num_heads, head_dim)  # zeros
+        rope = build_rope(num_tokens, head_dim) if rotated else None
+        return bind(qk_norm_rope3d_reference, rope, norm)(qkv + added, *weights)
+
+    qkv, *weights = inputs(*SIZES[size], norm)
+    assert_agrees(with_bias, reference, [qkv, normal(3 * num_heads * head_dim, seed=5), *weights], device, dtype)
+
+
 @each_norm
 def test_gradients_of_the_reference_equal_finite_differences(norm):
     tensors = [x.requires_grad_() for x in inputs(2, 2, 6, norm)]
@@ -193,7 +213,7 @@ def test_kernels_write_all_of_their_outputs_and_nothing_else(size, norm):
     grads = for_triton([normal(num_tokens, num_heads, head_dim)] * 3)
     with guard_zones():
         forward_triton(qkv, *rest)
-        backward_triton(*grads, None if norm == "none" else qkv, *rest)
+        backward_triton(*grads, None if norm == "none" else qkv, *rest, norm != "across_heads")
 
 
 @each_backend
@@ -215,7 +235,7 @@ def test_operators_pass_opcheck(norm):
     weights = weights or [None, None]
     torch.library.opcheck(forward_triton, (qkv, *weights, *parts, EPS, norm))
     grads = for_triton(normal(3, 5, 2, 12)[[0, 2, 1]])
-    arguments = *grads, None if norm == "none" else qkv, *weights, *parts, EPS, norm
+    arguments = *grads, None if norm == "none" else qkv, *weights, *parts, EPS, norm, norm != "across_heads"
     torch.library.opcheck(backward_triton, arguments)
 
 

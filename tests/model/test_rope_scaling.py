@@ -1,6 +1,7 @@
 """A VideoDiT with other rotary frequencies: the whole model and its pipeline stages, while a context is open."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ def test_none_changes_no_bit_and_the_frequencies_are_restored_also_after_an_erro
         assert not torch.allclose(run(model, batch), plain)
         raise RuntimeError("stop")
     assert torch.equal(run(model, batch), plain)
+
+
+def test_packs_that_a_loader_plans_meanwhile_keep_the_frequencies_of_training(batch):
+    model = make_model()
+    plan, plain = model.plan(batch), run(model, batch)
+    with scaled_rope([model], "riflex", TRAINED, GRID):
+        planned = dataclasses.replace(batch, plan=model.plan(batch))
+        assert torch.equal(planned.plan.rope.frequency_P, plan.rope.frequency_P)
+        assert torch.equal(run(model, planned), plain) and not torch.allclose(run(model, batch), plain)
 
 
 def test_ntk_is_the_model_with_the_ntk_factors_of_the_larger_axes(batch):
