@@ -44,6 +44,15 @@ def all_reduce_async(x: Tensor, axis: Axis) -> Pending:
     return x, dist.all_reduce(x, group=axis.group, async_op=True) if axis.is_split else None
 
 
+def all_to_all_async(x: Tensor, axis: Axis) -> Pending:
+    """Starts an all-to-all: x [size, ...], what goes to each rank, to [size, ...], what came from each; the output is
+    valid after `wait`."""
+    if not axis.is_split:
+        return x, None
+    received = x.new_empty(x.shape)
+    return received, dist.all_to_all_single(received, x.contiguous(), group=axis.group, async_op=True)
+
+
 def wait(pending: Pending) -> Tensor:
     """Waits for a collective and returns its output."""
     x, work = pending
@@ -55,6 +64,15 @@ def wait(pending: Pending) -> Tensor:
 def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     """The sum of x over an axis, in a new tensor, without a gradient."""
     return wait(all_reduce_async(x.detach().clone(), axis))
+
+
+def all_reduce_max(x: Tensor, axis: Axis) -> Tensor:
+    """The maximum of x over an axis, element by element; x itself on an axis of size 1."""
+    if not axis.is_split:
+        return x
+    highest = x.detach().clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=axis.group)
+    return highest
 
 
 def all_reduce_min(x: Tensor, axis: Axis) -> Tensor:

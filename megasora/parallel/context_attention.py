@@ -1,9 +1,8 @@
 """Self-attention over a pack whose tokens are on several ranks: q, k, v of this rank's tokens in, their outputs out.
 
 The context axis is ring x ulysses. A ContextSplit assigns the pack's tokens to the ranks of the ring. The share of a
-ring rank is divided into equal ranges of slots over its Ulysses ranks. These exchange tokens for heads by an
-all-to-all, so that each has all tokens of the share and some of the heads, and back after attention
-(DeepSpeed-Ulysses, arXiv 2309.14509).
+ring rank is divided into equal ranges of slots over its Ulysses ranks. These exchange tokens for heads, so that each
+has all tokens of the share and some of the heads, and back after attention (`ulysses.py`).
 
 Along the ring, each rank attends to its own keys, then to those of others (Ring Attention, arXiv 2310.01889), in the
 exchanges planned by `ring_exchanges.py`. Partial softmaxes are merged by their log-sum-exp. The backward pass makes the
@@ -25,10 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasora.batch import VideoBatch
-from megasora.kernels.attention import attention, attention_backward, attention_forward, reuse_or_compute
+from megasora.kernels.attention import attention, attention_backward, attention_forward, prepare, reuse_or_compute
 from megasora.kernels.merge_partial_attention import merge_partial_attention
+from megasora.parallel.collectives import Pending, all_to_all_async
 from megasora.parallel.mesh import Axis
 from megasora.parallel.ring_exchanges import ContextSegments, RingExchange, build_context_segments
+from megasora.parallel.ulysses import UlyssesAttention, head_groups
 
 
 @dataclass(frozen=True)
@@ -90,24 +91,35 @@ class ContextAttention:
             )
         return build_context_segments(split, self.ring.rank, batch.patches_LP.device)
 
+    def prepared_segments(self, batch: VideoBatch, q: Tensor) -> ContextSegments:
+        """`segments`, prepared for queries like `q` [0, N, K] with the heads of this rank outside of attention."""
+        segments = self.segments(batch)
+        for heads in head_groups(q.shape[1] // self.ulysses.size) if self.ulysses.is_split else [slice(None)]:
+            for part in (segments.local, *(exchange.segments for exchange in segments.exchanges)):
+                prepare(part, q[:, heads], self.backend, self.deterministic)
+        return segments
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, segments: ContextSegments, saved_output: list | None = None
     ) -> Tensor:
         """q, k, v [L, N, K] of this rank's tokens -> [L, N, K], zeros at padding. Differentiable.
 
         `saved_output` as in `megasora.kernels.attention.attention`. A call that finds the result there makes no ring
-        exchange; the all-to-alls of Ulysses are repeated, as the backward pass needs the received q, k, v. ValueError
-        on shapes that do not fit.
+        exchange; the all-to-alls of Ulysses are repeated, and in flight until the backward pass. ValueError on shapes
+        that do not fit.
         """
+        attend = self.attend
+        if torch.compiler.is_compiling():  # as megasora.kernels.attention.attention
+            attend = torch.compiler.disable(attend)
+        return attend(q, k, v, segments, saved_output)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: ContextSegments, saved_output: list | None) -> Tensor:
         self.check_inputs(q, k, v, segments)
-        size = self.ulysses.size
-        if size == 1:
-            return self.attend(q, k, v, segments, saved_output)
-        heads_by_peer = torch.stack((q, k, v), 1).unflatten(2, (size, -1)).movedim(2, 0)  # [peer, L, 3, N / size, K]
-        q, k, v = UlyssesAllToAll.apply(heads_by_peer, self).flatten(0, 1).unbind(1)
-        out = self.attend(q, k, v, segments, saved_output)
-        tokens_by_peer = out.unflatten(0, (size, -1))  # [peer, L, N / size, K]
-        return UlyssesAllToAll.apply(tokens_by_peer, self).movedim(0, 1).flatten(1, 2)
+        if self.ulysses.is_split:
+            return UlyssesAttention.apply(q, k, v, self, segments, saved_output)
+        if self.ring.is_split:
+            return RingAttention.apply(q, k, v, self, segments, saved_output)
+        return attention(q, k, v, segments.local, saved_output, self.backend, self.deterministic)
 
     def check_inputs(self, q: Tensor, k: Tensor, v: Tensor, segments: ContextSegments) -> None:
         size = self.ulysses.size
@@ -123,31 +135,37 @@ class ContextAttention:
         if q.shape[1] % size:
             raise ValueError(f"{q.shape[1]} heads cannot be divided by {size} Ulysses ranks")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: ContextSegments, saved_output: list | None) -> Tensor:
-        """Attention of all tokens of this ring rank, for this Ulysses rank's heads."""
-        if not self.ring.is_split:
-            return attention(q, k, v, segments.local, saved_output, self.backend, self.deterministic)
-        return RingAttention.apply(q, k, v, self, segments, saved_output)
+    def attend_forward(self, q: Tensor, k: Tensor, v: Tensor, segments: ContextSegments) -> tuple[Tensor, Tensor]:
+        """out [L, N, K] and lse [L, N] of all tokens of this ring rank, for some heads."""
+        if self.ring.is_split:
+            return self.ring_forward(q, k, v, segments)
+        return attention_forward(q, k, v, segments.local, self.backend, self.deterministic)
 
-    def all_to_all(self, x: Tensor) -> Tensor:
-        """[peer, ...], what goes to each Ulysses peer -> [peer, ...], what came from each."""
-        x = x.contiguous()
-        received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=self.ulysses.group)
+    def attend_backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: ContextSegments
+    ) -> tuple[Tensor, ...]:
+        """dq, dk, dv of the same."""
+        tensors = grad_out, q, k, v, out, lse
+        if self.ring.is_split:
+            return self.ring_backward(*tensors, segments)
+        return attention_backward(*tensors, segments.local, self.backend, self.deterministic)
+
+    def all_to_all(self, x: Tensor) -> Pending:
+        """Starts an all-to-all: [peer, ...], what goes to each Ulysses peer -> [peer, ...], what came from each."""
         self.bytes_sent += x.nbytes // len(x) * (len(x) - 1)
-        return received
+        return all_to_all_async(x, self.ulysses)
 
     def ring_forward(self, q: Tensor, k: Tensor, v: Tensor, segments: ContextSegments) -> tuple[Tensor, Tensor]:
         """out [L, N, K] and lse [L, N] over the keys of all ranks."""
         exchanges = [exchange for exchange in segments.exchanges if exchange.num_sent or exchange.num_received]
         arrivals = prefetch_one(self.post_keys(exchange, k, v) for exchange in exchanges)
-        out, lse = attention_forward(q, k, v, segments.local, self.backend)
+        out, lse = attention_forward(q, k, v, segments.local, self.backend, self.deterministic)
         out = out.to(lse.dtype)
         for exchange, arriving in zip(exchanges, arrivals, strict=True):
             keys = arriving.wait()
             if keys is not None:
                 at = exchange.query_slots
-                partial = attention_forward(q[at], *keys.unbind(), exchange.segments, self.backend)
+                partial = attention_forward(q[at], *keys.unbind(), exchange.segments, self.backend, self.deterministic)
                 out[at], lse[at] = merge_partial_attention(out[at], lse[at], *partial)
         return out.to(q.dtype), lse
 
@@ -212,20 +230,6 @@ class ContextAttention:
         if received is not None:
             ops.append(dist.P2POp(dist.irecv, received, self.ring.global_rank(src), group, tag))
         return Transfer(dist.batch_isend_irecv(ops) if ops else [], sent, received)
-
-
-class UlyssesAllToAll(torch.autograd.Function):
-    """All-to-all over the Ulysses axis. The backward pass is the same: a gradient goes back to the sender."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, context: ContextAttention) -> Tensor:
-        ctx.context = context
-        return context.all_to_all(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.context.all_to_all(grad), None
 
 
 class RingAttention(torch.autograd.Function):

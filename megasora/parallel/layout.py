@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from math import gcd
 
-from megasora.config import Config
+from megasora.config import Config, ParallelConfig
 from megasora.errors import MegaSoraError
+from megasora.kernels.float8 import MULTIPLE as FP8_MULTIPLE
 from megasora.parallel.pipeline import check_microbatches, num_stages
+
+
+def resolve_zero_stage(parallel: ParallelConfig, device_type: str) -> int:
+    """The ZeRO stage of a run on "cpu" or "cuda": parallel.zero_stage; for 0 it is 2 on GPUs, else 1.
+
+    On GPUs whole fp32 gradients on every rank cost memory, and their sum over the ranks has to wait for the last pack.
+    A pipeline sums gradients once, after all packs of a step, so it has stage 1.
+    """
+    if parallel.zero_stage:
+        return parallel.zero_stage
+    return 2 if device_type == "cuda" and parallel.pipeline == 1 else 1
 
 
 def check_layout(config: Config, processes: int) -> None:
@@ -15,6 +27,7 @@ def check_layout(config: Config, processes: int) -> None:
     data = check_sampling_layout(config, processes)
     packs = check_packs(config, data, processes)
     check_optimizer(config)
+    check_compile(config)
     if p.pipeline > 1:
         check_microbatches(p.schedule, p.pipeline, packs, data)
     if p.zero_stage > 1 and p.pipeline > 1:
@@ -34,9 +47,26 @@ def check_sampling_layout(config: Config, processes: int) -> int:
         )
     data = data_axis_size(config, processes)
     check_tensor_axis(config)
+    check_fp8_sizes(config)
     check_context_axis(config)
     check_pipeline_axis(config)
     return data
+
+
+def check_compile(config: Config) -> None:
+    """Raises MegaSoraError for layouts whose blocks do what a compiler cannot trace."""
+    p = config.parallel
+    reasons = {
+        f"parallel.tensor={p.tensor}": p.tensor > 1 and "a block's matrices communicate while they compute",
+        f"parallel.pipeline={p.pipeline}": p.pipeline > 1 and "its schedules keep several packs in a block at once",
+        "parallel.zero_stage=3": p.zero_stage == 3 and "the weights of a block are gathered while it runs",
+    }
+    reason = next((f"{key}: {reason}" for key, reason in reasons.items() if reason), None)
+    if config.model.compile and reason is not None:
+        raise MegaSoraError(
+            f"model.compile=true cannot be combined with {reason}; use model.compile=false, or data and context "
+            "parallelism with ZeRO 1 or 2"
+        )
 
 
 def check_codec_layout(config: Config, processes: int) -> None:
@@ -54,6 +84,10 @@ def check_codec_layout(config: Config, processes: int) -> None:
                 f"parallel.{key}={getattr(p, key)} divides the {what} of a DiT and is not for megasora.train_codec; "
                 "use 1, and parallel.context and parallel.rows to divide long or large clips"
             )
+    if p.symmetric_memory:
+        raise MegaSoraError(
+            "parallel.symmetric_memory=true is for the matrices of a DiT and not for megasora.train_codec; use false"
+        )
     if p.context % p.rows:
         raise MegaSoraError(
             f"parallel.rows={p.rows} must divide parallel.context={p.context}; use "
@@ -144,6 +178,24 @@ def check_tensor_axis(config: Config) -> None:
             f"parallel.tensor={tensor} must divide the {hidden} hidden features of an MLP (model.width={m.width} x "
             f"model.mlp_ratio={m.mlp_ratio}); use {legal}, or another ratio"
         )
+
+
+def check_fp8_sizes(config: Config) -> None:
+    """FP8 products take multiples of 16 features, of a whole vector and of a tensor rank's part of it."""
+    tensor, m = config.parallel.tensor, config.model
+    if m.fp8_recipe == "none":
+        return
+    legal = FP8_MULTIPLE * tensor
+    for what, features in (
+        (f"model.width={m.width}", m.width),
+        (f"model.width={m.width} x model.mlp_ratio={m.mlp_ratio} = {m.mlp_hidden}", m.mlp_hidden),
+    ):
+        if features % legal:
+            per_rank = f" on each of parallel.tensor={tensor} ranks" if tensor > 1 else ""
+            raise MegaSoraError(
+                f"model.fp8_recipe={m.fp8_recipe} needs multiples of {FP8_MULTIPLE} features{per_rank}, so {what} must "
+                f"be a multiple of {legal}; use {nearest_multiples(legal, features)}, or model.fp8_recipe=none"
+            )
 
 
 def check_context_axis(config: Config) -> None:

@@ -22,8 +22,11 @@ from megasora.config import Config, load
 from megasora.data.loader import StepBatch
 from megasora.data.pack import Record, make_batch
 from megasora.data.packing_plan import Cursor
+from megasora.device_transfer import DeviceTransfer
 from megasora.diffusion.flow import FlowMatching, velocity_error
+from megasora.kernels.linear import Float8Products, Linear
 from megasora.optim.schedule import lr_at
+from megasora.optim.update import Update
 from megasora.parallel.mesh import Mesh, build_mesh
 from megasora.parallel.replica_check import check_replicas
 from megasora.parallel.share import share_pack
@@ -153,6 +156,9 @@ def single_process(config: Config, dtype: torch.dtype, steps: int) -> dict:
         for name, parameter in model.named_parameters():
             parameter.copy_(random_weight(name, parameter.shape))
     model.to(dtype)
+    for module in model.modules() if config.model.fp8_recipe != "none" else ():
+        if isinstance(module, Linear):
+            module.products = Float8Products(config.model.fp8_recipe)
     decays = {n: p.ndim > 1 and not n.startswith("patch_") and "table" not in n for n, p in model.named_parameters()}
     with_decay = [p for n, p in model.named_parameters() if decays[n]]
     without_decay = [p for n, p in model.named_parameters() if not decays[n]]
@@ -285,11 +291,11 @@ def train_steps(config: Config, steps: int = STEPS) -> dict | None:
     losses, norms, exp_avg = [], [], None
     for step in range(steps):
         lr = lr_at(step, config.run.steps, config.optim)
-        output = task.forward_backward(build_step_batch(config, mesh), step, lambda phase: None)
-        task.optimizer_step(lr)
-        norms.append(output.grad_norm)
-        error_sum = float(world.all_reduce_sum(output.sums["squared_error"]))
-        losses.append(error_sum / mesh.tensor.size / output.loss_count)
+        output = task.forward_backward(build_step_batch(task, step), step, lambda phase: None)
+        task.optimizer_step(Update(lr, step))
+        norms.append(float(output.grad_norm))
+        sums = {"squared_error": world.all_reduce_sum(output.sums["squared_error"])}
+        losses.append(float(task.loss(sums, output.loss_count)))
         if step == 0:
             exp_avg = gather_full_tensors(engine, world, "exp_avg")
         is_partitioned = config.parallel.zero_stage == 3
@@ -304,6 +310,7 @@ class TaskWithoutData(DiTTask):
     def __init__(self, config: Config, world: World, mesh: Mesh):
         self.config, self.world, self.mesh = config, world, mesh
         self.objective, self.reports_packs = objective_of(config), False
+        self.transfer = DeviceTransfer(world.device)
         parallelize.initial_weights = lambda config: RandomWeights()
         self.engine = parallelize.parallelize(config, world, mesh)
 
@@ -316,11 +323,11 @@ def build_task(config: Config) -> TaskWithoutData:
     return TaskWithoutData(config, world, build_mesh(config.parallel, "cpu"))
 
 
-def build_step_batch(config: Config, mesh: Mesh) -> StepBatch:
+def build_step_batch(task: DiTTask, step: int) -> StepBatch:
     """This rank's packs of the global batch."""
-    packs = global_batch(config)[mesh.data.rank :: mesh.data.size]
-    shares = [share_pack(pack, config, mesh) for pack in packs]
-    return StepBatch(packs, shares, real_tokens=1, dropped_fraction=0.0, next_cursor=Cursor(), damaged=[])
+    packs = global_batch(task.config)[task.mesh.data.rank :: task.mesh.data.size]
+    shares = [task.share(pack, step) for pack in packs]
+    return StepBatch(step, packs, shares, real_tokens=1, dropped_fraction=0.0, next_cursor=Cursor(), damaged=[])
 
 
 def random_local_model(config: Config, mesh: Mesh) -> LocalModel:

@@ -1,6 +1,6 @@
 """What one training step of one rank sends: recorded, and as docs/parallel.md says in "What a step sends".
 
-The step is `Trainer.train_step` with a `DiTTask`, without data set, run folder and checkpoints. `ExpectedTraffic` has
+The step is `TrainingSteps.take` with a `DiTTask`, without data set, run folder and checkpoints. `ExpectedTraffic` has
 the formulas of the table in the docs, one method per axis.
 """
 
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import layouts
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megasora.batch import VideoBatch
 from megasora.config import Config
@@ -30,23 +31,30 @@ from megasora.run_log.stopwatch import Stopwatch
 from megasora.tasks.dit import DiTTask
 from megasora.tasks.task import StepOutput
 from megasora.testing.recorded_collectives import RecordedCollectives, Traffic, traffic
-from megasora.trainer import Trainer
+from megasora.training_steps import TrainingSteps
 
 FP32 = torch.float32
 
 
-class TrainerOfOneStep(Trainer):
-    """Has what `Trainer.train_step` reads; keeps what the ranks sum up."""
+class StepsWithoutRun(TrainingSteps):
+    """Has what `TrainingSteps.take` reads; keeps what the ranks sum up."""
 
     def __init__(self, config: Config, task: DiTTask):
         self.config, self.world, self.task, self.step = config, task.world, task, 0
-        self.ema = ShardedEMA([f.values["weights"] for f in task.fragments()], ema_decays(config.optim))
-        self.guard = StepGuard(config.optim)
-        self.saver = SimpleNamespace(progress=lambda: (0, 0), advance=lambda busy, failed: None)  # nothing is saved
+        weights = [f.values["weights"] for f in task.fragments()]
+        self.state = SimpleNamespace(
+            ema=ShardedEMA(weights, ema_decays(config.optim)),
+            guard=StepGuard(config.optim),
+            saver=SimpleNamespace(
+                stage=0, progress=lambda: (0, 0), advance=lambda busy, failed: None
+            ),  # nothing is saved
+            checkpoints=SimpleNamespace(due=lambda step, must_save: None),
+        )
         self.slow_ranks = SlowRanks(Path(config.run.dir), self.world.rank, self.world.size, None)
-        self.stop_requested, self.matmul_flops_per_s = (lambda: False), None
+        self.stop_requested, self.stopping, self.matmul_flops_per_s = (lambda: False), False, None
+        self.pending, self.reads_late = None, False
 
-    def sum_over_ranks(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+    def sum_over_ranks(self, batch: StepBatch, output: StepOutput) -> tuple[dict[str, Tensor], Tensor]:
         self.local_sums = output.sums
         return super().sum_over_ranks(batch, output)
 
@@ -67,19 +75,20 @@ def record_step(config: Config) -> RecordedStep:
     order, the replica check.
     """
     task = layouts.build_task(config)
-    mesh, trainer = task.mesh, TrainerOfOneStep(config, task)
-    batch = layouts.build_step_batch(config, mesh)
-    for trainer.step in range(2):
+    mesh, steps = task.mesh, StepsWithoutRun(config, task)
+    log = SimpleNamespace(log_step=lambda *_: None)
+    for step in range(2):
+        batch = layouts.build_step_batch(task, step)
         with RecordedCollectives() as recorded:
-            trainer.train_step(batch, Stopwatch(task.world.device))
-    noised = [task.objective.add_noise(share, trainer.step)[0] for share in batch.shares]
-    expected = ExpectedTraffic(config, mesh, task.engine, noised)
+            steps.take(batch, Stopwatch(task.world.device), log)
+    shares = [share.value.clean for share in batch.shares]
+    expected = ExpectedTraffic(config, mesh, task.engine, shares)
     return RecordedStep(
         traffic(recorded.messages),
         expected.ranges,
         expected.rows,
         {name: ranks_of(axis) for name, axis in vars(mesh).items()},
-        int(trainer.local_sums["context_bytes_sent"]),
+        int(steps.local_sums["context_bytes_sent"]),
     )
 
 
@@ -181,10 +190,8 @@ class ExpectedTraffic:
 
     def partial_gradients(self) -> None:
         zero_size = self.mesh.data_context.size
-        is_partitioned = self.config.parallel.zero_stage > 1 or self.dtype == FP32
         for name, placement in self.engine.placements.items():
-            elements = self.local_elements(name)
-            least = elements // zero_size if is_partitioned else elements
+            least = self.local_elements(name) // zero_size
             for axis in placement.partial_axes:
                 self.add(self.mesh.axis(axis), "all_reduce", FP32, least, least + 2 * zero_size)
 

@@ -52,6 +52,9 @@ INVALID = {  # (processes, overrides, part of the message)
     "matrices": (2, "parallel.tensor=2", "parallel.tensor=2 divides the matrices of a DiT and is not for"),
     "stages": (2, "parallel.pipeline=2", "parallel.pipeline=2 divides the blocks of a DiT and is not for"),
     "heads": (2, "parallel.context=2 parallel.ulysses=2", "parallel.ulysses=2 divides the heads of a DiT"),
+    "symmetric memory": (
+        2, "parallel.context=2 parallel.symmetric_memory=true", "symmetric_memory=true is for the matrices of a DiT",
+    ),
     "rows over context": (
         6, "parallel.context=6 parallel.rows=4", "parallel.rows=4 must divide parallel.context=6; use 1, 2, 3 or 6"
     ),

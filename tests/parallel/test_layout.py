@@ -13,7 +13,7 @@ from layouts import LAYOUTS, configure
 
 from megasora.config import Config, load
 from megasora.errors import MegaSoraError
-from megasora.parallel.layout import check_layout, nearest_divisors, nearest_multiples
+from megasora.parallel.layout import check_layout, nearest_divisors, nearest_multiples, resolve_zero_stage
 from megasora.parallel.pipeline import num_stages
 from megasora.parallel.world import World
 from megasora.testing.spawn import run_ranks
@@ -147,13 +147,21 @@ def test_every_layout_of_the_table_is_accepted(layout):
     check_layout(configure(layout, "block"), layout.processes)
 
 
+def test_the_zero_stage_is_2_on_gpus_without_a_pipeline_unless_it_is_given():
+    parallel, piped = Config().parallel, dataclasses.replace(Config().parallel, pipeline=2)
+    assert [resolve_zero_stage(p, device) for p in (parallel, piped) for device in ("cuda", "cpu")] == [2, 1, 1, 1]
+    for stage in (1, 2, 3):
+        given = dataclasses.replace(parallel, zero_stage=stage)
+        assert [resolve_zero_stage(given, device) for device in ("cuda", "cpu")] == [stage, stage]
+
+
 SIZE = st.sampled_from([1, 1, 1, 2, 2, 3, 4])
 
 
 @settings(deadline=None, max_examples=200)
 @given(
     data=SIZE, extra=st.sampled_from([0, 0, 0, 0, 1, 2]), tensor=SIZE, context=SIZE, ulysses=SIZE, pipeline=SIZE,
-    schedule=st.sampled_from(["1f1b", "interleaved", "zbv"]), stages=st.integers(1, 3), zero=st.sampled_from([1, 1, 2]),
+    schedule=st.sampled_from(["1f1b", "interleaved", "zbv"]), stages=st.integers(1, 3), zero=st.sampled_from([0, 1, 2]),
     heads=st.sampled_from([1, 4, 6, 12]), depth=st.sampled_from([4, 12, 18]), packs=st.sampled_from([2, 12, 15, 24]),
     tokens=st.sampled_from([7, 16]),
 )  # fmt: skip

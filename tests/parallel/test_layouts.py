@@ -1,12 +1,14 @@
 """Every layout trains the model that one process trains on the same global batch."""
 
 from functools import cache
+from unittest.mock import patch
 
 import layouts
 import pytest
 import torch
 from layouts import LAYOUTS, MODULATIONS, configure, module_errors, single_process, step_errors, train_both
 
+from megasora.parallel import ulysses
 from megasora.testing.spawn import run_ranks
 
 MODULES_FLOAT64, STEPS_FLOAT32 = 1e-10, 2e-5
@@ -32,6 +34,22 @@ def test_a_layout_trains_the_same_model(layout):
             assert error <= MODULES_FLOAT64, f"{modulation}, float64: {what} has error {error:.1e}"
         for what, error in step_errors(steps, expected(*size, torch.float32, layouts.STEPS), config).items():
             assert error <= STEPS_FLOAT32, f"{modulation}, float32 steps: {what} has error {error:.1e}"
+
+
+def train_with_groups_of_one_head(config):
+    with patch.object(ulysses, "head_groups", lambda heads: [slice(head, head + 1) for head in range(heads)]):
+        return layouts.train_modules(config)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("recompute", ["none", "keep_attention"])
+def test_heads_that_are_exchanged_one_by_one_train_the_same_model(recompute):
+    config = configure(layouts.layout(4, context=4, ulysses=2, recompute=recompute), "shared")
+    results = run_ranks(train_with_groups_of_one_head, 4, config)
+    exact = expected("shared", config.model.depth, config.data.packs_per_step, torch.float64, 1)
+    for what, error in module_errors(results, exact).items():
+        assert error <= MODULES_FLOAT64, f"{what} has error {error:.1e}"
 
 
 IN_BFLOAT16 = [  # each DeepSpeed optimizer class, with gradients that are partial over tensor and over pipeline

@@ -6,14 +6,17 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as _symmetric_memory
 from torch import nn
 
+from megasora.config import load
 from megasora.model.attention import AcrossHeadsNorm
-from megasora.parallel import tensor
+from megasora.parallel import symmetric_memory, tensor
 from megasora.parallel.collectives import all_gather_async, all_reduce_sum, reduce_scatter_async
 from megasora.parallel.mesh import Axis
 from megasora.parallel.tensor import ColumnParallelLinear, GatherChunkedOutput, RowParallelLinear
 from megasora.parallel.weight_grad_store import WeightGradStore
+from megasora.parallelize import symmetric_memory_obstacle
 from megasora.placement import Placement
 from megasora.testing.spawn import run_ranks
 
@@ -228,12 +231,46 @@ def deferred_gradients(axis):
     return results
 
 
+# ---------------------------------------------------------------------- symmetric memory
+
+SYMMETRIC = ("column", "column of three chunks", "row", "column and row")
+
+
+def symmetric_cases(axis):
+    """(results of SYMMETRIC with PyTorch's operators, whose own fallback computes on CPUs by collectives; names of the
+    operators that "column and row" called; obstacles: here, without the check of the device, if rank 1 errs, if it is
+    on another node)."""
+    library, called = torch.library.Library("symm_mem", "IMPL"), []
+    for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+        fallback = getattr(_symmetric_memory, f"_{name}_fallback")
+        library.impl(name, lambda *args, f=fallback, n=name, **kwargs: (called.append(n), f(*args, **kwargs))[1], "CPU")
+    with patch.object(tensor.TensorParallelLinear, "uses_symmetric_memory", True):
+        results = {name: CASES[name](axis) for name in SYMMETRIC if not called.clear()}
+    calls, device = list(called), torch.device("cpu")
+    obstacles = [symmetric_memory.obstacle(axis, device)]
+    with patch.object(symmetric_memory, "missing", lambda *args: None):
+        obstacles.append(symmetric_memory.obstacle(axis, device))
+        with patch.object(symmetric_memory, "matmul_reduce_scatter", without_sum if axis.rank == 1 else unchanged):
+            obstacles.append(symmetric_memory.obstacle(axis, device))
+        with patch.object(symmetric_memory.platform, "node", lambda: f"node{axis.rank}"):
+            obstacles.append(symmetric_memory.obstacle(axis, device))
+    return results, calls, obstacles
+
+
+unchanged = symmetric_memory.matmul_reduce_scatter
+
+
+def without_sum(x, matrix, axis):
+    return unchanged(x, matrix, axis) / 2
+
+
 # ---------------------------------------------------------------------- ranks
 
 
 def run_cases():
     axis = Axis("tensor", RANKS, dist.get_rank(), dist.group.WORLD)
-    return {name: case(axis) for name, case in CASES.items()}, needed_gradients(axis), deferred_gradients(axis)
+    results = {name: case(axis) for name, case in CASES.items()}
+    return results, needed_gradients(axis), deferred_gradients(axis), symmetric_cases(axis)
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +278,8 @@ def on_ranks():
     return run_ranks(run_cases, RANKS)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_those_of_the_full_matrix(name, on_ranks):
+def check_against_the_full_matrix(name, by_rank):
     expected, placements = CASES[name](None)
-    by_rank = [rank[0][name] for rank in on_ranks]
     assert by_rank[0].keys() == expected.keys() == placements.keys()
     for what, placement in placements.items():
         local_tensors = [results[what] for results in by_rank]
@@ -257,6 +292,43 @@ def test_values_and_gradients_are_those_of_the_full_matrix(name, on_ranks):
         assert actual.shape == expected[what].shape
         error = (actual - expected[what]).abs().max() / expected[what].abs().max()
         assert float(error) <= BOUND, (what, float(error))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_the_full_matrix(name, on_ranks):
+    check_against_the_full_matrix(name, [rank[0][name] for rank in on_ranks])
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_values_and_gradients_over_symmetric_memory_are_those_of_the_full_matrix(name, on_ranks):
+    check_against_the_full_matrix(name, [rank[3][0][name] for rank in on_ranks])
+
+
+def test_the_four_products_with_communication_use_symmetric_memory(on_ranks):
+    gather, scatter = "fused_all_gather_matmul", "fused_matmul_reduce_scatter"
+    for rank in on_ranks:
+        assert rank[3][1] == [gather, scatter, gather, scatter]  # column and row, then their gradients
+
+
+def test_all_ranks_know_why_symmetric_memory_is_not_used(on_ranks):
+    for rank in on_ranks:
+        assert rank[3][2] == [
+            "it needs GPUs, not cpu", None, "the summed product is wrong", "its ranks are on 2 nodes",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings, obstacle",
+    [
+        ([], None),
+        (["parallel.symmetric_memory=true"], "of this axis"),
+        (["parallel.symmetric_memory=true", "model.fp8_recipe=rowwise"], "products in FP8 use collectives"),
+    ],
+)
+def test_symmetric_memory_is_for_products_in_the_dtype_of_the_model(settings, obstacle):
+    axis, device = Axis("tensor", 2, 0, None), torch.device("cpu")
+    with patch.object(symmetric_memory, "obstacle", lambda axis, device: "of this axis"):
+        assert symmetric_memory_obstacle(load(None, settings), axis, device) == obstacle
 
 
 @pytest.mark.parametrize("name, needed", COLLECTIVES)
