@@ -8,6 +8,7 @@ COMPUTE := runs/compute-1 runs/compute-4
 PYTHON := $(BIN)/python
 SEED := 0
 KILLS := 0
+MINUTES := 9
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -23,9 +24,9 @@ help:
 	@echo "                 KILLS=200 adds 200 kills at random instants, an hour more; SEED=7 takes another plan"
 	@echo "make bench       what benchmarks/README.md shows: balance, memory, steps, data, codec -> benchmarks/results/, 25 minutes"
 	@echo "make results     every kind of prompt measured on the demo: docs/results.md -> benchmarks/results/prompts.json, in an hour"
-	@echo "make gpu         on a machine with a GPU: kernel tests, attention, benchmarks, training, profile, resume, in 9 minutes"
-	@echo "                 -> benchmarks/results/gpu/; PYTHON=python3 takes a python that has PyTorch for CUDA, and installs"
-	@echo "                 nothing; REHEARSE=1 runs it tiny on a CPU"
+	@echo "make gpu         on a machine with a GPU: attention, checks, optimizer, profiles, kernels, float8, resume -> benchmarks/results/gpu/"
+	@echo "                 in MINUTES=9, the most valuable first; PYTHON=python3 takes a python that has PyTorch for CUDA, and"
+	@echo "                 installs nothing; REHEARSE=1 runs it tiny on a CPU"
 	@echo "make checks      ruff: lint and format, nothing is changed"
 	@echo "make format      ruff: fix what can be fixed, and format"
 	@echo "make clean       remove builds and caches; .venv, data/ and runs/ stay"
@@ -96,6 +97,9 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.context_balance --out benchmarks/results/context_balance.json
 	$(BIN)/python -m benchmarks.memory --out benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.json
+	$(BIN)/python -m benchmarks.launch_cost --out benchmarks/results/launch_cost.json
+	$(BIN)/python -m benchmarks.host_waits --out benchmarks/results/host_waits.json
+	$(BIN)/python -m benchmarks.optimizer_step --out benchmarks/results/optimizer_step.json
 	$(BIN)/python -m benchmarks.data --out benchmarks/results/data.json
 	$(BIN)/python -m benchmarks.codec --out benchmarks/results/codec.json
 	$(BIN)/python -m benchmarks.checkpoint --out benchmarks/results/checkpoint.json
@@ -115,7 +119,7 @@ $(COMPUTE:=/.trained): runs/compute-%/.trained: data/shards/dataset.json configs
 	@touch $@
 
 gpu: $(if $(filter $(BIN)/python,$(PYTHON)),$(INSTALLED))
-	PYTHON="$(PYTHON)" REHEARSE="$(REHEARSE)" tools/gpu/run.sh
+	PYTHON="$(PYTHON)" MINUTES="$(MINUTES)" REHEARSE="$(REHEARSE)" tools/gpu/run.sh
 
 checks: $(INSTALLED)
 	$(BIN)/ruff check .

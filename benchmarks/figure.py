@@ -14,9 +14,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"triton": "#0072b2", "compile": "#e69f00", "eager": "#8a8a8a", "liger": "#009e73", "quack": "#cc79a7"}
+COLOURS = {
+    "triton": "#0072b2", "compile": "#e69f00", "eager": "#8a8a8a", "liger": "#009e73", "quack": "#cc79a7",
+    "fp8": "#d55e00", "product": "#56b4e9",
+}  # fmt: skip
 MARKS = {"triton": "o", "compile": "s", "eager": "^", "liger": "D", "quack": "v"}
-BAR = 0.26
+BARS = ("triton", "fp8", "compile", "product", "eager")  # of a block
+BAR = 0.16
 RECOMPUTE = ("none", "keep_attention", "full")
 
 
@@ -90,12 +94,12 @@ def draw_operations(both: tuple[Axes, Axes], record: Mapping, lines: list[tuple[
 def draw_blocks(axes: Axes, record: Mapping, shape: str) -> None:
     results = [b for b in record["blocks"] if b["shape"] == shape]
     groups = sorted({(b["tokens"], b["recompute"]) for b in results}, key=lambda g: (g[0], RECOMPUTE.index(g[1])))
-    for place, variant in enumerate(("triton", "compile", "eager")):
+    for place, variant in enumerate(BARS):
         measured = [b for b in results if b["variant"] == variant and b["mfu"]]
         bars = [(groups.index((b["tokens"], b["recompute"])), b["mfu"]) for b in measured]
         if bars:
             x, mfu = zip(*bars, strict=True)
-            at = [group + (place - 1) * BAR for group in x]
+            at = [group + (place - len(BARS) // 2) * BAR for group in x]
             drawn = axes.bar(at, mfu, BAR * 0.92, color=COLOURS[variant], label=variant, zorder=3)
             axes.bar_label(drawn, [f"{100 * m:.0f}" for m in mfu], fontsize=7, padding=1)
     for group in range(1, len(groups)):
@@ -110,7 +114,7 @@ def draw_blocks(axes: Axes, record: Mapping, shape: str) -> None:
     )
     axes.tick_params(axis="x", labelsize=8, length=0)
     axes.grid(axis="y", color="#e5e5e5")
-    axes.legend(loc="upper right", fontsize=8, ncols=3)
+    axes.legend(loc="upper right", fontsize=8, ncols=len(BARS))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ of the bandwidth of a plain copy. The variants:
     compile    torch.compile of the reference, for this shape only
     liger, quack    the closest kernel of these libraries, if installed: norms without rows
 
+Launches: microseconds of the host to launch the same passes of a short pack, which bound small models.
 Attention: a pack of clips in one call against one clip with the same FLOPs, in TFLOP/s.
 Blocks: one transformer block, as the fraction of the FLOP/s of a matrix product; see transformer_block.py.
 
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -48,7 +51,12 @@ TOKENS = 65_536  # where all variants and widths are compared
 OTHER_TOKENS = (16_384, 262_144, 4_096, 1_048_576)  # triton and eager only, as each shape needs a compilation
 TIMED = [name for name in OPERATIONS if name != "gated_residual_norm"]  # moves what gated_residual_adaln does
 MINUTES, QUICK_MINUTES = 8.0, 2.0
-UNTIL = {"operations": 0.5, "attention": 0.6, "blocks": 1.0}  # of the minutes, when to begin no more of each
+UNTIL = {
+    "operations": 0.45,
+    "launches": 0.5,
+    "attention": 0.6,
+    "blocks": 1.0,
+}  # of the minutes, when to begin no more of each
 
 
 # ---- operations
@@ -166,6 +174,65 @@ def format_field(result: OperationResult | None, name: str, form: str) -> str:
 def ratio(by_pass: dict[tuple[str, str], OperationResult], direction: str) -> str:
     pair = by_pass.get(("compile", direction)), by_pass.get(("triton", direction))
     return "-" if None in pair else f"{pair[0].ms / pair[1].ms:.2f}"
+
+
+# ---- launches
+
+
+LAUNCH_SIZE = Size(tokens=256, width=1536, row_tokens=128)
+LAUNCHES, LAUNCH_TRIALS = 20, 5  # of a trial; fewer than the GPU's queue takes
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    operation: str
+    variant: str
+    forward_us: float  # of the host, median of the trials
+    backward_us: float | None  # None: no backward pass
+
+
+def launch_us(function: Callable[[], object]) -> float:
+    """Microseconds that the host needs for a call of `function`, which must not wait for the GPU."""
+    function()
+    times = []
+    for _ in range(LAUNCH_TRIALS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(LAUNCHES):
+            function()
+        times.append((time.perf_counter() - begin) / LAUNCHES * 1e6)
+    return statistics.median(times)
+
+
+def measure_launches(operation: str, device: str = "cuda") -> list[LaunchResult]:
+    problem = OPERATIONS[operation](LAUNCH_SIZE, torch.bfloat16, device)
+    results = []
+    for variant, function in (("triton", problem.triton), ("eager", problem.reference)):
+        passes = [lambda function=function: forward(function, problem.inputs)]
+        gradients = backward(problem.inputs, passes[0]())
+        if gradients is not None:
+
+            def both(run: Callable[[], tuple[Tensor, ...]] = passes[0]) -> None:
+                backward(problem.inputs, run())()
+
+            passes.append(both)
+        times = list(map(launch_us, passes))
+        results.append(LaunchResult(operation, variant, times[0], times[1] - times[0] if times[1:] else None))
+    return results
+
+
+def launch_table(results: list[LaunchResult]) -> Table:
+    table = Table(title="launches: microseconds of the host, forward | backward")
+    for name in ("operation", "triton", "eager"):
+        table.add_column(name, justify="left" if name == "operation" else "right")
+    for operation in dict.fromkeys(r.operation for r in results):
+        cells = [
+            f"{r.forward_us:.0f} | {'-' if r.backward_us is None else format(r.backward_us, '.0f')}"
+            for r in results
+            if r.operation == operation
+        ]
+        table.add_row(operation, *cells)
+    return table
 
 
 # ---- attention in packs
@@ -305,6 +372,15 @@ def run(record: Record, quick: bool, minutes: float, console: Console) -> None:
     for tokens in dict.fromkeys(r.tokens for r in operations):
         console.print(operation_table(tokens, operations))
 
+    launches = []
+    for operation in TIMED:
+        if deadlines["launches"].passed:
+            record.add("skipped", f"launches, {operation}")
+            continue
+        launches += measure_launches(operation)
+        record.put("launches", list(map(asdict, launches)))
+    console.print(launch_table(launches))
+
     packs = []
     for pack, lengths, heads in attention_cases(quick):
         if deadlines["attention"].passed:
@@ -319,10 +395,9 @@ def run(record: Record, quick: bool, minutes: float, console: Console) -> None:
         if deadlines["blocks"].passed:
             record.add("skipped", f"block, {case}")
             continue
-        results = measure_block(case, limits["matmul_tflop_s"], timer)
-        blocks += results
-        record.add("blocks", *map(asdict, results))
-        torch.cuda.empty_cache()
+        for result in measure_block(case, limits["matmul_tflop_s"], timer):
+            blocks.append(result)
+            record.add("blocks", asdict(result))
     console.print(block_table(blocks))
     record.put("limits_at_the_end", measure_limits(timer))
 

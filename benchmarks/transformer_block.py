@@ -6,7 +6,9 @@ divided by the time and by the FLOP/s of a large matrix product in the same run.
 
     triton     model.kernel_backend=triton
     eager      model.kernel_backend=torch: the same maths in PyTorch
+    fp8        as triton, with model.fp8_recipe=rowwise
     compile    torch.compile of a block whose kernels are replaced by their references in plain PyTorch
+    product    model.compile=true, which compiles a block with the operations of eager
 
 each with every model.recompute: none keeps all activations, keep_attention the input and self-attention's output, full
 the input alone. Attention is the same in all variants. The block's inputs are computed by the rest of the model, once
@@ -33,11 +35,13 @@ from megasora.config import CodecConfig, Config, ModelConfig, RunConfig
 from megasora.data.pack import Record, make_batch
 from megasora.kernels.adaln import adaln_modulate_reference, gated_residual_adaln_reference
 from megasora.kernels.gated_add import gated_add_reference
+from megasora.kernels.gelu import gelu_reference
+from megasora.kernels.linear import Float8Products, Linear
 from megasora.kernels.qk_norm_rope3d import qk_norm_rope3d_reference
 from megasora.kernels.rms_norm import rms_norm_reference
 from megasora.model import attention as model_attention
 from megasora.model import block as model_block
-from megasora.model.block import BlockInputs, run_block
+from megasora.model.block import BlockInputs, compile_block, run_block
 from megasora.model.flops import pack_flops
 from megasora.testing.operations import Angles
 
@@ -48,13 +52,16 @@ SHAPES = {  # width, heads, MLP width
 GRIDS = {8_192: (8, 32, 32), 36_864: (36, 32, 32), 73_728: (72, 32, 32)}  # tokens: frames, rows, columns of them
 WORDS = 512
 RECOMPUTE = ("none", "keep_attention", "full")
-KERNELS = {"triton": "triton", "eager": "torch", "compile": "torch"}
-REFERENCES: list[tuple[ModuleType, str, Callable]] = [  # (module, operation that it calls, reference)
+KERNELS = {"triton": "triton", "eager": "torch", "fp8": "triton", "compile": "torch", "product": "torch"}
+ALTERNATING = (("triton", "eager", "fp8"), ("compile", "product"))
+FP8_RECIPE = "rowwise"
+REFERENCES: list[tuple[ModuleType | type, str, Callable]] = [  # (module or class, what it calls, reference)
     (model_block, "adaln_modulate", lambda *x, backend, **options: adaln_modulate_reference(*x, **options)),
     (model_block, "gated_residual_adaln", lambda *x, backend, **options: gated_residual_adaln_reference(*x, **options)),
     (model_block, "gated_add", lambda *x, backend: gated_add_reference(*x)),
+    (model_block.MLP, "forward", lambda self, x: self.down(gelu_reference(*self.up(x)))),
     (model_attention, "rms_norm", lambda x, weight, eps, *part, backend: rms_norm_reference(x, weight, eps)),
-    (model_attention, "qk_norm_rope3d", lambda *x: qk_norm_rope3d_reference(*x[:-1])),  # the last is backend
+    (model_attention, "qk_norm_rope3d", lambda *x: qk_norm_rope3d_reference(*x[:6])),  # then backend, bias (None)
 ]
 
 
@@ -88,7 +95,7 @@ def block_cases(quick: bool) -> Iterator[Case]:
     long = (36_864,) if quick else (36_864, 73_728, 8_192)
     for shape in ("Wan-14B",) if quick else SHAPES:
         for tokens in long:
-            for recompute in RECOMPUTE[:2] if quick else RECOMPUTE:
+            for recompute in RECOMPUTE[:1] if quick else RECOMPUTE:
                 yield Case(shape, tokens, recompute)
 
 
@@ -170,33 +177,42 @@ def build_trial(step: Step, leaves: list[Tensor], retained: list[float]) -> Call
     return trial
 
 
-def measure_block(case: Case, matmul_tflop_s: float, timer: CudaTimer) -> list[BlockResult]:
+def apply_variant(variant: str, block: torch.nn.Module, inputs: BlockInputs) -> None:
+    """Changes the block in place, where the variant is more than its kernels."""
+    if variant == "product":
+        _ = inputs.rope.rotation  # as VideoDiT.forward does
+        compile_block(block)
+    if variant == "fp8":
+        for module in block.modules():
+            if isinstance(module, Linear):
+                module.products = Float8Products(FP8_RECIPE)
+
+
+def build_variant(case: Case, variant: str, retained: list[float]) -> Callable[[CudaTimer], None]:
+    block, x_LD, inputs = build_block(case, KERNELS[variant], "cuda")
+    leaves = [x for x in (x_LD, *inputs, *block.parameters()) if isinstance(x, Tensor) and x.requires_grad]
+    if variant == "compile":
+        step = forward_step(torch.compile(block, dynamic=False), x_LD, with_angles(inputs), case.recompute)
+        return reference_operations()(build_trial(step, leaves, retained))
+    apply_variant(variant, block, inputs)
+    return build_trial(forward_step(block, x_LD, inputs, case.recompute), leaves, retained)
+
+
+def measure_block(case: Case, matmul_tflop_s: float, timer: CudaTimer) -> Iterator[BlockResult]:
     torch._dynamo.reset()
-    flops = block_flops(case)
-    trials, retained = {}, {variant: [] for variant in KERNELS}
-    for variant, kernels in KERNELS.items():
-        block, x_LD, inputs = build_block(case, kernels, "cuda")
-        leaves = [x for x in (x_LD, *inputs, *block.parameters()) if isinstance(x, Tensor) and x.requires_grad]
-        if variant == "compile":
-            compiled = torch.compile(block, dynamic=False)
-            step = forward_step(compiled, x_LD, with_angles(inputs), case.recompute)
-            trials[variant] = reference_operations()(build_trial(step, leaves, retained[variant]))
-        else:
-            trials[variant] = build_trial(forward_step(block, x_LD, inputs, case.recompute), leaves, retained[variant])
-    results = []
-    for variant, times in run_trials(trials, timer, warm_up=1).items():
-        fields = dataclasses.asdict(case) | {"variant": variant, "flops": float(flops)}
-        if times.error is not None:
-            results.append(BlockResult(**fields, **dict.fromkeys(MEASUREMENTS), error=times.error))
-            continue
-        ms = sum(times.medians.values())
-        tflop_s = flops / ms / 1e9
-        measured = ms, times.medians["forward"], tflop_s, tflop_s / matmul_tflop_s, retained[variant][-1]
-        results.append(BlockResult(**fields, **dict(zip(MEASUREMENTS, measured, strict=True))))
-    return results
-
-
-MEASUREMENTS = ("ms", "forward_ms", "tflop_s", "mfu", "retained_gib")  # None if the variant failed
+    flops = float(block_flops(case))
+    for variants in ALTERNATING:
+        retained = {variant: [] for variant in variants}
+        trials = {variant: build_variant(case, variant, retained[variant]) for variant in variants}
+        for variant, times in run_trials(trials, timer, warm_up=1).items():
+            measured = None, None, None, None, None
+            if times.error is None:
+                ms = sum(times.medians.values())
+                tflop_s = flops / ms / 1e9
+                measured = ms, times.medians["forward"], tflop_s, tflop_s / matmul_tflop_s, retained[variant][-1]
+            yield BlockResult(*dataclasses.astuple(case), variant, flops, *measured, times.error)
+        del trials
+        torch.cuda.empty_cache()
 
 
 def block_table(results: list[BlockResult]) -> Table:

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from benchmarks.gpu import CudaTimer, run_trials
 from megasora.kernels import (
-    adaln,
+    adaln_triton,
+    adamw,
     gated_add,
     merge_partial_attention,
     qk_norm_rope3d,
@@ -30,15 +31,16 @@ from megasora.kernels.launch import LaunchConfig, architecture, launch_config
 from megasora.testing.operations import OPERATIONS, Problem, Size, backward, forward
 
 FILES: dict[str, ModuleType] = {  # operation that the tables of a file are tuned on: the file
-    "gated_residual_adaln": adaln,
+    "gated_residual_adaln": adaln_triton,
     "gated_add": gated_add,
     "rope3d": rope3d,
     "qk_norm_rope3d, per_head": qk_norm_rope3d,
     "rms_norm": rms_norm,
     "merge_partial_attention": merge_partial_attention,
+    "adamw_step": adamw,
 }
 CANDIDATES = {  # values of each field of a LaunchConfig, in the order of the search
-    "tile_elements": (1024, 2048, 4096, 8192),
+    "tile_elements": (1024, 2048, 3072, 4096, 8192),
     "elements_per_thread": (8, 16, 32),
     "num_stages": (1, 2, 3, 4),
 }

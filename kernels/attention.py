@@ -18,12 +18,13 @@ keys that are sharded over ranks can be processed one shard at a time: outputs m
 All values of `backend` compute the same:
 
     flash4, flash3   the packages flash-attn-4 and flash-attn 3, if installed: 16 bit, on a Hopper GPU; flash4: or newer
+    cudnn            cuDNN's attention, one call for all segments of one length: 16 bit, on a GPU, in any order only
     flash2           the package flash-attn 2, if installed: 16 bit, on a GPU
     varlen           the same with PyTorch's own flash attention
     sdpa             PyTorch's scaled dot product attention, one call per bucket: flash attention for CPUs; on GPUs
                      memory-efficient attention, or flash attention for 16 bit without padding
     math             the equations in PyTorch, one call per bucket, on any device
-    auto             the first of these that supports the device, dtype and head dim
+    auto             the fastest for the chip, dtype, head dim, order of sums and pack: attention_choice.py
 
 GPU kernels sum dq by atomics, in an order that differs between runs. `deterministic` fixes the order, at some cost of
 time and memory.
@@ -31,24 +32,15 @@ time and memory.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megasora.kernels.attention_padded import padded_backward, padded_forward
-from megasora.kernels.attention_varlen import (
-    FLASH2,
-    FLASH3,
-    FLASH4,
-    VARLEN,
-    import_error,
-    varlen_backward,
-    varlen_forward,
-    version_error,
-)
+from megasora.kernels.attention_choice import resolve_attention_backend
+from megasora.kernels.attention_padded import buckets_of, padded_backward, padded_forward
+from megasora.kernels.attention_varlen import VARLEN, backward_calls, varlen_backward, varlen_forward
 from megasora.kernels.launch import check_device
 from megasora.kernels.segments import Segments
 
@@ -65,69 +57,28 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     return out.to(q.dtype), lse
 
 
-BACKENDS = ("flash4", "flash3", "flash2", "varlen", "sdpa", "math")  # the order in which "auto" tries them
+def prepare(segments: Segments, q: Tensor, backend: str = "auto", deterministic: bool = True) -> None:
+    """Computes what attention will read of `segments`, on the CPU, before there are queries: then no layer has to.
 
-
-@functools.cache
-def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why `backend` does not support such queries; None if it does."""
-    if backend == "math" or (backend == "sdpa" and device.type == "cpu"):
-        return None
-    if device.type != "cuda":
-        return f"it has no kernel for device {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
-    if head_dim % 8:
-        return f"head dim {head_dim} must be a multiple of 8"
-    if backend == "sdpa":
-        return "it takes no float64" if dtype == torch.float64 else None
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes bfloat16 and float16, not {dtype}"
-    largest = {"flash4": 128, "flash3": 192}.get(backend, 256)  # with a deterministic backward
-    if head_dim > largest:
-        return f"it takes head dims up to {largest}, not {head_dim}"
-    if backend == "flash3":
-        if capability[0] != 9:  # it is compiled for no other
-            return f"it needs compute capability 9, {device} has {capability[0]}.{capability[1]}"
-        return import_error(FLASH3)
-    if backend == "flash4":
-        if capability[0] not in (9, 10):
-            return f"it needs compute capability 9 or 10, {device} has {capability[0]}.{capability[1]}"
-        return import_error(FLASH4)
-    return import_error(FLASH2) or version_error("flash_attn", (2, 7)) if backend == "flash2" else None
-
-
-@functools.cache
-def auto_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The first of BACKENDS that supports such queries."""
-    return next(name for name in BACKENDS if obstacle(name, device, dtype, head_dim) is None)
-
-
-def resolve_attention_backend(backend: str, q: Tensor) -> str:
-    """One of BACKENDS: `backend`, or the choice of "auto". ValueError if it is unknown or does not support `q`."""
-    properties = q.device, q.dtype, q.shape[-1]
-    if backend == "auto":
-        return auto_backend(*properties)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be auto or one of {', '.join(BACKENDS)}")
-    reason = obstacle(backend, *properties)
-    if reason is not None:
-        raise ValueError(
-            f"backend={backend!r} cannot compute this: {reason}; use {auto_backend(*properties)!r} or 'auto'"
-        )
-    return backend
+    `q`: [Lq, N, K] with the device, dtype, heads and head dim of the queries; its length may be 0. `backend` and
+    `deterministic` as in `attention`. ValueError if the backend does not support such queries.
+    """
+    name = resolve_attention_backend(backend, q, segments, deterministic)
+    if name not in VARLEN:
+        buckets_of(name, segments)
+    elif segments.varlen is not None:
+        backward_calls(VARLEN[name], q, segments, deterministic)
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str = "auto", deterministic: bool = True
 ) -> tuple[Tensor, Tensor]:
     """`q` [Lq, N, K], `k`, `v` [Lk, N, K] -> out [Lq, N, K] and lse [Lq, N], the latter in fp32 at least; out is 0 and
-    lse -inf for queries without keys. Records no gradient. ValueError for shapes that do not match or a backend that
-    does not support the inputs.
+    lse -inf for queries without keys. Records no gradient. `deterministic`: as of the backward pass that will follow;
+    the forward pass always is. ValueError for shapes that do not match or a backend that does not support the inputs.
     """
     check_inputs(q, k, v, segments)
-    name = resolve_attention_backend(backend, q)
+    name = resolve_attention_backend(backend, q, segments, deterministic)
     with torch.no_grad():
         if name in VARLEN:
             return varlen_forward(VARLEN[name], q, k, v, segments.varlen)
@@ -152,7 +103,7 @@ def attention_backward(
     for name, x, shape in (("grad_out", grad_out, q.shape), ("out", out, q.shape), ("lse", lse, q.shape[:2])):
         if x.shape != shape:
             raise ValueError(f"{name} {tuple(x.shape)} must be {tuple(shape)}, as q is {tuple(q.shape)}")
-    name = resolve_attention_backend(backend, q)
+    name = resolve_attention_backend(backend, q, segments, deterministic)
     tensors = grad_out, q, k, v, out, lse
     with torch.no_grad():
         if name in VARLEN:
@@ -190,7 +141,7 @@ class SegmentAttention(torch.autograd.Function):
     def forward(
         ctx, q, k, v, segments: Segments, saved_output: list | None, backend: str, deterministic: bool
     ) -> Tensor:
-        out, lse = reuse_or_compute(saved_output, lambda: attention_forward(q, k, v, segments, backend))
+        out, lse = reuse_or_compute(saved_output, lambda: attention_forward(q, k, v, segments, backend, deterministic))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.segments, ctx.backend, ctx.deterministic = segments, backend, deterministic
         return out.detach()  # the returned tensor gets a grad_fn, the saved one must not

@@ -1,14 +1,16 @@
-"""Attention with padding: one batched call per bucket, whose segments are padded to the longest. See attention.py.
+"""Attention by batched calls: one per bucket, whose segments are padded to the longest. See attention.py.
 
-Backend "sdpa" uses PyTorch's scaled dot product kernels, "math" explicit matmul and softmax. Padding keys are masked by
-a bias of -inf. A padding query (a copy of a real one) gets a log-sum-exp of +inf in the backward pass, so that its p,
-and with it its contribution to dk and dv, is 0.
+Backend "sdpa" uses PyTorch's scaled dot product kernels, "math" explicit matmul and softmax. "cudnn" has buckets of
+segments of one length, so without padding, as cuDNN prepares an execution plan for each new shape. Padding keys are
+masked by a bias of -inf. A padding query (a copy of a real one) gets a log-sum-exp of +inf in the backward pass, so
+that its p, and with it its contribution to dk and dv, is 0.
 
 Letters: `g` segments of a bucket, each padded to `mq` queries and `mk` keys, those of the longest; `m` is either.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,16 +135,47 @@ def efficient_backward(
     )[:3]
 
 
+@functools.cache
+def cudnn_lse_dims(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """Dims of the log-sum-exp of PyTorch's cuDNN attention: 3, or 4 with a last one of size 1, by version."""
+    x = torch.zeros(1, 1, 64, head_dim, device=device, dtype=dtype)
+    return aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].ndim
+
+
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, bias: None) -> tuple[Tensor, Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return out, lse.reshape(q.shape[:3])
+
+
+def cudnn_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    lse = lse.contiguous()
+    if cudnn_lse_dims(q.device, q.dtype, q.shape[-1]) == 4:
+        lse = lse[..., None]
+    no_dropout = torch.empty(0, dtype=torch.int64, device=q.device)
+    no_cu_seqlens = None, None
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad_out, q, k, v, out, lse, no_dropout, no_dropout, None, *no_cu_seqlens, q.shape[2], k.shape[2], 0.0, False
+    )
+
+
 MATH = BucketKernel(math_forward, math_backward, False)
 CPU = BucketKernel(cpu_forward, cpu_backward, False)
 FLASH = BucketKernel(flash_forward, flash_backward, True)
 EFFICIENT = BucketKernel(efficient_forward, efficient_backward, True)
+CUDNN = BucketKernel(cudnn_forward, cudnn_backward, False)
 
 
-def bucket_kernel(backend: str, q: Tensor, is_padded: bool) -> BucketKernel:
-    """The kernel for queries [..., K] of a bucket. `is_padded`: whether its keys have padding."""
+def bucket_kernel(backend: str, bucket: Bucket, q: Tensor) -> BucketKernel:
+    """The kernel for a bucket with queries like `q` [..., K]."""
+    is_padded = bucket.keys.valid is not None
     if backend == "math":
         return MATH
+    if backend == "cudnn" and min(bucket.queries.shape[1], bucket.keys.shape[1]) > 1:  # cuDNN takes no length of 1
+        return CUDNN
     if q.device.type == "cpu":
         return CPU
     is_flash = not is_padded and q.dtype != torch.float32 and q.shape[-1] <= 256
@@ -160,6 +193,10 @@ def key_bias(bucket: Bucket, dtype: torch.dtype, num_heads: int) -> Tensor | Non
     return bias.expand(num_segments, num_heads, bucket.queries.shape[1], mk)
 
 
+def buckets_of(backend: str, segments: Segments) -> tuple[Bucket, ...]:
+    return segments.equal_buckets if backend == "cudnn" else segments.buckets
+
+
 def to_heads(side: PaddedSide, x: Tensor) -> Tensor:
     """[L, N, K] -> [g, N, m, K]"""
     return side.pad(x).transpose(1, 2)
@@ -172,10 +209,10 @@ def from_heads(side: PaddedSide, x: Tensor) -> tuple[TokenIndex, Tensor]:
 
 def padded_forward(backend: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
-    for bucket in segments.buckets:
+    for bucket in buckets_of(backend, segments):
         q_b, k_b, v_b = to_heads(bucket.queries, q), to_heads(bucket.keys, k), to_heads(bucket.keys, v)
         bias = key_bias(bucket, q.dtype, q.shape[1])
-        out_b, lse_b = bucket_kernel(backend, q, bias is not None).forward(q_b, k_b, v_b, bias)
+        out_b, lse_b = bucket_kernel(backend, bucket, q).forward(q_b, k_b, v_b, bias)
         outs.append(from_heads(bucket.queries, out_b))
         lses.append(from_heads(bucket.queries, lse_b))
     lse_like = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -195,14 +232,14 @@ def padded_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dqs, dks, dvs = [], [], []
     grad_out, out = grad_out.contiguous(), out.contiguous()  # required by the kernels
-    for bucket in segments.buckets:
+    for bucket in buckets_of(backend, segments):
         q_b, k_b, v_b = to_heads(bucket.queries, q), to_heads(bucket.keys, k), to_heads(bucket.keys, v)
         grad_b, out_b = to_heads(bucket.queries, grad_out), to_heads(bucket.queries, out)
         lse_b = bucket.queries.pad(lse)
         if bucket.queries.valid is not None:  # padding: p = exp(s - inf) = 0
             lse_b = lse_b.masked_fill(~bucket.queries.valid[..., None], math.inf)
         bias = key_bias(bucket, q.dtype, q.shape[1])
-        kernel = bucket_kernel(backend, q, bias is not None)
+        kernel = bucket_kernel(backend, bucket, q)
         with deterministic_algorithms(deterministic and kernel.nondeterministic):
             dq_b, dk_b, dv_b = kernel.backward(grad_b, q_b, k_b, v_b, out_b, lse_b.transpose(1, 2), bias)
         dqs.append(from_heads(bucket.queries, dq_b))

@@ -174,9 +174,7 @@ def varlen_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if segments.varlen is None:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    calls, sum_dtype = (), k.dtype
-    if kernel.divided and q.device.type != "meta":
-        calls = backward_calls(segments, Shape(q.shape[1], num_processors(q.device), deterministic))
+    calls, sum_dtype = backward_calls(kernel, q, segments, deterministic), k.dtype
     if any(call.varlen.keys.has_duplicates for call in calls):  # gradients of shared keys are summed in fp32
         sum_dtype = torch.promote_types(k.dtype, torch.float32)
     dqs, dks, dvs = [], [], []
@@ -194,8 +192,11 @@ def varlen_backward(
     return scatter_all(dqs, q, 0.0, deterministic), dk, dv
 
 
-def backward_calls(segments: Segments, shape: Shape) -> tuple[Call, ...]:
-    """`plan_calls`, computed once per pack."""
+def backward_calls(kernel: VarlenKernel, q: Tensor, segments: Segments, deterministic: bool) -> tuple[Call, ...]:
+    """`plan_calls` for queries like `q`, computed once per pack; empty: one call for all segments."""
+    if not kernel.divided or q.device.type == "meta":
+        return ()
+    shape = Shape(q.shape[1], num_processors(q.device), deterministic)
     if shape not in segments.plans:
         segments.plans[shape] = plan_calls(segments, shape)
     return segments.plans[shape]

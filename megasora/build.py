@@ -11,7 +11,8 @@ from megasora.text import build_text_encoder
 def build_model(config: Config, patch_dim: int) -> VideoDiT:
     """VideoDiT with its text embedder on torch's default device; its weights are not initialised or loaded yet."""
     m = config.model
-    return VideoDiT(m, patch_dim, build_text_encoder(config.text).build_embedder(m.width, m.text_depth, m.heads))
+    encoder, attention = build_text_encoder(config.text), (m.attention_backend, m.deterministic)
+    return VideoDiT(m, patch_dim, encoder.build_embedder(m.width, m.text_depth, m.heads, *attention))
 
 
 def patch_dim(config: Config) -> int:

@@ -24,7 +24,7 @@ MUTABLE_ON_RESUME = (
     "ingest", "checkpoint", "validation", "sample", "evaluation", "wandb",
     "run.start", "run.debug_parallel", "run.debug_every", "run.hang_seconds",
     "run.ledger", "model.kernel_backend", "model.attention_backend", "model.deterministic", "model.recompute",
-    "model.recompute_blocks", "parallel",
+    "model.recompute_blocks", "model.compile", "parallel",
 )  # fmt: skip
 
 
@@ -33,6 +33,9 @@ def check_run(config: Config) -> None:
     check_task(config, "dit")
     check_run_folder(config)
     check_kernels(config)
+    check_attention(config)
+    check_compiler(config)
+    check_fp8(config)
     check_parallel(config)
     check_samples(config)
     check_data(config)
@@ -98,6 +101,59 @@ def check_kernels(config: Config) -> None:
             "model.kernel_backend=triton needs a GPU, and this run has none; use model.kernel_backend=auto, or set "
             "TRITON_INTERPRET=1 in the environment: Triton then interprets the kernels, a thousand times slower"
         )
+
+
+def check_attention(config: Config) -> None:
+    """The device, dtype and head dim have model.attention_backend."""
+    import torch
+
+    from megasora.kernels.attention_choice import check_backend
+
+    model, run = config.model, config.run
+    on_gpu = run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
+    dtype = {"auto": "bfloat16" if on_gpu else "float32"}.get(run.dtype, run.dtype)
+    if model.attention_backend == "auto" or (on_gpu and not torch.cuda.is_available()):  # the latter: said elsewhere
+        return
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        check_backend(model.attention_backend, device, getattr(torch, dtype), model.head_dim, model.deterministic)
+    except ValueError as error:
+        raise MegaSoraError(f"model.attention_backend={model.attention_backend}: {error}") from None
+
+
+def check_compiler(config: Config) -> None:
+    """model.compile needs a C++ compiler."""
+    if not config.model.compile:
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise MegaSoraError(
+            "model.compile=true needs a C++ compiler, and none was found: install g++, set CXX to one, or use "
+            "model.compile=false"
+        ) from error
+
+
+def check_fp8(config: Config) -> None:
+    """The GPU of model.fp8_recipe has the products; a CPU emulates them."""
+    import torch
+
+    from megasora.kernels.float8 import why_not
+
+    recipe, run = config.model.fp8_recipe, config.run
+    if recipe == "none" or run.device == "cpu" or not torch.cuda.is_available():
+        return
+    reason = why_not(torch.device("cuda"), per_row=recipe != "tensorwise")
+    remedy = "use model.fp8_recipe=none"
+    if reason is None and run.dtype == "float32":
+        reason, remedy = (
+            "run.dtype=float32 is set, and its products give bfloat16",
+            f"use run.dtype=bfloat16 or {remedy[4:]}",
+        )
+    if reason is not None:
+        raise MegaSoraError(f"model.fp8_recipe={recipe}: {reason}; {remedy}")
 
 
 def check_parallel(config: Config) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import codec, context_balance, memory, step
+from benchmarks import codec, context_balance, host_waits, launch_cost, memory, optimizer_step, step
 from megasora.batch import ContextSplit
 from megasora.config import load
+from megasora.kernels.launch import INTERPRETED
 from megasora.parallel.context_split import (
     attention_work_per_rank,
     received_tokens_per_rank,
@@ -66,6 +67,30 @@ def test_balance_counts_the_bytes_of_a_plain_ring(tmp_path):
     assert results["split_pack, ring"]["work_max_over_mean"] < 1.001 < results["plain ring"]["work_max_over_mean"]
 
 
+# ---- host_waits
+
+
+def test_host_waits_are_counted_with_and_without_the_loader(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_waits, "PACKS", {"two clips": ((2, 2, 3), 2)})
+    record = recorded(host_waits.main, tmp_path, "--repeats", "1")
+    assert record.keys() == HEAD | {"device", "results"}
+    results = {r["variant"]: r for r in record["results"]}
+    assert results.keys() == {"step", "loader"}
+    assert results["step"]["copies"] > 10 and results["step"]["waits"] == 0
+    assert results["loader"]["copies"] == 1 and results["loader"]["waits"] == 0 < results["loader"]["loader_ms"]
+
+
+# ---- launch_cost
+
+
+def test_launch_costs_are_of_every_operation_and_a_block_in_both_ways(tmp_path):
+    record = recorded(launch_cost.main, tmp_path, "--calls", "1", "--rounds", "1")
+    assert record.keys() == HEAD | {"costs", "launcher_us"}
+    cases = [(c["what"], c["variant"]) for c in record["costs"]]
+    assert cases == [(w, v) for w in (*launch_cost.OPERATIONS_OF_BLOCKS, "block") for v in launch_cost.VARIANTS]
+    assert all(c["forward_us"] > 0 for c in record["costs"])
+
+
 # ---- memory
 
 
@@ -97,7 +122,8 @@ def test_a_block_retains_what_its_backward_needs_and_nothing_else(dialect, mode)
     expected = {
         "full": length * 2 * d,
         "keep_attention": length * (4 * d + 4 * heads),  # with the log-sum-exp of each head
-        "none": length * (34 * d + 4 * r.mlp_hidden)
+        "none": length * (34 * d + 2 * r.mlp_hidden)
+        + 2 * r.mlp_hidden  # the bias before the GELU
         + length * 3 * 2 * 4  # means and deviations of three norms
         + length * 4 * norms  # deviations of q of the cross-attention; those of q and k are recomputed
         + length * 2 * 4 * heads  # log-sum-exp
@@ -170,3 +196,24 @@ def test_codec_measures_each_way_to_encode_the_same_clip(tmp_path, monkeypatch):
     assert [row["codec"].split(",")[0] for row in record["speed"]] == ["dct", "dct", "vae"]
     assert {row["direction"] for row in record["pieces"]} == {"encode", "decode"}
     assert all(row["cpu_seconds"] > 0 for row in record["pieces"])
+
+
+# ---- optimizer_step
+
+
+def test_tensors_of_a_model_have_all_of_its_weights():
+    for weights in (1 << 17, 16_000_000, 1_420_000_000):
+        sizes = optimizer_step.sizes_of(weights)
+        assert len(sizes) == optimizer_step.TENSORS and sum(sizes) == weights and min(sizes) > 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, which is off beside a GPU")
+def test_bytes_and_launches_of_an_optimizer_step():
+    """fp32 weights, moments, average and gradient, weights in bf16: bytes that each pass loads and stores."""
+    counts, tensors = optimizer_step.count(1 << 15), optimizer_step.TENSORS
+    norm, clip, adamw, copy, average, zero = 4, 8, 28, 6, 12, 4
+    assert counts["apart"][0] == pytest.approx(norm + clip + adamw + copy + average + 2 * zero, rel=0.1)
+    assert counts["fused"][0] == pytest.approx(norm + 38, rel=0.01)
+    assert counts["add, apart"][0] == 6 + 12 and counts["add, at once"][0] == 10
+    assert counts["apart"][1] > 2 * tensors and counts["fused"][1] < 20
+    assert counts["add, apart"][1] == 2 * tensors and counts["add, at once"][1] == tensors

@@ -378,6 +378,7 @@ def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
         (["model.width=100", "model.heads=3"], "model.heads=3 must divide model.width=100; use 1, 2, 5"),
         (["model.width=64", "model.heads=16"], "model.width=64 / model.heads=16 = 4: the head dim must be even"),
         (["model.width=7", "model.heads=2"], "model.heads=2 must divide model.width=7; use an even width"),
+        (["model.attention_backend=cudnn"], "model.attention_backend=cudnn sums gradients in an order that differs"),
         (["model.mlp_ratio=0.002"], "model.mlp_ratio=0.002 x model.width=384 is less than 1, the hidden features"),
         (["model.width=63", "model.heads=9"], "model.width=63 / model.heads=9 = 7: the head dim must be even"),
         (["codec.channels=769"], "codec.channels=769 must be from 3 to 3 x 4 x 8 x 8 = 768"),
@@ -387,7 +388,7 @@ def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
         (["text.name=t5"], "text.name=t5 needs text.path, a folder or a hub name of its weights"),
         (["text.name=byte"], "text.name=byte must be one of bytes, t5, clip; did you mean bytes?"),
         (["wandb.mode=onlin"], "wandb.mode=onlin must be one of offline, online, disabled; did you mean online?"),
-        (["parallel.zero_stage=4"], "parallel.zero_stage=4 must be at least 1 and at most 3"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage=4 must be at least 0 and at most 3"),
         (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers"),
         (["optim.betas=[0.9,1.0]"], "optim.betas[1]=1.0 must be at least 0 and below 1"),
         (["optim.ema_decay=1"], "optim.ema_decay=1.0 must be at least 0 and below 1"),
@@ -530,15 +531,16 @@ def test_the_memory_per_gpu_in_the_header_of_a_preset_is_what_its_settings_give(
     """In bf16, without captions, text embedder and libraries; activations by the formula of benchmarks/memory.py."""
     from megasora.build import patch_dim
     from megasora.model.flops import num_parameters
+    from megasora.parallel.layout import resolve_zero_stage
 
     config = load(path)
     model, parallel = config.model, config.parallel
     weights = num_parameters(model, patch_dim(config)) / parallel.tensor / parallel.pipeline
     sharded_by = processes_of(path) / parallel.tensor / parallel.pipeline
-    gradients = 4 * weights / (1 if parallel.zero_stage == 1 else sharded_by)
+    gradients = 4 * weights / (1 if resolve_zero_stage(parallel, "cuda") == 1 else sharded_by)
     states = 16 * weights / sharded_by  # fp32: master weights, two moments, EMA
     tokens = config.data.tokens_per_pack / parallel.context / parallel.tensor
-    full_block = (34 * model.width + 4 * model.mlp_hidden) * tokens
+    full_block = (34 * model.width + 2 * model.mlp_hidden) * tokens
     recomputing_block = {"none": 0, "full": 2, "keep_attention": 4}[model.recompute] * model.width * tokens
     recomputing = 0 if model.recompute == "none" else model.recompute_blocks or model.depth
     full = model.depth - recomputing + min(recomputing, 1)  # one block at a time is recomputed

@@ -11,6 +11,7 @@ from benchmarks import figure, gpu, kernels, transformer_block, tune
 from benchmarks.kernels import AttentionResult, OperationResult
 from benchmarks.transformer_block import BlockResult, Case
 from megasora.kernels.launch import LaunchConfig
+from megasora.kernels.linear import Float8Products
 from megasora.testing.operations import OPERATIONS, Size
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -103,9 +104,10 @@ def test_least_bytes_are_those_of_the_docstrings_of_the_kernels():
     size = Size(tokens=64, width=256, head_dim=64, row_tokens=32)
     expected = {  # bytes per element of an activation, forward and backward
         "adaln_modulate": (4, 6), "gated_residual_adaln": (8, 12), "gated_residual_norm": (8, 12),
-        "residual_adaln": (8, 8), "gated_add": (6, 6), "rope3d": (4, 4),
+        "residual_adaln": (8, 8), "gated_add": (6, 6), "gelu": (4, 8), "rope3d": (4, 4),
         "qk_norm_rope3d, per_head": (2 * 4, 2 * 6 + 4), "qk_norm_rope3d, across_heads": (2 * 4, 2 * 6 + 4),  # and v's
-        "rms_norm": (4, 6), "merge_partial_attention": (10,),
+        "rms_norm": (4, 6), "merge_partial_attention": (10,), "adamw_step": (38,),
+        "sum_of_squares": (4,),
     }  # fmt: skip
     assert expected.keys() == OPERATIONS.keys()
     for name, build in OPERATIONS.items():
@@ -189,6 +191,56 @@ def test_a_block_written_plainly_calls_no_operation_of_ours(monkeypatch):
     assert not called
 
 
+@no_gpu
+@pytest.mark.usefixtures("tiny")
+def test_variants_of_a_block_are_what_the_settings_of_a_run_make_of_it(monkeypatch):
+    assert sorted(transformer_block.KERNELS) == sorted(sum(transformer_block.ALTERNATING, ()))
+    compiled = []
+    monkeypatch.setattr(transformer_block, "compile_block", compiled.append)
+    for variant in transformer_block.KERNELS:
+        block, _, inputs = transformer_block.build_block(Case("tiny", 24, "none"), "torch", "cpu")
+        transformer_block.apply_variant(variant, block, inputs)
+        in_fp8 = [
+            name
+            for name, module in block.named_modules()
+            if isinstance(getattr(module, "products", None), Float8Products)
+        ]
+        assert len(in_fp8) == (6 if variant == "fp8" else 0)
+        assert (compiled == [block]) == (variant == "product")
+        compiled.clear()
+
+
+def test_launches_are_timed_without_what_the_gpu_does(monkeypatch):
+    clock, log = [0.0], []
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: clock[0])
+
+    def synchronize():  # the GPU takes a second for what was launched
+        log.append("wait")
+        clock[0] += 1.0
+
+    def launch():
+        log.append("launch")
+        clock[0] += 30e-6
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert kernels.launch_us(launch) == pytest.approx(30)
+    assert log == ["launch", *["wait", *["launch"] * kernels.LAUNCHES] * kernels.LAUNCH_TRIALS]
+
+
+@no_gpu
+def test_the_launches_of_both_passes_are_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(kernels, "launch_us", lambda function: function() and 2.0 or 7.0)
+    results = [r for name in ("gelu", "merge_partial_attention") for r in kernels.measure_launches(name, "cpu")]
+    assert [(r.variant, r.forward_us, r.backward_us) for r in results] == [
+        ("triton", 2.0, 5.0), ("eager", 2.0, 5.0), ("triton", 2.0, None), ("eager", 2.0, None),
+    ]  # fmt: skip
+    assert text_of(kernels.launch_table(results)) == [
+        ["gelu", "2 | 5", "2 | 5"],
+        ["merge_partial_attention", *["2 | -"] * 2],
+    ]
+
+
 # ---- what is shown
 
 
@@ -241,8 +293,8 @@ def test_tables_show_the_results():
     small = text_of(kernels.operation_table(4096, operations))
     assert len(small) == len(kernels.TIMED) * len(kernels.WIDTHS) and small[0][-1] == "- | -"
     table = text_of(transformer_block.block_table([BlockResult(**b) for b in record["blocks"]]))
-    assert table[0] == ["Wan-14B", "36,864", "none", "56.0% (200.0, 12.0)", "31.0% (200.0, 12.0)",
-                        "44.0% (200.0, 12.0)", "1.00"]  # fmt: skip
+    assert table[0] == ["Wan-14B", "36,864", "none", "56.0% (200.0, 12.0)", "31.0% (200.0, 12.0)", "-",
+                        "44.0% (200.0, 12.0)", "-", "1.00"]  # fmt: skip
     assert [row[4] for row in table if row[1] == "73,728"] == ["-"] * 6
     packs = text_of(kernels.attention_table([AttentionResult(**a) for a in record["attention"]]))
     assert packs[0][-3:-1] == ["500 | 400", "500 | 400"]
@@ -253,7 +305,7 @@ def test_the_plot_shows_the_results_that_exist(missing, tmp_path):
     record = {name: value for name, value in made_up_record().items() if name not in missing}
     figure.draw(record, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
-    assert len(figure.operation_lines(record)) == (0 if missing else 36)
+    assert len(figure.operation_lines(record)) == (0 if missing else len(kernels.TIMED) * len(kernels.WIDTHS))
 
 
 def test_results_are_written_at_once(tmp_path):

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from megasora.config.schema import every_key
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools" / "gpu"
@@ -23,24 +27,61 @@ def load_tool(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_rehearsal_passes_every_stage_and_writes_every_result(tmp_path):
-    stages = "attention bench train profile resume"  # the kernels' tests are in this suite
+    stages = "attention optimizer wan small bench float8 resume"  # the suite has the tests, and that of the overlap
     environment = {**os.environ, "REHEARSE": "1", "STAGES": stages, "OUT": str(tmp_path), "PYTHON": sys.executable}
     done = subprocess.run([TOOLS / "run.sh"], env=environment, capture_output=True, check=False)
-    ends = {
-        line["stage"]: line["code"] for line in map(json.loads, (tmp_path / "stages.jsonl").read_text().splitlines())
-    }
-    assert done.returncode == 0 and set(ends.values()) == {0}, f"{ends}\n{(tmp_path / 'log.txt').read_text()[-4000:]}"
+    log = (tmp_path / "raw" / "log.txt").read_text()
+    ends = {line["stage"]: line["code"] for line in read_lines(tmp_path / "stages.jsonl")}
+    assert done.returncode == 0 and set(ends.values()) == {0}, f"{ends}\n{log[-4000:]}"
     assert {path.name for path in tmp_path.iterdir()} == {
-        "stages.jsonl", "log.txt", "attention.json", "profile.json", "runs.json", "runs.tar.gz", "sample.mp4",
-        "sample.sheet.png", "sample.json",
+        "environment.json", "stages.jsonl", "attention.json", "optimizer.json", "wan.json", "small-4k.json",
+        "float8.json", "runs.json", "raw",
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "raw").iterdir()} == {
+        "log.txt", "runs.tar.gz", "sample.mp4", "sample.sheet.png", "sample.json",
     }  # fmt: skip
     runs = json.loads((tmp_path / "runs.json").read_text())
-    assert runs["resumed and triton"]["bitwise_equal"] and runs["resumed"]["steps"] == 4
+    assert runs["repeat and small-4k"]["bitwise_equal"] and runs["resumed and repeat"]["bitwise_equal"]
+    assert runs["resumed"]["steps"] == 4
     attention = json.loads((tmp_path / "attention.json").read_text())
     assert attention and not [line for line in attention if line.get("error") or line["relative_error"] > 1e-5]
-    assert "error" not in json.loads((tmp_path / "profile.json").read_text())
+    assert "error" not in json.loads((tmp_path / "wan.json").read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_key_in_the_commands_is_one_of_the_configuration():
+    sections = {key.split(".")[0] for key in every_key()}
+    named = set(re.findall(r"(?<![\w/])([a-z]+(?:\.[a-z_]+)+)=", (TOOLS / "run.sh").read_text()))
+    keys = {key for key in named if key.split(".")[0] in sections}
+    assert len(keys) > 20 and keys <= set(every_key())
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"STAGES": "attention profile"}, "STAGES has no stage profile; it is some of: attention checks optimizer"),
+        ({"MINUTES": "0"}, "MINUTES=0 must be a whole number from 1 to 99"),
+        ({"MINUTES": "9.5"}, "MINUTES=9.5 must be a whole number from 1 to 99"),
+    ],
+)
+def test_a_wrong_selection_is_one_line_and_exit_code_2(environment, message, tmp_path):
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": sys.executable, **environment}
+    done = subprocess.run([TOOLS / "run.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_names_the_rehearsal(tmp_path):
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    done = subprocess.run([TOOLS / "run.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "sees no GPU; REHEARSE=1 rehearses on a CPU" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def write_wheel(folder, name, requirements=()):
@@ -75,6 +116,7 @@ def test_a_profile_counts_overlapping_kernels_once_and_finds_the_gap(load_tool, 
     ]}  # fmt: skip
     summary = profile_steps.summarize(trace, 2)
     assert summary["step_ms"] == 0.5 and summary["busy_fraction"] == 0.4 and summary["launches_per_step"] == 1.5
+    assert summary["waits_per_step"] == 0.5
     assert {kind: figures["ms_per_step"] for kind, figures in summary["kinds"].items()} == {
         "Triton kernels of MegaSora": 0.125, "matrix product": 0.05, "attention": 0.05,
     }  # fmt: skip

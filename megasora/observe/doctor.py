@@ -33,7 +33,8 @@ HEAD_DIM = 128  # for which attention backends are checked
 ESSENTIAL = ("torch", "deepspeed", "webdataset", "omegaconf", "triton", "av", "numpy", "pillow", "safetensors")
 OPTIONAL = {  # distribution -> remedy if it is missing
     "transformers": "only the T5 and CLIP text encoders need it: pip install transformers",
-    "flash-attn": "",  # optional: `attention_backends` reports it
+    "flash-attn": "",  # optional, as flash-attn-4: `attention_backends` reports them
+    "flash-attn-4": "",
 }
 
 
@@ -127,23 +128,30 @@ def gpu_devices(torch: ModuleType) -> list[Finding]:
 
 
 def attention_backends(torch: ModuleType) -> list[Finding]:
-    """Backends of attention that can be used here; `model.attention_backend=auto` takes the first of them.
+    """Backends of attention that can be used here, with what `model.attention_backend=auto` takes of them, and how to
+    get a faster one.
 
-    The order is flash4, flash3, flash2, varlen, sdpa, math. Checked for bfloat16 on a GPU, float32 on a CPU, and
-    HEAD_DIM.
+    Checked for bfloat16 on a GPU, float32 on a CPU, HEAD_DIM, and one long clip.
     """
-    kernels, error = import_or_error("megasora.kernels.attention")
-    if kernels is None:
+    choice, error = import_or_error("megasora.kernels.attention_choice")
+    if choice is None:
         return [Finding("attention", "backends", "do not import", error)]
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    obstacles = {name: kernels.obstacle(name, torch.device(device), dtype, HEAD_DIM) for name in kernels.BACKENDS}
-    auto = next((name for name, obstacle in obstacles.items() if obstacle is None), None)
+    queries = torch.device(device), dtype, HEAD_DIM
+    auto, auto_in_any_order = (choice.candidates(*queries, deterministic)[0] for deterministic in (True, False))
     findings = []
-    for name, obstacle in obstacles.items():
-        value = f"not usable: {obstacle}" if obstacle else "usable" + (", taken by auto" if name == auto else "")
+    for name in choice.BACKENDS:
+        ordered, any_order = (choice.obstacle(name, *queries, deterministic) for deterministic in (True, False))
+        value = f"not usable: {any_order}" if any_order else "usable"
+        if ordered and not any_order:
+            value += " with model.deterministic=false"
+        if name in (auto, auto_in_any_order):
+            value += ", taken by auto" + ("" if name == auto else " then")
+        remedy = choice.notice(*queries) if name == auto else ""
         # varlen has the same requirements as flash2, except the package
-        is_broken = name == "flash2" and obstacle and not obstacles["varlen"] and version_of("flash-attn")
-        remedy = "build flash-attn for this torch: pip install --no-build-isolation flash-attn" if is_broken else ""
+        is_broken = name == "flash2" and any_order and not choice.obstacle("varlen", *queries)
+        if is_broken and version_of("flash-attn"):
+            remedy = "build flash-attn for this torch: pip install --no-build-isolation flash-attn"
         findings.append(Finding("attention", name, value, remedy))
     return findings
 

@@ -1,4 +1,4 @@
-"""Figures of a device and of a step on it: memory in use, attainable speed, times."""
+"""Figures of a step on a device: memory in use, speed, times."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import resource
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megasora.parallel.world import World
-
-WARMUP_PRODUCTS, TIMED_PRODUCTS = 300, 50  # the first ones take a third of a second on an H100, until its clocks are up
 
 
 def peak_memory(device: torch.device) -> int:
@@ -18,21 +15,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measure_matmul_flops_per_s(device: torch.device, size: int = 8192) -> float:
-    """Runs a large bf16 matrix product on this GPU; returns its FLOP/s, which MFU is relative to."""
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    product: Tensor = a @ a
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(WARMUP_PRODUCTS):
-        torch.matmul(a, a, out=product)
-    start.record()
-    for _ in range(TIMED_PRODUCTS):
-        torch.matmul(a, a, out=product)
-    end.record()
-    torch.cuda.synchronize()
-    return 2 * size**3 * TIMED_PRODUCTS / (start.elapsed_time(end) / 1000)
 
 
 def speed_columns(

@@ -116,6 +116,8 @@ class RunLog:
         model = f"{size / 1e6:.2f}M parameters" if size >= 10_000 else f"{size} parameters"
         step = [f"{count:,} {key.replace('_', ' ')}" for key, count in info.items() if key.endswith("_per_step")]
         self.print(", ".join([model, f"{info['clips']:,} clips", *step, layout]))
+        for notice in info.get("notices", []):
+            self.print(notice)
 
     def print_start(self, step: int, saved_settings: dict[str, Any], settings: dict[str, Any]) -> None:
         """The range of steps, and how the layout differs from that which has saved the checkpoint of `step`."""

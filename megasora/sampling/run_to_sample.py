@@ -62,6 +62,8 @@ class RunToSample:
         if path is None:
             path = find_checkpoint(folder, report=lambda text: print(text, file=sys.stderr))
         config.model.kernel_backend = config.model.attention_backend = "auto"  # this machine may differ from training's
+        config.model.deterministic = False  # there is no backward pass
+        config.model.fp8_recipe = "none"  # of training
         opened = cls(folder, config, weights, ShardedCheckpoint(path), step_of(path.name))
         kind_of(opened.checkpoint, weights)  # raises for an average that it has not
         return opened

@@ -50,8 +50,11 @@ class BytesEncoder:
         data = b"".join(map(padded_bytes, caption.lower().split())) or PAD_BYTE * WORD_BYTES
         return torch.from_numpy(SYMBOL_OF_BYTE[np.frombuffer(data, np.uint8)].reshape(-1, WORD_BYTES))
 
-    def build_embedder(self, width: int, depth: int, heads: int) -> nn.Module:
-        return BytesEmbedder(WORD_BYTES, PAD + 1, width, depth, heads)
+    def build_embedder(
+        self, width: int, depth: int, heads: int, backend: str = "auto", deterministic: bool = True
+    ) -> nn.Module:
+        """`backend`, `deterministic`: of attention."""
+        return BytesEmbedder(WORD_BYTES, PAD + 1, width, depth, heads, backend, deterministic)
 
 
 @lru_cache(maxsize=8192)  # a few words make up most of all captions

@@ -144,8 +144,11 @@ class PretrainedEncoder:
         hidden_BSE = out.last_hidden_state.float().cpu()
         return [hidden_BSE[row, : len(tokens)].clone() for row, tokens in enumerate(ids)]
 
-    def build_embedder(self, width: int, depth: int, heads: int) -> nn.Module:
-        return FeatureEmbedder(self.text_dim, width, depth, heads)
+    def build_embedder(
+        self, width: int, depth: int, heads: int, backend: str = "auto", deterministic: bool = True
+    ) -> nn.Module:
+        """`backend`, `deterministic`: of attention."""
+        return FeatureEmbedder(self.text_dim, width, depth, heads, backend, deterministic)
 
 
 def import_transformers(name: str) -> ModuleType:

@@ -17,6 +17,7 @@ from megasora.config import load_run_config
 from megasora.locks import locked
 from megasora.optim.ema import ShardedEMA
 from megasora.optim.ema_decays import power_decay
+from megasora.optim.update import Update
 from megasora.run_log.launches import LOCK
 
 
@@ -104,7 +105,8 @@ def trained_averages(sigmas: tuple[float, ...], steps: int) -> dict[str, dict[in
         for name, w in weights.items():
             w.copy_(random_value("goal", name, 0) * (1 - np.exp(-5 * step / steps)))
             w.add_(random_value("noise", name, step), alpha=0.05)
-        ema.update()
+        ema.update(Update(lr=0.0, number=ema.updates))
+        ema.updates += 1
         for kind, tensors in ema.averages.items():
             saved[kind][step] = {name: x.clone() for name, x in zip(weights, tensors, strict=True)}
     return saved

@@ -103,46 +103,59 @@ def test_a_driver_without_a_matching_torch_differs_from_no_gpu(monkeypatch, driv
     assert ("install the torch build" in gpu.remedy) == bool(driver)
 
 
-def fake_kernels(obstacles: dict[str, str]) -> SimpleNamespace:
-    """Attention kernels whose backends have these obstacles."""
-    return SimpleNamespace(
-        BACKENDS=("flash3", "flash2", "varlen", "sdpa", "math"), obstacle=lambda name, *_: obstacles.get(name)
-    )
+BACKENDS = ("flash4", "flash3", "cudnn", "flash2", "varlen", "sdpa", "math")
+
+
+def fake_choice(obstacles: dict[str, str], notice: str = "") -> SimpleNamespace:
+    """Attention backends with these obstacles; cudnn has no fixed order of sums."""
+
+    def obstacle(name, device, dtype, head_dim, deterministic=True):
+        return "no fixed order" if name == "cudnn" and deterministic else obstacles.get(name)
+
+    def candidates(*queries):
+        return tuple(name for name in BACKENDS if obstacle(name, *queries) is None)
+
+    return SimpleNamespace(BACKENDS=BACKENDS, obstacle=obstacle, candidates=candidates, notice=lambda *_: notice)
 
 
 @pytest.mark.parametrize(
-    ("obstacles", "auto"),
+    ("obstacles", "auto", "in_any_order"),
     [
-        ({}, "flash3"),
-        ({"flash3": "a", "flash2": "b"}, "varlen"),
-        ({"flash3": "a", "flash2": "b", "varlen": "c"}, "sdpa"),
+        ({}, "flash4", "flash4"),
+        ({"flash4": "a", "flash3": "b"}, "flash2", "cudnn"),
+        ({"flash4": "a", "flash3": "b", "flash2": "c", "cudnn": "d"}, "varlen", "varlen"),
+        ({name: "a" for name in BACKENDS[:5]}, "sdpa", "sdpa"),
     ],
 )
-def test_the_first_usable_attention_backend_is_the_one_that_auto_takes(monkeypatch, obstacles, auto):
-    monkeypatch.setattr(doctor, "import_or_error", lambda name: (fake_kernels(obstacles), ""))
+def test_each_attention_backend_is_usable_or_has_an_obstacle_and_the_choice_of_auto_is_named(
+    monkeypatch, obstacles, auto, in_any_order
+):
+    monkeypatch.setattr(doctor, "import_or_error", lambda name: (fake_choice(obstacles, "install more"), ""))
     monkeypatch.setattr(doctor, "version_of", lambda name: None)
     findings = by_name(doctor.attention_backends(fake_torch([H100])))
-    for name in ("flash3", "flash2", "varlen", "sdpa", "math"):
-        usable = "usable, taken by auto" if name == auto else "usable"
-        assert findings[name].value == (f"not usable: {obstacles[name]}" if name in obstacles else usable)
-        assert not findings[name].remedy and not findings[name].missing
+    for name in BACKENDS:
+        usable = "usable with model.deterministic=false" if name == "cudnn" else "usable"
+        taken = ", taken by auto" if name == auto else ", taken by auto then" if name == in_any_order else ""
+        expected = f"not usable: {obstacles[name]}" if name in obstacles else usable + taken
+        assert (findings[name].value, findings[name].remedy) == (expected, "install more" if name == auto else "")
+        assert not findings[name].missing
 
 
 def test_the_backend_named_is_the_one_that_auto_takes_on_this_machine():
     torch = pytest.importorskip("torch")
-    from megasora.kernels import attention
+    from megasora.kernels.attention_choice import resolve_attention_backend
 
     gpu = torch.cuda.is_available()
     q = torch.zeros(
         1, 1, doctor.HEAD_DIM, dtype=torch.bfloat16 if gpu else torch.float32, device="cuda" if gpu else "cpu"
     )
     (auto,) = [f.name for f in doctor.attention_backends(torch) if f.value == "usable, taken by auto"]
-    assert auto == attention.resolve_attention_backend("auto", q)
+    assert auto == resolve_attention_backend("auto", q)
 
 
 def test_an_installed_flash_attention_that_does_not_import_gets_a_remedy(monkeypatch):
     obstacles = {"flash3": "not installed", "flash2": "ImportError: undefined symbol: _ZN3c104"}
-    monkeypatch.setattr(doctor, "import_or_error", lambda name: (fake_kernels(obstacles), ""))
+    monkeypatch.setattr(doctor, "import_or_error", lambda name: (fake_choice(obstacles), ""))
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.8.3")
     finding = by_name(doctor.attention_backends(fake_torch([H100])))["flash2"]
     assert finding.value.startswith("not usable") and "undefined symbol" in finding.value

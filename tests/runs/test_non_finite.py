@@ -46,7 +46,7 @@ def train_with_fault(arguments, kind, first=FAULTY_STEP, last=FAULTY_STEP, stop_
         is_rank = dist.get_rank() == dist.get_world_size() - 1
         state["faulty"] = is_rank and first <= step + 1 <= last
         if state["faulty"]:
-            clips.append(int(batch.shares[0].sample_ids_G[0]))
+            clips.append(int(batch.shares[0].value.clean.sample_ids_G[0]))
         return forward_backward(self, batch, step, lap)
 
     def faulty_velocity_error(prediction, target, weight):

@@ -57,6 +57,7 @@ ERRORS = {  # override -> words of the one-line message
     "optim.lr=5e-3": ["run.dir", "optim.lr: 0.001 -> 0.005", "choose another run.dir"],
     "data.tokens_per_pack=16": ["data.tokens_per_pack=16", "tokens of sample"],
     "data.shards=nowhere": ["nowhere", "megasora ingest"],
+    "model.attention_backend=flash4": ["model.attention_backend=flash4", "no kernel for device cpu", "or 'auto'"],
 }
 
 

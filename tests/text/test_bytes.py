@@ -19,7 +19,7 @@ def make(max_tokens=64) -> BytesEncoder:
 
 def embed(embedder, encoded):
     cu_text = torch.tensor([0, *map(len, encoded)]).cumsum(0).to(torch.int32)
-    return embedder(torch.cat(encoded), cu_text).split([len(e) for e in encoded])
+    return embedder(torch.cat(encoded), embedder.plan(cu_text)).split([len(e) for e in encoded])
 
 
 def make_embedder(depth=2):

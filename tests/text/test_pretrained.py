@@ -245,8 +245,8 @@ def test_the_embedding_of_a_caption_does_not_depend_on_the_other_captions(folder
     encoded = encoder.encode(CAPTIONS)
     lengths = [len(e) for e in encoded]
     cu_text = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    packed = embedder(torch.cat(encoded), cu_text)
+    packed = embedder(torch.cat(encoded), embedder.plan(cu_text))
     assert packed.shape == (sum(lengths), 16)
     for from_pack, features in zip(packed.split(lengths), encoded, strict=True):
-        alone = embedder(features, torch.tensor([0, len(features)], dtype=torch.int32))
+        alone = embedder(features, embedder.plan(torch.tensor([0, len(features)], dtype=torch.int32)))
         torch.testing.assert_close(from_pack, alone, rtol=1e-10, atol=1e-10)

@@ -1,7 +1,10 @@
-"""bench_attention.py OUT.json: TFLOP/s and relative error of every attention implementation of this machine.
+"""bench_attention.py OUT.json: TFLOP/s and relative error of every attention backend here, in both orders of sums.
 
-Cases are packs of Wan's shapes: one clip, a long clip with many short ones, several equal clips, and cross-attention to
-captions. Errors are relative to the first implementation that ran. REHEARSE=1: tiny cases on a CPU, without times.
+Cases are packs of Wan's shapes: one clip, a long clip with many short ones, several equal clips, clips of several
+lengths, and cross-attention to captions. `auto`: what model.attention_backend=auto takes for the case. `first_ms`: the
+first forward and backward pass, with what a library compiles or plans for a new shape; `host_ms`: of the host, to
+launch a forward pass. Errors are relative to the first implementation that ran. REHEARSE=1: tiny cases on a CPU,
+without times.
 """
 
 from __future__ import annotations
@@ -9,15 +12,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megasora.kernels.attention import Segments, attention, obstacle
+from megasora.kernels.attention import Segments, attention
+from megasora.kernels.attention_choice import BACKENDS, auto_backend, obstacle
 
 HEAD_DIM = 128
 REHEARSE = bool(os.environ.get("REHEARSE"))
@@ -29,39 +32,41 @@ CASES = {  # name: (tokens of the clips, heads, text tokens of each or 0 for sel
     "1.3B, one clip of 36,864": ([36_864], 12, 0),
     "1.3B, 29,184 and 60 x 128": ([29_184] + [128] * 60, 12, 0),
     "14B, 8 clips of 4,608": ([4_608] * 8, 40, 0),
+    "1.3B, 4 clips of 6,400 to 12,288": ([6_400, 8_192, 10_240, 12_288], 12, 0),
     "14B, caption of 512": ([36_864], 40, 512),
     "1.3B, caption of 20": ([36_864], 12, 20),
+    "14B, caption of 20": ([36_864], 40, 20),
+    "1.3B, caption of 512": ([36_864], 12, 512),
 }
-REHEARSED_CASES = {"small": ([96], 2, 0), "small, caption": ([96], 2, 7)}
+ORDERS = ("deterministic", "any order")
+REHEARSED_CASES = {"small": ([96], 2, 0), "small, 2 lengths": ([40, 64], 2, 0), "small, caption": ([96], 2, 7)}
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def cudnn_dense(lengths: list[int], heads: int) -> Attention:
-    """cuDNN's attention by PyTorch, for clips of one length as a batch."""
+def implementations(segments: Segments) -> dict[str, Attention]:
+    """Each backend of this machine in each order of sums that it has; "math" would take too much memory."""
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if len(set(lengths)) > 1:
-            raise ValueError("dense attention needs clips of one length")
-        q, k, v = (x.view(len(lengths), -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(SDPBackend.MATH if REHEARSE else SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, heads, q.shape[-1])
-
-    return dense
-
-
-def implementations(segments: Segments, lengths: list[int], heads: int) -> dict[str, Attention]:
-    def megasora_attention(backend: str, deterministic: bool) -> Attention:
+    def implementation(backend: str, deterministic: bool) -> Attention:
         return lambda q, k, v: attention(q, k, v, segments, backend=backend, deterministic=deterministic)
 
-    result = {}
-    for backend in ("flash4", "flash3", "flash2", "varlen"):
-        if obstacle(backend, DEVICE, DTYPE, HEAD_DIM) is None:
-            result[f"{backend}, nondeterministic"] = megasora_attention(backend, False)
-            result[f"{backend}, deterministic"] = megasora_attention(backend, True)
-    result["sdpa, nondeterministic"] = megasora_attention("sdpa", False)
-    result["cuDNN by torch, dense"] = cudnn_dense(lengths, heads)
-    return result
+    return {
+        f"{backend}, {'deterministic' if deterministic else 'any order'}": implementation(backend, deterministic)
+        for backend in BACKENDS
+        for deterministic in (False, True)
+        if obstacle(backend, DEVICE, DTYPE, HEAD_DIM, deterministic) is None
+        and (REHEARSE or backend not in ("math", "sdpa") or (backend == "sdpa" and not deterministic))
+    }
+
+
+def synchronized_time() -> float:
+    if not REHEARSE:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def synchronized_ms(begin: float) -> float:
+    return (synchronized_time() - begin) * 1e3
 
 
 def median_ms(function: Callable[[], object]) -> float:
@@ -89,19 +94,26 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    begin = time.perf_counter()
     out = function(*inputs)
     grad = torch.ones_like(out) / 8
     gradients = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    first_ms = synchronized_ms(begin)
     results = [x.detach().float() for x in (out, *gradients)]
     again = torch.autograd.grad(out, inputs, grad, retain_graph=True)
     repeats = all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
     del gradients, again
+    begin = synchronized_time()
+    function(*inputs)
+    host_ms = (time.perf_counter() - begin) * 1e3
     forward = median_ms(lambda: function(*inputs))
     backward = median_ms(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(results, expected or results, strict=True)]
     figures = {
         "relative_error": max(errors),
         "gradients_repeat_bitwise": repeats,
+        "first_ms": first_ms,
+        "host_ms": host_ms,
         "forward_ms": forward,
         "backward_ms": backward,
         "forward_tflop_per_s": flops / forward / 1e9,
@@ -122,8 +134,10 @@ def run(out: str, lines: list[dict]) -> None:
         shapes = [(n, heads, HEAD_DIM) for n in (sum(lengths), sum(keys), sum(keys))]
         inputs = [torch.randn(shape, dtype=DTYPE, device=DEVICE, requires_grad=True) for shape in shapes]
         expected = None
-        for name, function in implementations(segments, lengths, heads).items():
-            line = {"case": case, "implementation": name}
+        auto = {order: auto_backend(inputs[0], segments, order == "deterministic") for order in ORDERS}
+        for name, function in implementations(segments).items():
+            backend, order = name.split(", ")
+            line = {"case": case, "implementation": name, "auto": auto[order] == backend}
             try:
                 figures, results = measure(function, inputs, flops, expected)
                 line |= figures
@@ -133,14 +147,16 @@ def run(out: str, lines: list[dict]) -> None:
             lines.append(line)
             with open(out, "w", encoding="utf-8") as file:
                 json.dump(lines, file, indent=1)
-            print(f"{case:28} {name:26}", line.get("error") or summary(line), flush=True)
+            print(f"{case:33} {name:22}", line.get("error") or summary(line), flush=True)
 
 
 def summary(line: dict) -> str:
     return (
         f"{line['forward_tflop_per_s']:6.0f} | {line['backward_tflop_per_s']:6.0f} TFLOP/s, "
         f"{line['forward_ms']:8.2f} | {line['backward_ms']:8.2f} ms, relative error {line['relative_error']:.1e}"
+        f", first {line['first_ms']:.0f} ms, host {line['host_ms']:.2f} ms"
         + (", repeats" if line["gradients_repeat_bitwise"] else "")
+        + (", auto" if line["auto"] else "")
     )
 
 

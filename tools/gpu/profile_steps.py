@@ -1,7 +1,8 @@
 """profile_steps.py OUT.json FIRST COUNT CONFIG key=value ...: trains as megasora.train does and traces COUNT steps.
 
-The steps from FIRST (counted from 0) are traced. Reports time by kind of kernel, the longest kernels, and the gaps in
-which the GPU is idle, with what the CPU does meanwhile. REHEARSE=1: traces CPU operators instead of kernels.
+The steps from FIRST (counted from 0) are traced. Reports time by kind of kernel, the longest kernels, how often the
+host waits for the GPU, and the gaps in which the GPU is idle, with what the CPU does meanwhile. REHEARSE=1: traces CPU
+operators instead of kernels.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megasora import train, trainer
+from megasora.training_steps import TrainingSteps
 
 ON_GPU = torch.cuda.is_available() and not os.environ.get("REHEARSE")
 KINDS = {  # the first pattern that a kernel's name matches
@@ -91,6 +93,7 @@ def summarize(trace: dict, steps: int) -> dict:
         "step_ms": span_us / 1e3 / steps,
         "busy_fraction": busy / span_us,
         "launches_per_step": len(gpu) / steps,
+        "waits_per_step": sum(len(times) for name, times in runtime.items() if "Synchronize" in name) / steps,
         "copies_to_cpu_per_step": sum("DtoH" in e["name"] for e in gpu) / steps,
         "kinds": {k: {"ms_per_step": v / 1e3 / steps, "fraction": v / total} for k, v in by_kind.most_common()},
         "kernels_per_step": per_step(by_name, 40),
@@ -111,7 +114,7 @@ def print_summary(s: dict) -> None:
         return
     print(
         f"step {s['step_ms']:.1f} ms, GPU busy {s['busy_fraction']:.1%}, {s['launches_per_step']:.0f} launches, "
-        f"{s['copies_to_cpu_per_step']:.0f} copies to the CPU per step"
+        f"{s['copies_to_cpu_per_step']:.0f} copies to the CPU and {s['waits_per_step']:.1f} waits of the host per step"
     )
     for kind, figures in s["kinds"].items():
         print(f"  {kind:28} {figures['ms_per_step']:9.2f} ms per step {figures['fraction']:6.1%}")
@@ -122,22 +125,21 @@ def print_summary(s: dict) -> None:
         print(f"  gap {gap['us']:9.0f} us {kernels}, CPU in {gap['cpu'][:40]}")
 
 
-class ProfiledTrainer(trainer.Trainer):
+class ProfiledSteps(TrainingSteps):
     """Traces the steps `first` to `first + count - 1` and writes their summary to `out`."""
 
     out, first, count = "", 0, 1
     profiler: profile | None = None
 
-    def train_step(self, batch, stopwatch):
+    def take(self, *arguments) -> None:
         if self.step == self.first:
             self.profiler = profile(
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])], acc_events=True
             )
             self.profiler.start()
-        metrics = super().train_step(batch, stopwatch)
-        if self.step == self.first + self.count - 1 and self.profiler is not None:
+        super().take(*arguments)
+        if self.step == self.first + self.count and self.profiler is not None:
             self.finish()
-        return metrics
 
     def finish(self) -> None:
         if ON_GPU:
@@ -154,6 +156,6 @@ class ProfiledTrainer(trainer.Trainer):
 
 
 if __name__ == "__main__":
-    ProfiledTrainer.out, ProfiledTrainer.first, ProfiledTrainer.count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    trainer.Trainer = ProfiledTrainer  # what megasora.train starts
+    ProfiledSteps.out, ProfiledSteps.first, ProfiledSteps.count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    trainer.TrainingSteps = ProfiledSteps  # what the trainer takes its steps with
     sys.exit(train.main(sys.argv[4:]))

@@ -7,7 +7,12 @@ import statistics
 import sys
 from pathlib import Path
 
-COMPARED = (("triton", "torch"), ("resumed", "triton"))  # kernel backends; a resumed run with an uninterrupted one
+COMPARED = (  # twice the same run; a resumed run and an uninterrupted one; kernel backends; orders of sums
+    ("repeat", "small-4k"),
+    ("resumed", "repeat"),
+    ("torch-kernels", "repeat"),
+    ("wan-any-order", "wan"),
+)
 
 
 def read_metrics(run: Path) -> list[dict]:
