@@ -22,11 +22,21 @@ from megasora.build import build_model, patch_dim
 from megasora.checkpoint.start import initial_weights_path, resumes
 from megasora.checkpoint.stored_weights import StoredWeights, open_weights
 from megasora.config import Config
+from megasora.kernels.float8 import identity
+from megasora.kernels.linear import Float8Products
 from megasora.model.attention import AcrossHeadsNorm
+from megasora.model.block import compile_block
 from megasora.model.dit import VideoDiT
 from megasora.model.init import DrawnWeights
 from megasora.optim.muon import orthogonalize
-from megasora.parallel.collectives import CopyToTensorParallel, GatherTokens, ScatterTokens, all_reduce_sum
+from megasora.parallel import symmetric_memory
+from megasora.parallel.collectives import (
+    CopyToTensorParallel,
+    GatherTokens,
+    ScatterTokens,
+    all_reduce_max,
+    all_reduce_sum,
+)
 from megasora.parallel.context_attention import ContextAttention
 from megasora.parallel.deepspeed_engine import build_partitioner
 from megasora.parallel.denoiser import Denoiser
@@ -35,7 +45,7 @@ from megasora.parallel.muon import MuonRule
 from megasora.parallel.pipeline import AccumulateGrads, Pipeline, num_stages, stage_numbers
 from megasora.parallel.share import share_length
 from megasora.parallel.shared_reads import open_on_node, shared_reads
-from megasora.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megasora.parallel.tensor import ColumnParallelLinear, RowParallelLinear, TensorParallelLinear
 from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
 from megasora.placement import WHOLE, Placement, WeightSource
@@ -51,6 +61,9 @@ COLUMN_PARALLEL = {
     "final_modulation.proj": {"num_chunks": 2, "sequence_parallel": False, "gather_output": True},
 }
 ROW_PARALLEL = ("blocks.*.attention.out", "blocks.*.cross.out", "blocks.*.mlp.down")
+# Linears with FP8 products: those of the blocks that are applied to the tokens of a pack. Captions stay in the model's
+# dtype: with context parallelism the gradient of a caption is a sum over ranks, whose parts would be rounded instead.
+FP8 = (*ROW_PARALLEL, "blocks.*.attention.qkv", "blocks.*.cross.q", "blocks.*.mlp.up")
 # Replicated parameters that are applied to this rank's tokens or heads only: their gradient is partial.
 PARTIAL_GRADIENT = (
     "patch_in.*", "patch_out.*", "first_frame", "*modulation.table", "*.cross_norm.*", "*.q_norm.weight",
@@ -72,6 +85,7 @@ class LocalModel:
     stages: dict[int, VideoDiT]  # by stage number; without a pipeline stage 0 only
     placements: dict[str, Placement]  # of the stages' parameters, by name
     attention: ContextAttention | None  # None if the context axis is not split
+    notices: tuple[str, ...] = ()  # sentences on what is slower than it was asked to be
 
 
 def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
@@ -83,10 +97,15 @@ def parallelize(config: Config, world: World, mesh: Mesh) -> ZeroEngine:
             build_partitioner(config, mesh, dtype) if config.parallel.zero_stage == 3 else lambda parameter: None
         )
         local = build_local_model(config, world.device, mesh, weights, partition)
+    if config.model.compile:
+        for block in (block for stage in local.stages.values() for block in stage.blocks.values()):
+            compile_block(block)
     engine = ZeroEngine(
         local.stages, local.placements, uses_weight_decay, config, world, mesh, dtype, local.attention,
         muon_rule(config, num_matrices),
     )  # fmt: skip
+    engine.notices = local.notices
+    engine.plan_pack = next(iter(local.stages.values())).plan  # the same for all stages
     if mesh.pipeline.is_split:
         accumulate_grads = engine.zero.accumulate_grads
         engine.pipeline = build_pipeline(local.stages, config, mesh, world.device, dtype, accumulate_grads)
@@ -106,21 +125,27 @@ def build_local_model(
     backend = config.model.attention_backend, config.model.deterministic
     attention = ContextAttention(mesh.ring, mesh.ulysses, *backend) if mesh.context.is_split else None
     stages, placements = {}, {}
+    obstacle = symmetric_memory_obstacle(config, mesh.tensor, device)
     for number, first_block, num_blocks in local_stages(config, mesh.pipeline):
         with torch.device("meta"):
             stage = build_model(config, patch_dim(config))
         stage.keep_stage(first_block, num_blocks)
         if mesh.tensor.is_split:
-            apply_tensor_parallel(stage, mesh.tensor)
+            apply_tensor_parallel(stage, mesh.tensor, config.parallel.symmetric_memory and obstacle is None)
         if attention is not None:
             apply_context_parallel(stage, attention)
+        if config.model.fp8_recipe != "none":
+            apply_fp8(stage, config.model.fp8_recipe, mesh, config.model.kernel_backend)
         placements |= {name: placement_of(name, stage, mesh) for name, _ in stage.named_parameters()}
         for name, parameter in allocated_parameters(stage, device):
             weights.fill(parameter, name, placements[name], mesh.tensor.rank, mesh.tensor.size)
             partition(parameter)
         stages[number] = stage
     tie_conditioning(list(stages.values()))
-    return LocalModel(stages, placements, attention)
+    notices = [f"parallel.symmetric_memory=true is not used: {obstacle}"] if obstacle else []
+    if config.model.fp8_recipe != "none" and device.type != "cuda":
+        notices.append(f"model.fp8_recipe={config.model.fp8_recipe} is emulated on a CPU, which makes it slower")
+    return LocalModel(stages, placements, attention, tuple(notices))
 
 
 def allocated_parameters(stage: VideoDiT, device: torch.device) -> Iterator[tuple[str, nn.Parameter]]:
@@ -170,8 +195,9 @@ def local_stages(config: Config, axis: Axis) -> list[tuple[int, int, int]]:
     return [(n, n * blocks, blocks) for n in stage_numbers(p.schedule, p.pipeline, p.stages_per_rank, axis.rank)]
 
 
-def apply_tensor_parallel(model: VideoDiT, axis: Axis) -> None:
-    """Shards the linears of the blocks and the hidden states over the tensor axis."""
+def apply_tensor_parallel(model: VideoDiT, axis: Axis, symmetric: bool) -> None:
+    """Shards the linears of the blocks and the hidden states over the tensor axis. `symmetric`: whether products use
+    symmetric memory."""
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         options = next((value for pattern, value in COLUMN_PARALLEL.items() if fnmatch(name, pattern)), None)
@@ -182,16 +208,40 @@ def apply_tensor_parallel(model: VideoDiT, axis: Axis) -> None:
             setattr(model.get_submodule(parent), child, ColumnParallelLinear(module, axis, **options))
         elif any(fnmatch(name, pattern) for pattern in ROW_PARALLEL):
             setattr(model.get_submodule(parent), child, RowParallelLinear(module, axis))
+    for module in model.modules():
+        if isinstance(module, TensorParallelLinear):
+            module.uses_symmetric_memory = symmetric
+    model.local_heads = model.config.heads // axis.size
     model.scatter_tokens = lambda x: ScatterTokens.apply(x, axis)
     model.gather_tokens = lambda x: GatherTokens.apply(x, axis)
     model.copy_rows_to_tensor_parallel = lambda x: CopyToTensorParallel.apply(x, axis)
 
 
+def symmetric_memory_obstacle(config: Config, axis: Axis, device: torch.device) -> str | None:
+    """Why parallel.symmetric_memory=true has no effect; None if it has one, or is not set. All ranks must call it."""
+    if config.parallel.symmetric_memory and config.model.fp8_recipe != "none":
+        return "products in FP8 use collectives"
+    return symmetric_memory.obstacle(axis, device) if config.parallel.symmetric_memory else None
+
+
 def apply_context_parallel(model: VideoDiT, attention: ContextAttention) -> None:
     """Makes self-attention work on the full pack; all other modules see this rank's share of it."""
-    model.build_segments = attention.segments
+    model.build_segments = attention.prepared_segments
     for block in model.blocks.values():
         block.attention.inner = attention
+
+
+def apply_fp8(model: VideoDiT, recipe: str, mesh: Mesh, kernel_backend: str) -> None:
+    """The linears of FP8 compute their products in FP8; see megasora.kernels.linear.Float8Products."""
+
+    def max_over(axis: Axis) -> Callable[[Tensor], Tensor]:
+        return (lambda amax: all_reduce_max(amax, axis)) if axis.is_split else identity
+
+    reductions = {"tensor_max": max_over(mesh.tensor), "context_max": max_over(mesh.context)}
+    for name, module in model.named_modules():
+        if any(fnmatch(name, pattern) for pattern in FP8):
+            sharded = "inputs" if isinstance(module, RowParallelLinear) else "outputs"
+            module.products = Float8Products(recipe, sharded, **reductions, backend=kernel_backend)
 
 
 def placement_of(name: str, stage: VideoDiT, mesh: Mesh) -> Placement:

@@ -160,8 +160,10 @@ class ModelConfig:
     rope_base: float = bounded(10_000.0, 1, 10**12)
     rope_ntk_factor: list[float] = bounded([1.0, 1.0, 1.0], 0.001, 1000)  # t, h, w: new / trained clip size
     kernel_backend: str = "auto"  # auto | triton | torch; auto: triton on a GPU, torch on a CPU
-    attention_backend: str = "auto"  # flash4 | flash3 | flash2 | varlen | sdpa | math; auto: the first available one
+    attention_backend: str = "auto"  # flash4 | flash3 | cudnn | flash2 | varlen | sdpa | math; auto: the fastest here
     deterministic: bool = True  # attention sums in a fixed order: runs repeat bitwise; false: faster on GPUs
+    compile: bool = False  # torch.compile of each block, instead of the kernels: needs kernel_backend=torch
+    fp8_recipe: str = "none"  # FP8 products of the blocks' linears: none | tensorwise | rowwise | rowwise_with_gw_hp
     text_depth: int = bounded(1, 0, 256)  # transformer blocks over the text tokens
     recompute: str = "none"  # activations recomputed in backward: none | full | keep_attention: all but attention's
     recompute_blocks: int = bounded(0, 0, 1024)  # number of blocks that recompute, evenly spaced; 0: all
@@ -238,7 +240,8 @@ class ParallelConfig:
     pipeline: int = bounded(1, 1, 1 << 16)  # ranks that share the blocks
     schedule: str = "1f1b"  # 1f1b | interleaved | zbv (zero bubble, V-shaped)
     stages_per_rank: int = bounded(1, 1, 1024)  # interleaved: stages per pipeline rank; zbv has 2
-    zero_stage: int = bounded(1, 1, 3)  # sharded over data x context: 1: optimizer states; 2: gradients; 3: weights
+    zero_stage: int = bounded(0, 0, 3)  # sharded: 1: optimizer states; 2: gradients; 3: weights; 0: 2 on GPUs, else 1
+    symmetric_memory: bool = False  # tensor-parallel products copy from the memory of other GPUs of the node (NVLink)
 
 
 @dataclass

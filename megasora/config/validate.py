@@ -191,11 +191,18 @@ def validate_model(model: ModelConfig) -> None:
     one_of("model.qk_norm", model.qk_norm, ("per_head", "across_heads", "none"))
     one_of("model.recompute", model.recompute, ("none", "full", "keep_attention"))
     one_of("model.kernel_backend", model.kernel_backend, ("auto", "triton", "torch"))
+    one_of("model.fp8_recipe", model.fp8_recipe, ("none", "tensorwise", "rowwise", "rowwise_with_gw_hp"))
     one_of(
         "model.attention_backend",
         model.attention_backend,
-        ("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "math"),
+        ("auto", "flash4", "flash3", "cudnn", "flash2", "varlen", "sdpa", "math"),
     )
+    if model.attention_backend == "cudnn" and model.deterministic:
+        raise MegaSoraError(
+            "model.attention_backend=cudnn sums gradients in an order that differs between runs: "
+            "set model.deterministic=false, or use model.attention_backend=auto"
+        )
+    validate_compile(model)
     if model.recompute_blocks > model.depth:
         raise MegaSoraError(
             f"model.recompute_blocks={model.recompute_blocks} must be at most model.depth={model.depth}"
@@ -204,6 +211,21 @@ def validate_model(model: ModelConfig) -> None:
         raise MegaSoraError(f"model.rope_ntk_factor={model.rope_ntk_factor} must be three numbers: time, height, width")
     validate_size(model)
     validate_heads(model)
+
+
+def validate_compile(model: ModelConfig) -> None:
+    if not model.compile:
+        return
+    if model.kernel_backend != "torch":
+        raise MegaSoraError(
+            f"model.compile=true needs model.kernel_backend=torch, not {model.kernel_backend}: a compiler cannot see "
+            "into Triton kernels, and compiles again for each pack around them; use model.compile=false with them"
+        )
+    if model.fp8_recipe != "none":
+        raise MegaSoraError(
+            f"model.compile=true cannot be combined with model.fp8_recipe={model.fp8_recipe}: its products are "
+            "operators that a compiler does not see into; use model.compile=false or model.fp8_recipe=none"
+        )
 
 
 def validate_conditioning(model: ModelConfig, text: TextConfig) -> None:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from megasora.kernels import (
     adaln,
+    adamw,
     gated_add,
+    gelu,
     merge_partial_attention,
     qk_norm_rope3d,
     rms_norm,
@@ -135,6 +137,18 @@ def build_gated_add(size: Size, dtype: torch.dtype, device: torch.device | str) 
     )
 
 
+def build_gelu(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
+    draw = partial(normal, dtype, device)
+    return Problem(
+        (draw(size.tokens, size.width), draw(size.width)),
+        partial(gelu.gelu, backend="triton"),
+        gelu.gelu_reference,
+        size.tokens * size.width,
+        forward_bytes=4,  # x, h
+        backward_bytes=8,  # x, dh, dx, and h, which the matrix after it needs
+    )
+
+
 def build_rope3d(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
     rope, angles = build_rope(size, device)
     return Problem(
@@ -150,9 +164,10 @@ def build_rope3d(size: Size, dtype: torch.dtype, device: torch.device | str) -> 
 def build_qk_norm_rope3d(norm: str, size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
     draw, (rope, angles) = partial(normal, dtype, device), build_rope(size, device)
     weight = size.head_dim if norm == "per_head" else size.width
+    bias = draw(3 * size.width) if norm == "per_head" else None  # its gradient is computed in the same pass
     return Problem(
         (draw(size.tokens, 3, size.heads, size.head_dim), draw(weight), draw(weight)),
-        lambda *tensors: qk_norm_rope3d.qk_norm_rope3d(*tensors, rope, EPS, norm, backend="triton"),
+        lambda *tensors: qk_norm_rope3d.qk_norm_rope3d(*tensors, rope, EPS, norm, backend="triton", bias=bias),
         lambda *tensors: qk_norm_rope3d.qk_norm_rope3d_reference(*tensors, angles, EPS, norm),
         2 * size.tokens * size.width,  # of q and k
         forward_bytes=4,  # each, and each rotated; v is a view
@@ -186,6 +201,40 @@ def build_merge_partial_attention(size: Size, dtype: torch.dtype, device: torch.
     )
 
 
+def build_adamw_step(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
+    """A partition of `tokens` x `width` weights with one average; `dtype`: of the model."""
+    count = size.tokens * size.width
+    w, m, v, grad, average = (torch.rand(count, device=device) for _ in range(5))
+    factor, apply = torch.tensor(0.5, device=device), torch.tensor(True, device=device)
+    rule = adamw.AdamWRule(lr=1e-4, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01, number=7)
+
+    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+        w, m, v, grad, average, out = tensors
+        averages = adamw.Averages([average], [0.01])
+        adamw.adamw_(w, m, v, grad, rule, factor, apply, averages, out, backend="triton")
+        return w, m, v, average, out
+
+    def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
+        w, m, v, grad, average, out = tensors
+        return adamw.adamw_reference(w, m, v, grad, rule, factor, adamw.Averages([average], [0.01]), out.dtype)
+
+    inputs = w, m, v, grad, average, torch.empty(count, dtype=dtype, device=device)
+    # w, m, v and the average read and written, the gradient read, all in fp32; the weights written in bf16
+    return Problem(inputs, step, reference, count, forward_bytes=38, backward_bytes=None)
+
+
+def build_sum_of_squares(size: Size, dtype: torch.dtype, device: torch.device | str) -> Problem:
+    count = size.tokens * size.width
+    return Problem(
+        (torch.rand(count, device=device),),
+        partial(adamw.sum_of_squares, backend="triton"),
+        lambda x: x.double().square().sum(),
+        count,
+        forward_bytes=4,  # x, in fp32
+        backward_bytes=None,
+    )
+
+
 OPERATIONS: dict[str, Callable[[Size, torch.dtype, torch.device | str], Problem]] = {
     "adaln_modulate": build_adaln_modulate,
     # dy, dz, y, branch, dx, dbranch
@@ -195,11 +244,14 @@ OPERATIONS: dict[str, Callable[[Size, torch.dtype, torch.device | str], Problem]
     # as after cross-attention, whose branch has no gate: dy, dz, y, and dx, which is also dbranch
     "residual_adaln": partial(build_gated_residual_adaln, ("shift_RD", "scale_RD"), 8),
     "gated_add": build_gated_add,
+    "gelu": build_gelu,
     "rope3d": build_rope3d,
     "qk_norm_rope3d, per_head": partial(build_qk_norm_rope3d, "per_head"),
     "qk_norm_rope3d, across_heads": partial(build_qk_norm_rope3d, "across_heads"),
     "rms_norm": build_rms_norm,
     "merge_partial_attention": build_merge_partial_attention,
+    "adamw_step": build_adamw_step,
+    "sum_of_squares": build_sum_of_squares,
 }
 
 
