@@ -9,10 +9,11 @@ The loop knows neither a model nor a mesh: a task computes the steps, see `megas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from megasora.config import Config
-from megasora.errors import StopRequested
+from megasora.errors import MegaSoraError, StopRequested
 from megasora.optim.step_guard import ROLL_BACK
 from megasora.parallel.world import World
 from megasora.run_log.run_log import RunLog, prepare_run_folder
@@ -26,8 +27,8 @@ class Trainer:
     """Trains `task` from the newest checkpoint of `run.dir`, or from step 0, to `run.steps`.
 
     `stop_requested()` is polled once per step; if it is true on any rank, all ranks save a checkpoint after that step,
-    on GPUs after the next one, and stop. `heartbeat(activity)` is called before each load, step, validation, save and
-    sample, for the watchdog.
+    or where numbers are read late after the next one, and stop. `heartbeat(activity)` is called before each load, step,
+    validation, save and sample, for the watchdog.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class Trainer:
                 print(f"{self.config.run.dir} is complete: {self.step} of {self.config.run.steps} steps")
             return
         with RunLog(self.config, self.world.rank, self.step) as log:
-            info = {"parameters": self.task.num_parameters, **self.task.run_info()}
+            info = {"parameters": self.task.num_parameters, "zero_stage": self.state.layout["zero_stage"]}
+            info |= {"matmul_flops_per_s": self.steps.matmul_flops_per_s, **self.task.run_info()}
             log.write_run_info(info, self.world.device, self.world.size)
             log.print_start(self.step, self.saved_layout, self.state.layout)
             if self.step == 0:
@@ -75,7 +77,7 @@ class Trainer:
         """The loop over batches, until the last step or a requested stop."""
         stopwatch, steps = Stopwatch(self.world.device), self.steps
         self.heartbeat(f"the loader, for step {self.step + 1}")
-        for batch in self.task.batches(self.step):
+        for batch in self.batches(log):
             stopwatch.lap("data")
             self.heartbeat(f"step {self.step + 1}")
             steps.take(batch, stopwatch, log)
@@ -86,6 +88,14 @@ class Trainer:
                     return
                 stopwatch.restart()  # validation and saving are not part of a step
             self.heartbeat(f"the loader, for step {self.step + 1}")
+
+    def batches(self, log: RunLog) -> Iterator[Any]:
+        """Those of the task. If one cannot be read, the step before it is logged first."""
+        try:
+            yield from self.task.batches(self.step)
+        except MegaSoraError:
+            self.steps.record_pending(log)
+            raise
 
     def validate_save_and_sample(self, log: RunLog) -> None:
         """What is due after the present step."""

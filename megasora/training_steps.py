@@ -2,7 +2,8 @@
 
 A GPU is not kept waiting for the host. The numbers of a step stay on the device, which decides by them; the host reads
 them after it has launched the passes of the next step. A step is read at once if its verdict may be more than a skip
-(`megasora.optim.step_guard`), or if what follows needs its state: a validation, a save, a sample, the end.
+(`megasora.optim.step_guard`), if steps are long, or if what follows needs its state: a validation, a save, a sample,
+the end.
 
 Each step makes one all-reduce of the task's sums and of the stop requests, so that all ranks stop after the same step.
 From these sums all ranks decide alike, before the update, whether it is made.
@@ -34,6 +35,8 @@ from megasora.run_log.slow_ranks import build_slow_ranks
 from megasora.run_log.stopwatch import Laps, Stopwatch
 from megasora.tasks.task import StepOutput, Task
 from megasora.training_state import TrainingState
+
+LONG_STEP_SECONDS = 5.0  # longer steps are read at once: it costs them little, and stop requests wait for fewer
 
 
 @dataclass
@@ -74,6 +77,7 @@ class TrainingSteps:
         self.slow_ranks = build_slow_ranks(Path(config.run.dir), world)
         self.pending: PendingStep | None = None
         self.verdict = Verdict(APPLY)
+        self.mean_seconds = 0.0  # of a step, over all ranks; the same on all
         on_gpu = world.device.type == "cuda"
         self.reads_late = on_gpu and task.defers  # the numbers of a step during the next one
         self.matmul_flops_per_s = matmul_flops_per_s(world.device) if on_gpu else None
@@ -82,12 +86,12 @@ class TrainingSteps:
         """One step: gradients, then the rest of the step before, if it is pending, then the update."""
         lr = lr_at(self.step, self.config.run.steps, self.config.optim)
         output = self.task.forward_backward(batch, self.step, stopwatch.lap)
+        if self.pending is not None:  # the host waits for the step before, while the device computes this one
+            self.finish_step(self.pending, stopwatch, log)
         save_stage = self.state.saver.stage
         sums, slots = self.sum_over_ranks(batch, output)
         sums["loss"] = self.task.loss(sums, output.loss_count)
         sums["loss_count"], sums["grad_norm"] = output.loss_count.double(), output.grad_norm.double()
-        if self.pending is not None:
-            self.finish_step(self.pending, stopwatch, log)
         # ranks could disagree on a norm that is not finite; the number of those that have one is the same on all
         applies = self.state.guard.applies(sums["loss"], sums["grad_norm"]) & (sums["non_finite_norms"] == 0)
         sums["applies"] = applies.double()
@@ -107,7 +111,8 @@ class TrainingSteps:
         is_due = step == config.run.steps or step % config.validation.every == 0
         is_due |= bool(config.sample.every) and step % config.sample.every == 0
         is_due |= self.state.checkpoints.due(step, must_save=self.stopping) is not None
-        return not self.reads_late or is_due or self.state.guard.can_escalate
+        is_long = self.mean_seconds > LONG_STEP_SECONDS
+        return not self.reads_late or is_long or is_due or self.state.guard.can_escalate
 
     def sum_over_ranks(self, batch: Any, output: StepOutput) -> tuple[dict[str, Tensor], Tensor]:
         """Sums over all ranks, by name: those of the task, FLOPs, stop requests and gradient norms that are not finite;
@@ -117,6 +122,7 @@ class TrainingSteps:
         summands: dict[str, Tensor | float] = {
             **output.sums, "non_finite_norms": ~torch.isfinite(output.grad_norm), "flops": flops,
             "stop_requested": self.stop_requested(), "save_busy": save_busy, "save_failed": save_failed,
+            "step_seconds": self.slow_ranks.step_seconds,
         }  # fmt: skip
         on_device = {name: x.double() for name, x in summands.items() if isinstance(x, Tensor)}
         on_host = [float(x) for x in summands.values() if not isinstance(x, Tensor)]
@@ -139,6 +145,7 @@ class TrainingSteps:
         totals = dict(zip(pending.names, numbers, strict=False))
         self.slow_ranks.update(pending.step, numbers[len(totals) :])
         self.stopping |= totals["stop_requested"] > 0
+        self.mean_seconds = totals["step_seconds"] / self.world.size
         if pending.save_stage == self.state.saver.stage:
             self.state.saver.advance(totals["save_busy"], totals["save_failed"])
         has_clips = totals["loss_count"] > 0
@@ -172,6 +179,17 @@ class TrainingSteps:
         if self.verdict.action == ABORT:
             self.state.saver.wait(self.heartbeat)
             raise NonFiniteError(self.state.guard.describe_abort(self.verdict, self.state.saver.store.newest()))
+
+    def record_pending(self, log: RunLog) -> None:
+        """Logs the pending step, if there is one, of a run that ends by an error of this rank. No collectives."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        totals = dict(zip(pending.names, pending.numbers.read(), strict=False))
+        figures = {"step": pending.step, "loss": totals["loss"], "grad_norm": totals["grad_norm"], "lr": pending.lr}
+        verdict = self.state.guard.decide(pending.step, totals["loss"], totals["grad_norm"])
+        skipped = {} if totals["applies"] else {"skipped": verdict.reason}
+        log.log_step(pending.step, {**figures, **skipped}, self.task.sample_ids(pending.batch))
 
     def skip_step(self, pending: PendingStep, loss: float | None, grad_norm: float | None) -> dict[str, Any]:
         """In place of the optimizer step: drops the gradients, and rolls back if that is the verdict. Returns the line

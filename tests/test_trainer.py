@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megasora import training_steps
 from megasora.checkpoint.sharded import ShardedCheckpoint
 from megasora.config import load
-from megasora.errors import NonFiniteError, StopRequested
+from megasora.errors import DataError, NonFiniteError, StopRequested
 from megasora.fragment import Fragment
 from megasora.optim.schedule import lr_at
 from megasora.parallel.world import World
@@ -61,7 +62,9 @@ class LinearRegression:
         self.adam.state[self.weight]["step"].fill_(updates)
 
     def batches(self, step):
-        for position in itertools.count(self.position, EXAMPLES_PER_STEP):
+        for number, position in enumerate(itertools.count(self.position, EXAMPLES_PER_STEP), step + 1):
+            if self.factors.get(number) == "unreadable":
+                raise DataError(f"the data of step {number} cannot be read")
             ids = range(position + self.world.rank, position + EXAMPLES_PER_STEP, self.world.size)
             generators = [torch.Generator().manual_seed(i) for i in ids]
             yield list(ids), torch.stack([torch.randn(FEATURES, generator=g) for g in generators])
@@ -124,7 +127,7 @@ def train_linear(folder, stop_after=None, factors=None, settings=(), reads_late=
     trainer.steps.reads_late = reads_late
     try:
         trainer.run()
-    except (StopRequested, NonFiniteError) as error:
+    except (StopRequested, NonFiniteError, DataError) as error:
         return f"{type(error).__name__}: {error}"
     return activities
 
@@ -231,6 +234,28 @@ def test_a_stop_that_is_read_late_stops_after_the_next_step_and_a_resume_changes
     assert ends == ["StopRequested: saved after step 6; the same command resumes from there"] * 2
     run_ranks(train_linear, 2, str(tmp_path), None, None, (), True)
     check_equal_runs(uninterrupted[0], tmp_path, STEPS)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_step_before_data_that_cannot_be_read_is_logged(late, tmp_path):
+    factors = {6: float("nan"), 7: "unreadable"}
+    (message,) = run_ranks(train_linear, 1, str(tmp_path), None, factors, ["validation.every=100"], late)
+    assert message == "DataError: the data of step 7 cannot be read"
+    metrics = metrics_of(tmp_path)
+    assert [(m["step"], m.get("skipped")) for m in metrics] == [(i, None) for i in range(1, 6)] + [(6, "non-finite")]
+    trained, skipped = read_ledger(tmp_path), read_skipped(tmp_path)
+    assert list(trained) == list(range(1, 7)) and list(skipped) == [6]
+
+
+def test_long_steps_are_read_at_once(tmp_path):
+    (order,) = run_ranks(order_of_long_steps, 1, str(tmp_path))
+    late = [step for step in range(1, STEPS) if order.index(("numbers", step)) > order.index(("gradients", step + 1))]
+    assert late == [1, 2]  # until the time of a step is known
+
+
+def order_of_long_steps(folder):
+    training_steps.LONG_STEP_SECONDS = 0.0
+    return order_of_steps(folder, ["checkpoint.every=100", "validation.every=100"], {})
 
 
 # ---------------------------------------------------------------------- steps that are left out

@@ -203,6 +203,11 @@ def validate_model(model: ModelConfig) -> None:
             "set model.deterministic=false, or use model.attention_backend=auto"
         )
     validate_compile(model)
+    if model.recompute_blocks and model.recompute == "none":
+        raise MegaSoraError(
+            f"model.recompute_blocks={model.recompute_blocks} has no effect with model.recompute=none; "
+            "use 0, or model.recompute=full or keep_attention"
+        )
     if model.recompute_blocks > model.depth:
         raise MegaSoraError(
             f"model.recompute_blocks={model.recompute_blocks} must be at most model.depth={model.depth}"

@@ -8,6 +8,7 @@ normalizes the sum.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -120,6 +121,7 @@ def compile_block(block: Block, compiler: str = "inductor") -> None:
     (rows, text tokens) become variables at the second pack; a pack with one row or one text token has its own version.
     `compiler`: a backend of torch.compile.
     """
+    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")  # rope3d
     block.attention.inner = torch.compiler.disable(block.attention.inner)  # context-parallel attention communicates
     block.compile(backend=compiler)
 

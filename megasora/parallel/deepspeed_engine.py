@@ -20,7 +20,8 @@ from megasora.parallel.deepspeed_optimizers import local_shape
 from megasora.parallel.layout import resolve_zero_stage
 from megasora.parallel.mesh import Mesh
 
-MAX_BUCKET_ELEMENTS = 500_000_000  # gradients that stages 2 and 3 reduce in one message
+BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000  # gradients in a message, as in Megatron
+BUCKETS = 4  # at least
 UNWANTED = re.compile("accelerator to CPU|OVERFLOW! Skipping step|untested optimizer")  # messages
 
 
@@ -71,14 +72,14 @@ def deepspeed_config(module: nn.Module, config: Config, mesh: Mesh, dtype: torch
     With a pipeline DeepSpeed sees one microbatch per step, and its hooks must do nothing in the backward passes.
     """
     has_pipeline, device = mesh.pipeline.is_split, next(module.parameters()).device
-    num_elements = sum(local_shape(p).numel() for p in module.parameters())
+    sizes = [local_shape(p).numel() for p in module.parameters()]
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1 if has_pipeline else config.data.packs_per_step // mesh.data.size,
         "gradient_clipping": 0.0,  # ZeroEngine clips
         "zero_optimization": {
             "stage": resolve_zero_stage(config.parallel, device.type),
-            "reduce_bucket_size": min(MAX_BUCKET_ELEMENTS, num_elements),
+            "reduce_bucket_size": bucket_elements(sizes, mesh.data_context.size),
             "overlap_comm": device.type == "cuda" and not has_pipeline and mesh.data_context.is_split,
             "contiguous_gradients": not has_pipeline,
         },
@@ -89,6 +90,13 @@ def deepspeed_config(module: nn.Module, config: Config, mesh: Mesh, dtype: torch
         "communication_data_type": "fp32",  # otherwise bf16, which loses up to a third of a sum over 1,024 ranks
         "steps_per_print": 1 << 60,
     }
+
+
+def bucket_elements(sizes: list[int], ranks: int) -> int:
+    """How many gradients stages 2 and 3 reduce at once, of parameters with so many elements: a quarter of them, so that
+    most are reduced during the backward pass; of large models fewer, and no less than the largest parameter has."""
+    quarter = -(-sum(sizes) // BUCKETS)
+    return max(*sizes, min(quarter, max(BUCKET_ELEMENTS, ranks * BUCKET_ELEMENTS_PER_RANK)))
 
 
 class DeepSpeedMPU:

@@ -29,11 +29,15 @@ TIMED_CALLS = 50
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
-def matmul_flops_per_s(device: torch.device) -> float:
-    """From the cache of this machine, or measured on `device`, a GPU, and cached if possible."""
+def matmul_flops_per_s(device: torch.device) -> float | None:
+    """From the cache of this machine, or measured on `device`, a GPU, and cached if possible; None if there is not
+    enough memory left to measure it."""
     gpu = torch.cuda.get_device_name(device)
     path = cache_folder() / f"matmul-{file_name(socket.gethostname())}-{file_name(gpu)}.json"
-    return cached(path, machine_key(gpu), lambda: measure(device))
+    try:
+        return cached(path, machine_key(gpu), lambda: measure(device))
+    except torch.OutOfMemoryError:
+        return None
 
 
 def cached(path: Path, key: dict[str, Any], measure: Callable[[], float]) -> float:

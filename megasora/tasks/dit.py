@@ -124,6 +124,7 @@ class DiTTask:
         dtype = compute_dtype(self.config, device)
         backend, notice = selection(m.attention_backend, device, dtype, m.head_dim, m.deterministic)
         return {
+            "dtype": str(dtype).removeprefix("torch."),
             "attention_backend": backend,
             "notices": [*filter(None, [notice]), *self.engine.notices],
             "layout": {name: self.mesh.axis(name).size for name in LAYOUT_AXES},

@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import shlex
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,3 +271,33 @@ def test_ranks_started_with_different_settings_raise_on_every_rank():
         "give all processes the same file and the same settings"
     )
     assert "parallel.tensor: 1 -> 2" in two and "data.patch: [1, 1, 1] -> [1, 2, 2]" in two
+
+
+# ---------------------------------------------------------------------- the docs
+
+
+def documented_commands():
+    """(processes, arguments) of each command for training in README.md, docs/ and slurm/README.md."""
+    root, commands = Path(__file__).parents[2], []
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md")), root / "slurm" / "README.md"):
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                if re.search(r"megasora(\.train|\s+train) |slurm/train.sbatch ", line) and "configs/" in line:
+                    size = lambda name, other, line=line: int((re.findall(rf"--{name} (\d+)", line) or [other])[0])  # noqa: E731
+                    per_node = size("gpus-per-node", 8) if "sbatch" in line else size("nproc-per-node", 1)
+                    words = shlex.split(line, comments=True)
+                    arguments = [w for w in words if w.startswith("configs/") or re.match(r"[a-z_.]+=", w)]
+                    commands.append((size("nodes", size("nnodes", 1)) * per_node, tuple(arguments)))
+    return commands
+
+
+@pytest.mark.parametrize("processes, arguments", documented_commands(), ids=str)
+def test_the_commands_of_the_docs_are_accepted(processes, arguments):
+    assert sum(argument.startswith("configs/") for argument in arguments) == 1
+    paths = [a for a in arguments if a.startswith("configs/")]
+    root = Path(__file__).parents[2]
+    check_layout(load(str(root / paths[0]), [a for a in arguments if a not in paths]), processes)
+
+
+def test_the_docs_have_commands_for_training():
+    assert len(documented_commands()) >= 8 and max(processes for processes, _ in documented_commands()) == 256

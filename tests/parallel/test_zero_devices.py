@@ -16,7 +16,7 @@ from megasora.config import load
 from megasora.optim.ema import ShardedEMA
 from megasora.optim.ema_decays import constant_decay
 from megasora.optim.update import Update
-from megasora.parallel import deepspeed_engine
+from megasora.parallel.deepspeed_engine import BUCKET_ELEMENTS, bucket_elements
 from megasora.parallel.mesh import build_mesh
 from megasora.parallel.world import World
 from megasora.parallel.zero import ZeroEngine
@@ -24,7 +24,6 @@ from megasora.placement import Placement
 from megasora.testing.spawn import run_processes
 
 WIDTH, LAYERS, STEPS, PACKS = 128, 6, 4, 4
-BUCKET_ELEMENTS = 40_000  # several buckets in each backward pass
 
 
 def gpus(count):
@@ -37,7 +36,6 @@ def devices(count):
 
 def build_engine(stage, device):
     """An engine of a small network in bf16, the same on all ranks, and averages of its weights."""
-    deepspeed_engine.MAX_BUCKET_ELEMENTS = BUCKET_ELEMENTS
     settings = [f"parallel.zero_stage={stage}", f"data.packs_per_step={PACKS}"]
     config, rank, size = load(None, settings), dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -109,3 +107,10 @@ def steps_that_may_not_wait(backend, stage):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_does_not_wait_for_the_device(backend, stage):
     assert run_processes(steps_that_may_not_wait, [0], 1, backend, (backend, stage), 240) == [True]
+
+
+def test_gradients_are_reduced_in_several_messages_each_of_which_holds_the_largest_parameter():
+    small, one_large, large = [1000] * 40, [10, 9000, 10], [50_000_000] * 100
+    assert bucket_elements(small, 8) == 10_000 and bucket_elements(one_large, 8) == 9000
+    assert bucket_elements(large, 8) == 50_000_000 and bucket_elements([1000] * 10**6, 8) == BUCKET_ELEMENTS
+    assert bucket_elements([1000] * 10**6, 128) == 128_000_000
