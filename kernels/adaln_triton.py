@@ -17,7 +17,6 @@ from megasora.kernels.row_tiles import (
     launch_row_tiles,
     load_vector,
     program_tiles,
-    row_pointer,
     sum_of_tiles,
     tile_range,
     vector_chunk,
@@ -91,8 +90,9 @@ def forward_kernel(
     for tile in range(first_tile, end_tile):
         row, start, end = tile_range(tile, tile_row_Q, tile_start_Q)
         is_real = row < R
-        gate, shift = row_pointer(gate_RD, row, gate_stride), row_pointer(shift_RD, row, shift_stride)
-        scale = row_pointer(scale_RD, row, scale_stride)
+        gate = None if gate_RD is None else gate_RD + row.to(tl.int64) * gate_stride
+        shift = None if shift_RD is None else shift_RD + row.to(tl.int64) * shift_stride
+        scale = None if scale_RD is None else scale_RD + row.to(tl.int64) * scale_stride
         gates, factors, offsets = load_vector(gate, is_real, T, D, C, BLOCK, KEEP), (), ()
         if KEEP:
             for c in tl.static_range(C):
@@ -162,7 +162,8 @@ def backward_kernel(
     for tile in range(first_tile, end_tile):
         row, start, end = tile_range(tile, tile_row_Q, tile_start_Q)
         is_real = row < R
-        gate, scale = row_pointer(gate_RD, row, gate_stride), row_pointer(scale_RD, row, scale_stride)
+        gate = None if gate_RD is None else gate_RD + row.to(tl.int64) * gate_stride
+        scale = None if scale_RD is None else scale_RD + row.to(tl.int64) * scale_stride
         gates, factors = load_vector(gate, is_real, T, D, C, BLOCK, KEEP), ()
         if KEEP:
             for c in tl.static_range(C):

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasora.kernels.launch import LaunchConfig, check_device, launch_config, resolve_backend, upcast
+from megasora.kernels.launch import LaunchConfig, check_device, launch_config, resolve_backend
 
 MAX_AVERAGES = 4  # that one step takes along
 CHUNK = 1 << 16  # elements that the PyTorch version computes at once: they stay in the cache of a CPU core
@@ -122,9 +122,8 @@ def guarded_step_torch(
 
 
 def sum_of_squares_torch(x: Tensor) -> Tensor:
-    (wide,) = upcast(x)
-    norms = torch._foreach_norm(list(wide.split(CHUNK)))
-    return torch.stack(norms).double().square().sum()
+    norms = torch._foreach_norm(list(x.split(CHUNK)), 2, dtype=torch.float64)
+    return torch.stack(norms).square().sum()
 
 
 # ---------------------------------------------------------------------- Triton
@@ -281,8 +280,8 @@ def adamw_(
 
 @torch.no_grad()
 def sum_of_squares(x: Tensor, backend: str = "auto") -> Tensor:
-    """The sum of x^2, 0-dim, fp64; x [N], contiguous, fp32 or bf16. Sums of 2^15 elements are fp32, those of them fp64,
-    in a fixed order: the result repeats bit by bit."""
+    """The sum of x^2, 0-dim, fp64; x [N], contiguous, fp32 or bf16. In a fixed order, so it repeats bit by bit; in the
+    kernel, sums of 2^15 elements are fp32."""
     if not x.numel():
         return torch.zeros((), dtype=torch.float64, device=x.device)
     compute = sum_of_squares_triton if resolve_backend(backend, x) == "triton" else sum_of_squares_torch

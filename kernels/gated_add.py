@@ -34,7 +34,6 @@ from megasora.kernels.row_tiles import (
     launch_row_tiles,
     load_vector,
     program_tiles,
-    row_pointer,
     sum_of_tiles,
     tile_range,
     vector_chunk,
@@ -74,7 +73,7 @@ def forward_kernel(
     first_tile, end_tile = program_tiles(first_tile_P)
     for tile in range(first_tile, end_tile):
         row, start, end = tile_range(tile, tile_row_Q, tile_start_Q)
-        gate = row_pointer(gate_RD, row, gate_stride)
+        gate = gate_RD + row.to(tl.int64) * gate_stride
         gates = load_vector(gate, row < R, T, D, C, BLOCK, STAGES > 1)
         for first in tl.range(start, end, T, num_stages=STAGES):
             token = first + tl.arange(0, T)[:, None]
@@ -95,7 +94,7 @@ def backward_kernel(
     first_tile, end_tile = program_tiles(first_tile_P)
     for tile in range(first_tile, end_tile):
         row, start, end = tile_range(tile, tile_row_Q, tile_start_Q)
-        gate = row_pointer(gate_RD, row, gate_stride)
+        gate = gate_RD + row.to(tl.int64) * gate_stride
         gates = load_vector(gate, row < R, T, D, C, BLOCK, STAGES > 1)
         dgates = full_chunks(0.0, T, C, BLOCK)
         for first in tl.range(start, end, T, num_stages=STAGES):

@@ -88,16 +88,6 @@ def tile_range(tile, tile_row_Q, tile_start_Q):
 
 
 @triton.jit
-def row_pointer(vectors_RD, row, stride):
-    """The vector of `row`; None if there are none."""
-    if vectors_RD is None:
-        pointer = None
-    else:
-        pointer = vectors_RD + row.to(tl.int64) * stride
-    return pointer
-
-
-@triton.jit
 def load_vector(
     pointer, mask, T: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr
 ):
