@@ -14,8 +14,8 @@ import numpy as np
 from megasora.files import read_regular_file
 from megasora.observe.figures import finite_or_none
 from megasora.observe.formatting import pluralize
-from megasora.observe.json_kinds import is_kind, keep_kinds
-from megasora.observe.run_data import RunData, read_object, to_float
+from megasora.observe.json_kinds import is_kind, keep_kinds, read_object
+from megasora.observe.run_data import RunData, to_float
 
 CODEC = {"mean": list, "std": list, "step": int, "encoder_sha256": str, "decoder_sha256": str, "name": str}
 EVALUATION = {"total": dict, "clips": list, "split": str}

@@ -12,10 +12,9 @@ import numpy as np
 
 from megasora.config import load_run_config
 from megasora.errors import MegaSoraError, printable
-from megasora.files import read_regular_file
 from megasora.jsonl import parse_json
 from megasora.observe.formatting import NBSP, pluralize
-from megasora.observe.json_kinds import MAX_NUMBER, is_kind, keep_kinds
+from megasora.observe.json_kinds import MAX_NUMBER, is_kind, keep_kinds, read_object
 
 ATTRIBUTES = ("color", "direction", "shape", "background")  # what the detector recognizes in a clip
 STEP_PHASES = ("data", "forward", "backward", "optimizer")  # metrics time_data, ..., in the order of a step
@@ -24,7 +23,7 @@ METRICS += ["time_step", *(f"time_{phase}" for phase in STEP_PHASES)]
 # of a run of megasora.train_codec: the terms of its loss, and what a step tells of the codec
 LOSS_TERMS = ("l1", "mse", "gradient", "ssim", "lpips", "kl", "commitment", "adversarial", "discriminator")
 METRICS += [*LOSS_TERMS, "psnr", "perplexity", "clips_per_second"]
-MAX_LINE, MAX_OBJECT = 1 << 20, 64 << 20  # bytes
+MAX_LINE = 1 << 20  # bytes
 # what the page shows of files that a person may have edited; values of other kinds are left out
 RUN_INFO = {"task": str, "created": str, "machine": str, "device": str, "megasora": str, "torch": str}
 RUN_INFO |= {"world_size": int, "parameters": int, "layout": dict}
@@ -128,19 +127,6 @@ def read_steps(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if repeated:
         notes.append(f"{path.name}: {pluralize(repeated, 'line')} repeated after a resume; the later ones count.")
     return [by_step[step] for step in sorted(by_step)]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} if there is no file. Raises MegaSoraError if it is not an object."""
-    if not path.is_file():
-        return {}
-    try:
-        values = parse_json(read_regular_file(path, MAX_OBJECT))
-    except ValueError as error:
-        raise MegaSoraError(f"{path} is not JSON: {error}; remove it or write it again") from None
-    if not isinstance(values, dict):
-        raise MegaSoraError(f"{path} holds a {type(values).__name__}, not an object; remove it or write it again")
-    return values
 
 
 def readable_bins(line: dict[str, Any]) -> list[dict[str, Any]]:

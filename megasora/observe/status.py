@@ -18,12 +18,12 @@ from megasora.checkpoint.store import LATEST
 from megasora.errors import CONFIGURATION, CRASH, DATA, DONE, HANG, NON_FINITE, STOPPED, MegaSoraError, printable
 from megasora.jsonl import read_tail
 from megasora.observe.formatting import format_duration, pluralize
-from megasora.observe.json_kinds import is_kind, keep_kinds
+from megasora.observe.json_kinds import is_kind, keep_kinds, read_object
 from megasora.run_log.launches import LAUNCHES, read_exit
 
 WATCH_SECONDS = 2.0
 SILENT_SECONDS, SILENT_STEPS = 120.0, 20  # dead after both without a change of its files
-SHOWN_LAUNCHES, SHOWN_SLOW = 8, 4
+SHOWN_LAUNCHES, SHOWN_SLOW, SHOWN_NOTICES = 8, 4, 4
 MAX_DIGITS = 20  # of run.steps
 RECORDED = {"code": int, "reason": str, "rank": int}  # in exit.json
 MAX_TIME = 1e10  # of a launch, seconds
@@ -51,7 +51,7 @@ class Status:
 
     `state`: one line. `alive`: it trains or starts. `figures`: those FIGURES that the last step has, None where it
     has no value. `step_seconds`: of the last step. `launches`: (time, where, how it ended), oldest first. `slow`: the
-    ranks that are slower than the others, or "".
+    ranks that are slower than the others, or "". `notices`: of run.json, on what is slower than it could be.
     """
 
     state: str
@@ -63,6 +63,7 @@ class Status:
     checkpoint: str
     launches: list[tuple[float, str, str]]
     slow: str
+    notices: list[str]
 
 
 def read_status(run_dir: Path, now: float | None = None) -> Status:
@@ -90,7 +91,17 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
         checkpoint=f"{latest.read_text().strip()}, {ago(now - latest.stat().st_mtime)}" if latest.is_file() else "none",
         launches=[(launch["time"], describe_launch(launch), end) for launch, end in zip(launches, ends, strict=False)],
         slow=describe_slow_ranks(read_tail(run_dir / "slow_ranks.jsonl"), launches) if alive else "",
+        notices=read_notices(run_dir / "run.json"),
     )
+
+
+def read_notices(path: Path) -> list[str]:
+    """None from a file that is missing or damaged."""
+    try:
+        notices = read_object(path).get("notices")
+    except MegaSoraError:
+        return []
+    return [text for text in notices if is_kind(text, str)][:SHOWN_NOTICES] if is_kind(notices, list) else []
 
 
 def current_state(run_dir: Path, launches: list[dict[str, Any]], step_seconds: float, now: float) -> tuple[str, bool]:
@@ -183,6 +194,8 @@ def build_table(run_dir: Path, status: Status) -> Any:
     rows |= {"checkpoint": status.checkpoint, "restarts": str(max(0, len(status.launches) - 1))}
     if status.slow:
         rows["slow"] = status.slow
+    if status.notices:
+        rows["notice"] = "; ".join(status.notices)
     for start, where, end in status.launches[-SHOWN_LAUNCHES:]:
         start = min(max(start, 0.0), MAX_TIME)
         rows[time.strftime("%m-%d %H:%M:%S", time.localtime(start))] = f"{where}: {end}"

@@ -53,6 +53,16 @@ def test_a_live_run_shows_its_step_figures_checkpoint_and_how_each_launch_ended(
         assert words in shown
 
 
+@pytest.mark.parametrize(
+    "content, shown", [('{"notices": ["FP8 is emulated", 3]}', "FP8 is emulated"), ("[", ""), ("{}", "")]
+)
+def test_notices_of_a_run_are_shown_if_its_file_can_be_read(content, shown, run, capsys):
+    (run / "run.json").write_text(content)
+    assert read_status(run).notices == [shown] * bool(shown)
+    assert main(["status", str(run)]) == 0
+    assert ("│ notice " in capsys.readouterr().out) == bool(shown)
+
+
 def test_a_run_is_dead_after_a_silence_much_longer_than_its_steps(run):
     now = time.time()
     assert read_status(run, now + 110).alive
