@@ -52,7 +52,7 @@ class StepsWithoutRun(TrainingSteps):
         )
         self.slow_ranks = SlowRanks(Path(config.run.dir), self.world.rank, self.world.size, None)
         self.stop_requested, self.stopping, self.matmul_flops_per_s = (lambda: False), False, None
-        self.pending, self.reads_late = None, False
+        self.pending, self.reads_late, self.mean_seconds = None, False, 0.0
 
     def sum_over_ranks(self, batch: StepBatch, output: StepOutput) -> tuple[dict[str, Tensor], Tensor]:
         self.local_sums = output.sums
