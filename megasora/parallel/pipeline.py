@@ -132,6 +132,11 @@ class Pipeline:
             stage.accumulate_grads = partial(accumulate_grads, module)
             self.stages.append(stage)
 
+    @property
+    def has_last_stage(self) -> bool:
+        """Whether this rank has the last stage: predictions and losses."""
+        return self.stage_ranks[-1] == self.axis.rank
+
     def forward_backward(self, packs: list[Any], loss: Loss) -> None:
         """Forward and backward pass of all packs: adds to each parameter's `.grad` the unscaled sum over packs, unless
         `accumulate_grads` moves it to its own sums.
@@ -195,7 +200,7 @@ class Pipeline:
                     buffer = torch.empty(shape, dtype=self.hidden.dtype, device=self.device)
                     inputs[stage + 1, microbatch] = buffer, dist.irecv(buffer, group=group, group_src=rank)
         wait_all_but(0, sends)
-        return predictions if self.stage_ranks[last] == own_rank else None
+        return predictions if self.has_last_stage else None
 
 
 class PackStageModule(nn.Module):

@@ -106,6 +106,11 @@ class ZeroEngine:
                 counts = [num_matrices[self.names[parameters[index]]] for index in exchange.indices]
                 self.optimizer.matrices[master] = MatrixGroup(exchange, counts)
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether `forward_backward` calls `loss` on this rank."""
+        return self.pipeline is None or self.pipeline.has_last_stage
+
     # ------------------------------------------------------------------ a step
 
     def forward_backward(

@@ -59,9 +59,12 @@ class NoisedShares(Sequence):
     which sums the squared errors. The next one is copied to the device during the backward pass of this one, so that
     there are two at most, if the engine takes them one after the other."""
 
-    def __init__(self, shares: list[Packed[Share]], transfer: DeviceTransfer, num_tokens: Tensor):
-        """`num_tokens`: noised tokens of all ranks, a scalar on the device."""
+    def __init__(
+        self, shares: list[Packed[Share]], transfer: DeviceTransfer, num_tokens: Tensor, has_loss: bool = True
+    ):
+        """`num_tokens`: noised tokens of all ranks, a scalar on the device. `has_loss`: whether `loss` is called."""
         self.shares, self.transfer, self.num_tokens = shares, transfer, num_tokens.clamp_min(1)
+        self.has_loss = has_loss
         self.started: set[int] = set()  # packs whose copy has begun
         self.arriving: dict[int, Transferred[Share]] = {}  # by pack, until it is taken
         self.targets: dict[int, tuple[Tensor, Tensor]] = {}  # by pack, until its loss: target [L, P], weight [L]
@@ -83,7 +86,9 @@ class NoisedShares(Sequence):
             raise IndexError(index)
         self.start(index)
         clean, noise = self.arriving.pop(index).wait()
-        noised, *self.targets[index] = noise.add(clean)
+        noised, *target = noise.add(clean)
+        if self.has_loss:
+            self.targets[index] = target
         return noised
 
     def loss(self, prediction: Tensor, index: int) -> Tensor:
@@ -211,7 +216,7 @@ class DiTTask:
         num_tokens = torch.full((), local_tokens, dtype=torch.int64, device=self.world.device)
         num_tokens = all_reduce_sum(num_tokens, self.mesh.data_context)
         lap("wait")  # for the other ranks to have their data
-        noised = NoisedShares(batch.shares, self.transfer, num_tokens)
+        noised = NoisedShares(batch.shares, self.transfer, num_tokens, self.engine.has_loss)
         grad_norm = self.engine.forward_backward(noised, noised.loss, lap)
         sums = {
             "squared_error": noised.error_sum,
