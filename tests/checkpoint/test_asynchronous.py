@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -172,7 +173,8 @@ def test_an_error_of_the_commit_is_raised_on_all(tmp_path, monkeypatch):
     def launch(ranks):
         saver = saver_of(store, ranks)
         saver.save(10, {})
-        for _ in range(10_000):
+        for _ in range(10_000):  # until a step raises; the threads that write need some time
+            time.sleep(0.001)
             step(saver)
         return None
 
