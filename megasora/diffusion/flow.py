@@ -35,8 +35,13 @@ class LossSum:
     """Sums over the noised tokens of one pack; divide by the noised tokens of all packs of a step, on all ranks."""
 
     squared_error_sum: Tensor  # scalar with gradient: mean over a token's features, summed over tokens
-    tokens: Tensor  # int64, scalar: noised tokens
     squared_error_L: Tensor  # [L], detached: mean over each token's features; 0 at clean tokens and padding
+    weight_L: Tensor  # 1 at noised tokens, else 0
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64, scalar: noised tokens."""
+        return self.weight_L.sum(dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ def draw_clean_frames(frames: int, kind_u: float, length_u: float, config: Frame
 def velocity_error(prediction_LP: Tensor, target_LP: Tensor, weight_L: Tensor) -> LossSum:
     """The squared error of the predicted velocity; `target_LP` and `weight_L` from `Noise.add`."""
     squared_error_L = (prediction_LP - target_LP).square().mean(-1) * weight_L
-    return LossSum(squared_error_L.sum(), weight_L.sum(dtype=torch.int64), squared_error_L.detach())
+    return LossSum(squared_error_L.sum(), squared_error_L.detach(), weight_L)
 
 
 def non_finite_clips(batch: VideoBatch, squared_error_L: Tensor) -> list[int]:
