@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasora.kernels.launch import LaunchConfig, check_device, launch_config, resolve_backend
+from megasora.kernels.launch import LaunchConfig, cdiv, check_device, launch_config, resolve_backend
 
 MAX_AVERAGES = 4  # that one step takes along
 CHUNK = 1 << 16  # elements that the PyTorch version computes at once: they stay in the cache of a CPU core
@@ -218,7 +218,7 @@ def step_triton(
 ) -> None:  # fmt: skip
     config = launch_config(STEP_LAUNCH, w.device)
     unused = MAX_AVERAGES - len(averages.tensors)
-    adamw_kernel[(triton.cdiv(w.numel(), config.tile_elements),)](
+    adamw_kernel[(cdiv(w.numel(), config.tile_elements),)](
         w, m, v, grad, w if out is None else out, *averages.tensors, *[w] * unused,
         w if factor is None else factor, w if apply is None else apply.view(torch.uint8), w.numel(),
         1 - rule.lr * rule.weight_decay, rule.step_size, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
@@ -230,7 +230,7 @@ def step_triton(
 
 def sum_of_squares_triton(x: Tensor) -> Tensor:
     config = launch_config(SQUARES_LAUNCH, x.device)
-    programs = triton.cdiv(x.numel(), TILES_PER_PROGRAM * config.tile_elements)
+    programs = cdiv(x.numel(), TILES_PER_PROGRAM * config.tile_elements)
     partial_P = torch.empty(programs, dtype=torch.float32, device=x.device)
     sum_of_squares_kernel[(programs,)](
         x, partial_P, x.numel(), TILES_PER_PROGRAM, config.tile_elements, num_warps=config.num_warps()

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasora.kernels.launch import LaunchConfig, LaunchTable, cdiv, launch_config, resolve_backend
+from megasora.kernels.launch import LaunchConfig, LaunchTable, call, cdiv, launch_config, resolve_backend
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 EXPONENTS = {E4M3: 8, E5M2: 15}  # the largest number of a format is 1.75 * 2^exponent
@@ -207,11 +207,11 @@ def quantize(
     backend = resolve_backend(backend, x_MN)
     is_in_one_pass = per_row and all_reduce_max is identity and x_MN.stride(1) == 1 and x_MN.shape[1] <= MAX_ROW
     if backend == "triton" and is_in_one_pass:
-        return Quantized(*rows_triton(x_MN, dtype), x_MN.dtype)
+        return Quantized(*call(rows_triton, x_MN, dtype), x_MN.dtype)
     amax = torch.linalg.vector_norm(x_MN, torch.inf, dim=1 if per_row else (0, 1), keepdim=True).float()
     amax = all_reduce_max(amax.nan_to_num(nan=torch.inf, posinf=torch.inf))  # a maximum over ranks need not keep NaN
     if backend == "triton":
-        values, scale = cast_triton(x_MN, amax, dtype)
+        values, scale = call(cast_triton, x_MN, amax, dtype)
     else:
         values, scale = cast_torch(x_MN, amax, dtype)
     return Quantized(values, scale, x_MN.dtype)

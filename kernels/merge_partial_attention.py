@@ -22,6 +22,8 @@ from torch import Tensor
 from megasora.kernels.launch import (
     LaunchConfig,
     LaunchTable,
+    call,
+    cdiv,
     check_device,
     jit_for_packs,
     launch_config,
@@ -72,7 +74,7 @@ def merge_triton(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     vectors, count = config.vectors_per_tile(block), lse.numel()
     strides = (stride for x in (out_a, lse_a, out_b, lse_b) for stride in x.stride()[:2])
     if out.numel():
-        merge_kernel[(triton.cdiv(count, vectors),)](
+        merge_kernel[(cdiv(count, vectors),)](
             out_a, lse_a, out_b, lse_b, out, lse, *strides, count, *out.shape[1:], vectors, block,
             num_warps=config.num_warps(block),
         )  # fmt: skip
@@ -100,6 +102,8 @@ def merge_partial_attention(
         if x.shape != out_a.shape[:2]:
             raise ValueError(f"{name} {tuple(x.shape)} must be [L, N] of outputs {tuple(out_a.shape)}")
     check_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    merge = merge_triton if resolve_backend(backend, out_a) == "triton" else merge_partial_attention_reference
+    tensors = out_a, lse_a, out_b, lse_b
     with torch.no_grad():
-        return merge(out_a, lse_a, out_b, lse_b)
+        if resolve_backend(backend, out_a) == "triton":
+            return call(merge_triton, *tensors)
+        return merge_partial_attention_reference(*tensors)
