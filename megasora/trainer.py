@@ -83,7 +83,7 @@ class Trainer:
             steps.take(batch, stopwatch, log)
             if steps.pending is None:
                 self.validate_save_and_sample(log)
-                if self.step == self.config.run.steps or steps.stopping:
+                if steps.is_last or steps.stopping:
                     self.state.checkpoints.finish()
                     return
                 stopwatch.restart()  # validation and saving are not part of a step
@@ -99,13 +99,12 @@ class Trainer:
 
     def validate_save_and_sample(self, log: RunLog) -> None:
         """What is due after the present step."""
-        config, step = self.config, self.step
-        self.state.validation_loss = None
-        is_last, is_rolled_back = step == config.run.steps, self.steps.verdict.action == ROLL_BACK
-        if is_last or step % config.validation.every == 0:
+        steps, self.state.validation_loss = self.steps, None
+        if steps.validation_is_due:
             self.validate(log)
-        self.state.save_if_due(step, is_last or is_rolled_back or self.steps.stopping)
-        if config.sample.every and not self.steps.stopping and (is_last or step % config.sample.every == 0):
+        is_rolled_back = steps.verdict.action == ROLL_BACK
+        self.state.save_if_due(self.step, steps.is_last or is_rolled_back or steps.stopping)
+        if steps.sample_is_due:
             self.sample()
 
     def validate(self, log: RunLog) -> None:

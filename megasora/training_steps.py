@@ -2,8 +2,7 @@
 
 A GPU is not kept waiting for the host. The numbers of a step stay on the device, which decides by them; the host reads
 them after it has launched the passes of the next step. A step is read at once if its verdict may be more than a skip
-(`megasora.optim.step_guard`), if steps are long, or if what follows needs its state: a validation, a save, a sample,
-the end.
+(`megasora.optim.step_guard`), if steps are long, or if a validation, a save, a sample or the end needs its state.
 
 Each step makes one all-reduce of the task's sums and of the stop requests, so that all ranks stop after the same step.
 From these sums all ranks decide alike, before the update, whether it is made.
@@ -26,7 +25,7 @@ from megasora.optim.schedule import lr_at
 from megasora.optim.step_guard import ABORT, APPLY, NON_FINITE, ROLL_BACK, SPIKE, Verdict
 from megasora.optim.update import Update
 from megasora.parallel.world import World
-from megasora.run_log.device_numbers import DeviceNumbers, to_device
+from megasora.run_log.device_numbers import DeviceNumbers, numbers_on
 from megasora.run_log.device_stats import speed_columns
 from megasora.run_log.matmul_speed import matmul_flops_per_s
 from megasora.run_log.run_log import RunLog
@@ -105,12 +104,23 @@ class TrainingSteps:
             stopwatch.lap("optimizer")
             self.pending.laps = stopwatch.end_step()
 
+    @property
+    def is_last(self) -> bool:
+        return self.step == self.config.run.steps
+
+    @property
+    def validation_is_due(self) -> bool:
+        return self.is_last or self.step % self.config.validation.every == 0
+
+    @property
+    def sample_is_due(self) -> bool:
+        every = self.config.sample.every
+        return bool(every) and not self.stopping and (self.is_last or self.step % every == 0)
+
     def must_read_now(self) -> bool:
         """Whether the host needs the numbers of the present step before it goes on."""
-        config, step = self.config, self.step
-        is_due = step == config.run.steps or step % config.validation.every == 0
-        is_due |= bool(config.sample.every) and step % config.sample.every == 0
-        is_due |= self.state.checkpoints.due(step, must_save=self.stopping) is not None
+        is_due = self.validation_is_due or self.sample_is_due
+        is_due |= self.state.checkpoints.due(self.step, must_save=self.stopping) is not None
         is_long = self.mean_seconds > LONG_STEP_SECONDS
         return not self.reads_late or is_long or is_due or self.state.guard.can_escalate
 
@@ -127,7 +137,7 @@ class TrainingSteps:
         on_device = {name: x.double() for name, x in summands.items() if isinstance(x, Tensor)}
         on_host = [float(x) for x in summands.values() if not isinstance(x, Tensor)]
         names = [*on_device, *(name for name in summands if name not in on_device)]
-        values = to_device([*on_host, *self.slow_ranks.slots().tolist()], self.world.device)
+        values = numbers_on([*on_host, *self.slow_ranks.slots().tolist()], self.world.device)
         sums = self.world.all_reduce_sum(torch.cat([torch.stack(list(on_device.values())), values]))
         return dict(zip(names, sums[: len(names)].unbind(), strict=True)), sums[len(names) :]
 
@@ -169,9 +179,8 @@ class TrainingSteps:
             times, metrics.num_items, metrics.unit, totals["flops"], self.matmul_flops_per_s, self.world
         )
         figures = {"step": pending.step, "loss": loss, "grad_norm": grad_norm, "lr": pending.lr, **metrics.columns}
-        log.log_step(
-            pending.step, {**figures, **skipped_columns(skipped), **speed}, self.task.sample_ids(pending.batch)
-        )
+        figures |= {**skipped_columns(skipped), **speed}
+        log.log_step(pending.step, figures, self.task.sample_ids(pending.batch))
         if self.slow_ranks.change:
             log.print(self.slow_ranks.change)
         if skipped is not None:

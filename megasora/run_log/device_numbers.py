@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def to_device(values: Sequence[float], device: torch.device) -> Tensor:
+def numbers_on(values: Sequence[float], device: torch.device) -> Tensor:
     """fp64 [n] on the device, by a copy that the host does not wait for."""
     on_gpu = device.type == "cuda"
     return torch.tensor(values, dtype=torch.float64, pin_memory=on_gpu).to(device, non_blocking=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megasora.run_log import stopwatch
-from megasora.run_log.device_numbers import DeviceNumbers, to_device
+from megasora.run_log.device_numbers import DeviceNumbers, numbers_on
 from megasora.run_log.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_phases_of_one_name_add_up_and_a_step_ends_where_the_next_begins(monkeyp
 
 
 def test_a_device_numbers_has_the_values_of_the_time_at_which_it_was_made():
-    values = to_device([1.5, float("inf")], CPU)
+    values = numbers_on([1.5, float("inf")], CPU)
     copy = DeviceNumbers(values)
     values.zero_()
     assert values.dtype == torch.float64 and copy.read() == [1.5, float("inf")]
